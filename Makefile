@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN = .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install quickstart test slow lint schema
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python scripts/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow -s
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+schema: install
+	$(BIN)/python -m trainers.config > configs/schema.json

@@ -1,0 +1,7 @@
+"""Train diffusion models from one YAML file: LoRA DreamBooth on diffusers and PEFT."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; scripts print its message and exit with status 2."""

@@ -1,0 +1,321 @@
+"""A YAML file and `section.key=value` overrides become one frozen, typed `Config`; every mistake is told at once.
+
+This module imports neither torch nor diffusers, so that a typo is reported in a second.
+`python -m trainers.config` prints the JSON schema that editors use to complete keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from . import UserError
+
+SCHEMA_LINE = "# yaml-language-server: $schema="
+Probability = Field(ge=0, le=1)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def field(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default, description=help, **limits)
+
+
+class ModelConfig(Section):
+    family: Literal["sd15"] = field("sd15", "Which architecture the base model has.")
+    pretrained_model_name_or_path: str = field(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Hub repository or local folder in the diffusers layout."
+    )
+    revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")
+    variant: str | None = field(None, "Weight file variant, such as fp16.")
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = field(16, "Inner width of the low-rank update.")
+    alpha: PositiveFloat | None = field(None, "The update is scaled by alpha / rank; null means alpha = rank.")
+    dropout: float = field(0.0, "Dropout on the input of each LoRA layer.", ge=0, lt=1)
+    target_modules: str | list[str] = field(
+        "attention", "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex."
+    )
+    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field("gaussian", "How lora_A starts.")
+    use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
+    use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+
+class DataConfig(Section):
+    instance_data_dir: Path | None = field(None, "Folder with the pictures to learn.")
+    dataset_name: str | None = field(None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file.")
+    dataset_split: str = field("train", "Split of dataset_name.")
+    image_column: str = field("image", "Column of dataset_name that holds the pictures.")
+    caption_column: str | None = field(None, "Column of dataset_name (or metadata.jsonl) that holds the captions.")
+    instance_prompt: str | None = field(None, "Caption of every picture that has none of its own.")
+    class_data_dir: Path | None = field(None, "Folder of class pictures; null means OUTPUT_DIR/class_images.")
+    class_prompt: str | None = field(None, "Prompt of the class, such as 'a photo of a dog'; turns the prior on.")
+    num_class_images: NonNegativeInt = field(0, "Class pictures wanted; the base model makes those missing.")
+    prior_loss_weight: float = field(1.0, "Weight of the prior-preservation loss.", ge=0)
+    resolution: PositiveInt = field(512, "Side of the training pictures in pixels; a multiple of 8.")
+    center_crop: bool = field(True, "Crop at the centre; false crops at random.")
+    random_flip: bool = field(False, "Mirror half of the pictures.")
+    caption_dropout: float = field(0.0, "Share of captions that are replaced by the empty prompt.", ge=0, le=1)
+    cache: bool = field(True, "Encode pictures and prompts once, and free the encoders; false encodes at each step.")
+    cache_dir: Path | None = field(None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache.")
+    cache_variants: PositiveInt = field(4, "Random crops and flips kept for each picture.")
+    skip_corrupt: bool = field(False, "Leave unreadable pictures out with a warning instead of stopping.")
+
+    @property
+    def prior(self) -> bool:
+        return self.num_class_images > 0
+
+    @property
+    def variants(self) -> int:
+        return self.cache_variants if self.random_flip or not self.center_crop else 1
+
+
+class ObjectiveConfig(Section):
+    snr_gamma: PositiveFloat | None = field(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual.")
+    debiased: bool = field(False, "Weight by 1 / sqrt(SNR) (Yu et al. 2023).")
+    noise_offset: float = field(0.0, "Adds a constant per channel to the noise, for darker and lighter pictures.", ge=0)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
+    learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
+    text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
+    betas: tuple[float, float] = field((0.9, 0.999), "Adam's running averages.")
+    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
+    eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = field("constant", "Learning rate over the steps.")
+    lr_warmup_steps: NonNegativeInt = field(0, "Steps of linear warm-up.")
+    lr_num_cycles: PositiveInt = field(1, "Restarts of cosine_with_restarts.")
+    lr_power: PositiveFloat = field(1.0, "Power of polynomial.")
+
+
+class TrainConfig(Section):
+    max_train_steps: PositiveInt = field(800, "Optimiser steps.")
+    train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
+    gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
+    gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
+    max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
+    train_text_encoder: bool = field(False, "Train the text encoder too.")
+    ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
+
+
+class CheckpointConfig(Section):
+    checkpointing_steps: PositiveInt = field(500, "Steps between checkpoints; the last step is always saved.")
+    checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
+    resume_from_checkpoint: str | None = field("latest", "latest, the path of a checkpoint, or null to begin anew.")
+
+
+class ValidationConfig(Section):
+    prompts: list[str] = field([], "Prompts to sample.")
+    negative_prompt: str = field("", "Negative prompt of the samples.")
+    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
+    num_images: PositiveInt = field(1, "Pictures per prompt.")
+    num_inference_steps: PositiveInt = field(30, "Sampler steps.")
+    guidance_scale: float = field(7.5, "Classifier-free guidance.", ge=0)
+    seed: int = field(0, "Picture i of a prompt starts from the noise of seed + i.")
+
+
+class TrackingConfig(Section):
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        ["tensorboard"], "Trackers; metrics.jsonl is always written."
+    )
+    project_name: str = field("diffusion-trainers", "Project in the tracker.")
+    log_every: PositiveInt = field(10, "Steps between log lines.")
+
+
+class HubConfig(Section):
+    push_to_hub: bool = field(False, "Upload the result when the run ends.")
+    hub_model_id: str | None = field(None, "USER/NAME of the repository; null means the output folder's name.")
+    private: bool = field(False, "Create the repository as private.")
+
+
+class Config(Section):
+    kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/dreambooth"), "The run folder: everything that the run writes.")
+    seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig | None = field(LoraConfig(), "LoRA settings; null trains all weights.")
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    hub: HubConfig = HubConfig()
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """Rules that one field's type cannot state, as (path, message)."""
+        data, optimizer = self.data, self.optimizer
+        if data.instance_data_dir is None and data.dataset_name is None:
+            yield "data.instance_data_dir", "no pictures: give a folder here, or data.dataset_name"
+        if data.instance_data_dir is not None and data.dataset_name is not None:
+            yield "data.dataset_name", "two sources of pictures: drop this or data.instance_data_dir"
+        if data.instance_data_dir is not None and not data.instance_data_dir.is_dir():
+            yield "data.instance_data_dir", f"no such folder: {data.instance_data_dir}"
+        if data.class_data_dir is not None and data.num_class_images == 0:
+            yield "data.class_data_dir", "class pictures without data.num_class_images: say how many to use"
+        if data.prior and not data.class_prompt:
+            yield "data.class_prompt", "prior preservation (data.num_class_images > 0) needs a class prompt"
+        if data.class_prompt and not data.prior:
+            yield "data.num_class_images", "a class prompt without class pictures: say how many to use, 100 is usual"
+        if data.resolution % 8:
+            yield "data.resolution", f"must be a multiple of 8, not {data.resolution}"
+        if self.objective.debiased and self.objective.snr_gamma:
+            yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
+        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
+            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
+        if optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
+            yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
+        if isinstance(self.lora and self.lora.target_modules, str):
+            try:
+                re.compile(self.lora.target_modules)
+            except re.error as error:
+                yield "lora.target_modules", f"not a valid regex: {error}"
+        wanted = {
+            "optimizer.name": {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"},
+            "tracking.report_to": {name: name for name in ("tensorboard", "wandb", "trackio")},
+        }
+        for path, packages in wanted.items():
+            for name in [optimizer.name] if path == "optimizer.name" else self.tracking.report_to:
+                if name in packages and importlib.util.find_spec(packages[name]) is None:
+                    yield path, f"{name} needs a package that is not installed: pip install {packages[name]}"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's floats, so that 1e-4 is a number."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
+)
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+# resolvers are tried in order: integers must come before floats
+for first in Loader.yaml_implicit_resolvers.values():
+    first.sort(key=lambda rule: rule[0] == "tag:yaml.org,2002:float")
+
+
+def parse(text: str) -> Any:
+    return yaml.load(text, Loader)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config in the YAML file `path`, changed by `section.key=value` overrides.
+
+    Raises: UserError that lists every mistake, a line each, with its path and the nearest right name.
+    """
+    try:
+        tree = parse(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as 'model:' and 'data:', not a {type(tree).__name__}")
+    found = [message for override in overrides if (message := apply(tree, override))]
+    config, more = validate(tree)
+    if found + more:
+        raise UserError("\n".join(found + more))
+    return config
+
+
+def apply(tree: dict, override: str) -> str | None:
+    """Set one `section.key=value` in `tree`; returns what is wrong with it, if anything."""
+    name, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: an override is written section.key=value"
+    *sections, key = name.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            return f"{override}: {section} is not a section"
+    tree[key] = parse(value)
+    return None
+
+
+def validate(tree: dict) -> tuple[Config, list[str]]:
+    """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be checked."""
+    messages: dict[str, str] = {}
+    while True:
+        try:
+            config = Config.model_validate(tree)
+            break
+        except ValidationError as error:
+            for problem in error.errors():
+                location = [str(part) for part in problem["loc"][:2]]  # a section and its key
+                messages.setdefault(".".join(location), describe(problem, location))
+                remove(tree, location)
+    for path, message in config.mistakes():
+        messages.setdefault(path, f"{path}: {message}")
+    return config, list(messages.values())
+
+
+def describe(problem: Any, location: list[str]) -> str:
+    path, seen = ".".join(location), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown key{nearest(location)}"
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        close = get_close_matches(str(seen), choices, 1, 0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{path}: {seen!r} is not one of {', '.join(choices)}{hint}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{path}: {message}, not {seen!r}"
+
+
+def nearest(location: list[str]) -> str:
+    """'; did you mean ...?' with the config's most similar path, looking in the same section first."""
+    *section, key = location
+    paths = known_paths()
+    siblings = [p.split(".")[-1] for p in paths if p.split(".")[:-1] == section]
+    if close := get_close_matches(key, siblings, 1, 0.6):
+        return f"; did you mean {'.'.join([*section, close[0]])}?"
+    if homes := [p for p in paths if p.split(".")[-1] == key]:
+        return f"; did you mean {homes[0]}?"
+    close = get_close_matches(key, [p.split(".")[-1] for p in paths], 1, 0.7)
+    return next((f"; did you mean {p}?" for p in paths if close and p.split(".")[-1] == close[0]), "")
+
+
+def known_paths() -> list[str]:
+    paths = []
+    for name, value in Config().model_dump().items():
+        paths += [name, *(f"{name}.{key}" for key in value)] if isinstance(value, dict) else [name]
+    return paths
+
+
+def remove(tree: Any, location: list[str]) -> None:
+    """Drop the part of `tree` at `location`, or the nearest enclosing part that exists."""
+    for part in location[:-1]:
+        if not isinstance(tree.get(part), dict):
+            tree.pop(part, None)
+            return
+        tree = tree[part]
+    tree.pop(location[-1], None)
+
+
+def dump(config: Config) -> str:
+    """YAML text that loads again to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def schema() -> str:
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

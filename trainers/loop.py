@@ -1,0 +1,82 @@
+"""The one training loop. A task yields losses by player; the loop steps that player's optimiser and resumes the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .draws import Draws, mix
+
+
+@dataclass
+class Player:
+    """A module and the optimiser of its trained parameters. LoRA has one player, a GAN two."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+class Task(Protocol):
+    players: dict[str, Player]
+
+    def losses(self, batch: Any, rng: Draws) -> Iterator[tuple[str, Tensor]]:
+        """Yield (player, scalar loss); when resumed, that player's optimiser has stepped."""
+
+    def sample(self, folder: Path) -> None:
+        """Write pictures of what has been learnt so far."""
+
+    def save(self, folder: Path) -> None:
+        """Write what the run is for (LoRA weights, a model), as opposed to the state to resume it."""
+
+
+class Batches(Protocol):
+    def __call__(self, step: int) -> Iterable[tuple[Any, list[int]]]:
+        """This process's micro-batches of one step, each with its rows in the global batch."""
+
+
+Means = dict[str, Tensor]  # scalars on the device: each player's mean loss and gradient norm
+Observer = Callable[[int, Means], None]  # called after optimiser step n with the means of that step
+
+
+def train(
+    task: Task,
+    batches: Batches,
+    config: TrainConfig,
+    seed: int,
+    accelerator: Accelerator,
+    rate: Callable[[int], float],
+    observers: Iterable[Observer] = (),
+    start: int = 0,
+) -> None:
+    """Run optimiser steps `start` + 1 .. `config.max_train_steps`. Nothing leaves the device here: observers do that."""
+    for player in task.players.values():
+        player.module.train()
+        for group in player.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # kept with the optimiser, so a resumed run does not decay twice
+    modules = [player.module for player in task.players.values()]
+    for step in range(start, config.max_train_steps):
+        means: Means = {}
+        for micro, (batch, rows) in enumerate(batches(step)):
+            torch.manual_seed(mix(seed, step, micro, "dropout", accelerator.process_index))
+            with accelerator.accumulate(*modules):
+                for name, loss in task.losses(batch, Draws(seed, step, rows, accelerator.device)):
+                    player = task.players[name]
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        trained = [p for p in player.module.parameters() if p.requires_grad]
+                        means[f"{name}_grad_norm"] = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+                        for group in player.optimizer.param_groups:
+                            group["lr"] = group["initial_lr"] * rate(step)
+                    player.optimizer.step()
+                    player.optimizer.zero_grad()
+                    share = loss.detach() / accelerator.gradient_accumulation_steps
+                    means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
+        for observe in observers:
+            observe(step + 1, means)
