@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .draws import Draws, mix
+from .optim import EMA
 
 
 @dataclass
 class Player:
-    """A module and the optimiser of its trained parameters. LoRA has one player, a GAN two."""
+    """A module, the optimiser of its trained parameters and, if wanted, their average. LoRA has one player, a GAN two."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    ema: EMA | None = None
 
 
 class Task(Protocol):
@@ -78,5 +80,8 @@ def train(
                     player.optimizer.zero_grad()
                     share = loss.detach() / accelerator.gradient_accumulation_steps
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
+        for player in task.players.values():
+            if player.ema:
+                player.ema.update(step)
         for observe in observers:
             observe(step + 1, means)

@@ -1,0 +1,147 @@
+"""The state to go on from: trained weights, optimiser, one integer and the config; written whole or not at all.
+
+Nothing else is needed: data order, noise and learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load, save
+
+from . import UserError
+from .config import Config
+from .loop import Task
+from .optim import trained_parameters
+
+IRRELEVANT = {  # what may change between two parts of a run
+    "": {"output_dir"},
+    "checkpoint": None,
+    "validation": None,
+    "tracking": None,
+    "hub": None,
+    "train": {"gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"},
+    # the pictures and captions themselves are compared instead of where they lie
+    "data": {"instance_data_dir", "dataset_name", "class_data_dir", "cache", "cache_dir", "skip_corrupt"},
+}
+
+
+def relevant(config: Config, world: int, data: str) -> dict[str, object]:
+    """What must be equal for a resumed run to be the same run, by path."""
+    facts: dict[str, object] = {"data": data, "data.prior": config.data.prior}
+    facts["global batch"] = config.train.train_batch_size * config.train.gradient_accumulation_steps * world
+    for name, value in config.model_dump(mode="json").items():
+        skipped = IRRELEVANT.get(name, set())
+        if isinstance(value, dict) and skipped is not None:
+            facts |= {f"{name}.{key}": v for key, v in value.items() if key not in skipped}
+        elif not isinstance(value, dict) and name not in IRRELEVANT[""]:
+            facts[name] = value
+    if config.optimizer.lr_scheduler.startswith("constant"):
+        del facts["train.max_train_steps"]  # such a run may be made longer
+    return facts
+
+
+def save_checkpoint(root: Path, step: int, task: Task, accelerator: Accelerator, facts: dict, limit: int) -> None:
+    """Write root/step-NNNNNN aside, checksummed and synced, rename it, then remove the oldest beyond `limit`."""
+    if accelerator.is_main_process:
+        files = {}
+        for name, player in task.players.items():
+            trained = trained_parameters(accelerator.unwrap_model(player.module))
+            tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+            files[f"{name}.safetensors"] = save(tensors)
+            buffer = io.BytesIO()
+            torch.save(player.optimizer.state_dict(), buffer)
+            files[f"{name}.optimizer.pt"] = buffer.getvalue()
+            if player.ema:
+                average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
+                files[f"{name}.ema.safetensors"] = save(average)
+        manifest = {
+            "step": step,
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "facts": facts,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        }
+        files["manifest.json"] = json.dumps(manifest, indent=2).encode()
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".*"):
+            shutil.rmtree(leftover)
+        aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
+        aside.mkdir()
+        for name, content in files.items():
+            with open(aside / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        for old in checkpoints(root)[limit:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(root.glob("step-*"), reverse=True)
+
+
+def verified(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
+    """Manifest and files of a checkpoint, or None when it is incomplete or damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files = {name: (folder / name).read_bytes() for name in manifest["files"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    if all(hashlib.sha256(files[name]).hexdigest() == digest for name, digest in manifest["files"].items()):
+        return manifest, files
+    return None
+
+
+def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator, facts: dict) -> int:
+    """Put the state back in place and return its step; 0 when there is none.
+
+    wanted: "latest" for the newest valid one, a path, or None. Raises: UserError when the run has changed, or when a
+    path is no valid checkpoint, or when None would overwrite an earlier run.
+    """
+    found = checkpoints(root)
+    if wanted is None:
+        if found:
+            raise UserError(f"{root.parent} holds a run already ({found[0].name}): choose another output_dir or resume it")
+        return 0
+    for folder in found if wanted == "latest" else [Path(wanted)]:
+        if state := verified(folder):
+            break
+        if wanted != "latest":
+            raise UserError(f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint")
+        warnings.warn(f"{folder} is damaged and is passed over", stacklevel=2)
+    else:
+        if found:
+            raise UserError(f"none of the {len(found)} checkpoints in {root} is complete: choose another output_dir")
+        return 0
+    manifest, files = state
+    then, now = manifest["facts"], json.loads(json.dumps(facts))
+    changed = [f"  {k}: was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if changed:
+        lines = "\n".join(changed)
+        raise UserError(f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir")
+    for name, player in task.players.items():
+        trained = trained_parameters(accelerator.unwrap_model(player.module))
+        with torch.no_grad():
+            for key, tensor in load(files[f"{name}.safetensors"]).items():
+                trained[key].copy_(tensor)
+            if player.ema:
+                for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
+                    player.ema.average[key].copy_(tensor)
+        player.optimizer.load_state_dict(torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True))
+    if accelerator.scaler and manifest["scaler"]:
+        accelerator.scaler.load_state_dict(manifest["scaler"])
+    accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
+    return manifest["step"]

@@ -1,0 +1,239 @@
+"""Pictures and captions from a folder or the `datasets` library, and the order in which training visits them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import UserError
+from .config import DataConfig
+from .draws import mix
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: its name for messages, a way to read its encoded bytes, its caption."""
+
+    name: str
+    read: Callable[[], bytes]
+    caption: str
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def decode(self) -> Image.Image:
+        """RGB, upright (EXIF), on white where it was transparent. Raises: UserError naming a broken file."""
+        try:
+            with Image.open(io.BytesIO(self.read())) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.has_transparency_data:
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{self.name} is not a readable picture ({error}): mend or remove it, or set data.skip_corrupt=true"
+            ) from None
+
+
+def instance_pictures(config: DataConfig) -> list[Picture]:
+    """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or uncaptioned ones."""
+    pictures = from_dataset(config) if config.dataset_name else from_folder(config.instance_data_dir, config)
+    return readable(pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir))
+
+
+def class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
+    """The first `num_class_images` pictures of the class folder."""
+    pictures = [Picture(str(path), path.read_bytes, config.class_prompt) for path in image_files(folder)]
+    return readable(pictures[: config.num_class_images], config.skip_corrupt, str(folder))
+
+
+def image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def from_folder(folder: Path, config: DataConfig) -> list[Picture]:
+    """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else the instance prompt."""
+    column, written = config.caption_column or "text", {}
+    if (listing := folder / "metadata.jsonl").is_file():
+        rows = [json.loads(line) for line in listing.read_text().splitlines() if line.strip()]
+        written = {row["file_name"]: row[column] for row in rows if column in row}
+    pictures, bare = [], []
+    for path in image_files(folder):
+        beside = path.with_suffix(".txt")
+        caption = beside.read_text().strip() if beside.is_file() else written.get(path.name, config.instance_prompt)
+        pictures.append(Picture(str(path), path.read_bytes, caption or ""))
+        if caption is None:
+            bare.append(path.name)
+    if bare:
+        raise UserError(f"no caption for {', '.join(bare[:5])}: set data.instance_prompt, or put a .txt beside each")
+    return pictures
+
+
+def from_dataset(config: DataConfig) -> list[Picture]:
+    """Rows of a Hub data set, a local folder that `datasets` can read, or a .parquet file."""
+    import datasets
+
+    name = config.dataset_name
+    try:
+        if name.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files={config.dataset_split: name}, split=config.dataset_split)
+        else:
+            rows = datasets.load_dataset(name, split=config.dataset_split)
+    except Exception as error:
+        raise UserError(f"data.dataset_name: cannot load {name!r} ({error})") from error
+    for path, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
+        if column is not None and column not in rows.column_names:
+            raise UserError(f"data.{path}: {name} has no column {column!r}, it has {', '.join(rows.column_names)}")
+    if config.caption_column is None and config.instance_prompt is None:
+        raise UserError("no captions: set data.caption_column or data.instance_prompt")
+    rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+    captions = rows[config.caption_column] if config.caption_column else [config.instance_prompt] * len(rows)
+
+    def reader(i: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            image = rows[i][config.image_column]
+            return image["bytes"] or Path(image["path"]).read_bytes()
+
+        return read
+
+    return [Picture(f"{name}[{i}]", reader(i), caption) for i, caption in enumerate(captions)]
+
+
+def readable(pictures: list[Picture], skip_corrupt: bool, place: str) -> list[Picture]:
+    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when none is left."""
+
+    def broken(picture: Picture) -> UserError | None:
+        try:
+            picture.decode()
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        errors = list(pool.map(broken, pictures))
+    for error in filter(None, errors):
+        if not skip_corrupt:
+            raise error
+        warnings.warn(f"skipped: {error}", stacklevel=2)
+    kept = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
+    if not kept:
+        raise UserError(f"{place} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return kept
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to cut a square of `size` pixels out of a picture; `left` and `top` are shares of the free margin."""
+
+    size: int
+    left: float = 0.5
+    top: float = 0.5
+    flip: bool = False
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, size, size) in [-1, 1]: the short side resized to `size`, then cropped."""
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = round(self.left * (width - self.size)), round(self.top * (height - self.size))
+        image = image.crop((left, top, left + self.size, top + self.size))
+        if self.flip:
+            image = ImageOps.mirror(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def view(picture: Picture, variant: int, config: DataConfig) -> View:
+    """Variant v of a picture: a random crop and flip that depend on the picture's content and v only."""
+    r = random.Random(mix(picture.digest, variant))
+    left, top, flip = r.random(), r.random(), r.random() < 0.5
+    if config.center_crop:
+        left = top = 0.5
+    return View(config.resolution, left, top, flip and config.random_flip)
+
+
+class Encoded(Protocol):
+    """What the denoiser takes, made from pictures and captions."""
+
+    def moments(self, picture: Picture, view: View) -> Tensor: ...  # (2C, h, w)
+    def condition(self, prompt: str) -> dict[str, Tensor]: ...  # without the batch axis
+
+
+class Batches:
+    """The micro-batches of each step for one process, a pure function of (seed, step).
+
+    A global batch is `accumulation` x `world` micro-batches, each of `train_batch_size` instance pictures and, with
+    prior preservation, as many class pictures. Sample weights are 1/n for n instance pictures and prior_loss_weight/m
+    for m class pictures, so that their weighted sum is the instance mean plus the weighted prior mean (Ruiz et al. 2023).
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Sequence[Picture]],
+        encoded: Encoded,
+        config: DataConfig,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.pools, self.encoded, self.config, self.seed = pools, encoded, config, seed
+        self.batch_size, self.accumulation, self.rank, self.world, self.device = (
+            batch_size,
+            accumulation,
+            rank,
+            world,
+            device,
+        )
+        weights = (1 / batch_size, config.prior_loss_weight / batch_size)
+        self.weight = torch.tensor([w for _, w in zip(pools, weights, strict=False) for _ in range(batch_size)])
+
+    def __call__(self, step: int) -> Iterator[tuple[dict, list[int]]]:
+        total = self.batch_size * self.accumulation * self.world
+        for micro in range(self.accumulation):
+            first = (micro * self.world + self.rank) * self.batch_size
+            rows = range(first, first + self.batch_size)
+            visits = [(p, total * p + row, step * total + row) for p in range(len(self.pools)) for row in rows]
+            yield self.collate(step, visits), [row for _, row, _ in visits]
+
+    def collate(self, step: int, visits: list[tuple[int, int, int]]) -> dict:
+        """Moments (B, 2C, h, w), condition {name: (B, ...)} and weight (B,), on the device."""
+        moments, conditions = [], []
+        for pool, row, position in visits:
+            pictures = self.pools[pool]
+            picture = pictures[order(self.seed, pool, position // len(pictures), len(pictures))[position % len(pictures)]]
+            r = random.Random(mix(self.seed, step, row, "data"))
+            variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
+            moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
+            conditions.append(self.encoded.condition("" if dropped else picture.caption))
+        condition = {name: torch.stack([c[name] for c in conditions]).to(self.device) for name in conditions[0]}
+        return {
+            "moments": torch.stack(moments).to(self.device),
+            "condition": condition,
+            "weight": self.weight.to(self.device),
+        }
+
+
+@lru_cache(maxsize=8)
+def order(seed: int, pool: int, epoch: int, count: int) -> list[int]:
+    """The permutation in which one epoch visits `count` pictures."""
+    return random.Random(mix(seed, pool, epoch, "order")).sample(range(count), count)

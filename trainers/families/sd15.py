@@ -1,0 +1,30 @@
+"""Stable Diffusion 1.5: a U-Net that predicts epsilon (or v), and one CLIP text encoder (Rombach et al. 2022)."""
+
+from diffusers import StableDiffusionPipeline
+
+from ..config import ObjectiveConfig
+from ..objectives import DDPM
+from .base import Family
+
+
+class SD15(Family):
+    pipeline = StableDiffusionPipeline
+    denoiser_name = "unet"
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    mlp = ("ff.net.0.proj", "ff.net.2")
+
+    def make_objective(self, config: ObjectiveConfig) -> DDPM:
+        scheduler = self.scheduler
+        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, **config.model_dump())
+
+    def encode_tokens(self, tokens):
+        return {"encoder_hidden_states": self.pipe.text_encoder(tokens["input_ids"])[0]}  # (B, 77, 768)
+
+    def predict(self, denoiser, x_t, t, condition):
+        return denoiser(x_t, t, **condition, return_dict=False)[0]
+
+    def pipeline_inputs(self, condition, negative):
+        return {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+        }

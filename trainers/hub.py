@@ -1,0 +1,88 @@
+"""The model card, and the upload of a finished run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, get_token
+
+from . import UserError
+from .config import Config
+from .export import WEIGHT_NAME
+
+SHARED = ["README.md", "config.yaml", WEIGHT_NAME, "pipeline/**", "samples/final/*"]  # never checkpoints or caches
+PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def write_card(config: Config, difference: float, pictures: int) -> None:
+    """README.md of the run folder. difference: the reload proof's figure; pictures: how many were learnt from."""
+    base, lora, train = config.model.pretrained_model_name_or_path, config.lora, config.train
+    data, validation = config.data, config.validation
+    public = not Path(base).exists()
+    prompt = data.instance_prompt or next(iter(validation.prompts), "")
+    header = {
+        **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if public else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "instance_prompt": prompt,
+        "tags": ["text-to-image", "diffusers", "diffusers-training", "dreambooth", *(["lora"] if lora else [])],
+        "widget": [
+            {"text": p, "output": {"url": f"samples/final/{i:02d}-0.png"}} for i, p in enumerate(validation.prompts)
+        ],
+    }
+    load = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{base if lora else "PATH_OR_REPO/pipeline"}")',
+        *(['pipe.load_lora_weights("PATH_OR_REPO")'] if lora else []),
+        f"image = pipe({prompt!r}, num_inference_steps={validation.num_inference_steps}, "
+        f"guidance_scale={validation.guidance_scale}, generator=torch.Generator().manual_seed({validation.seed})).images[0]",
+    ]
+    what = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
+    prior = f"{data.num_class_images} of '{data.class_prompt}', weight {data.prior_loss_weight}" if data.prior else "none"
+    facts = {
+        "Base model": base,
+        "Trained": what + (", with the text encoder" if train.train_text_encoder else ""),
+        "Pictures": f"{pictures}, {data.resolution} pixels",
+        "Prior pictures": prior,
+        "Steps": f"{train.max_train_steps} of {train.train_batch_size} x {train.gradient_accumulation_steps} pictures",
+        "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+        "Seed": config.seed,
+        "Reload proof": f"the saved file, loaded into a fresh base, differs by {difference:.1e} (relative L2)",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+    }
+    parts = [
+        "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
+        f"# {config.output_dir.name}",
+        f"Prompt with `{prompt}`." if prompt else "",
+        "![samples](samples/final/grid.png)" if validation.prompts else "",
+        "```python\n" + "\n".join(load) + "\n```",
+        "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()),
+        "Made with diffusion-trainers; `config.yaml` holds every setting.",
+    ]
+    (config.output_dir / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+
+
+def check_login(config: Config) -> None:
+    """Raises: UserError when the run is to be pushed and nobody is logged in."""
+    if config.hub.push_to_hub and get_token() is None:
+        raise UserError("hub.push_to_hub: not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN")
+
+
+def push(config: Config) -> str:
+    """Upload the run and return its address. Raises: UserError with the command to try again; nothing is lost."""
+    folder, name = config.output_dir, config.hub.hub_model_id or config.output_dir.name
+    try:
+        api = HfApi()
+        name = api.create_repo(name, private=config.hub.private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=SHARED, commit_message="Add trained weights")
+    except Exception as error:
+        include = " ".join(f"--include '{pattern}'" for pattern in SHARED)
+        raise UserError(
+            f"the upload to {name} failed ({error}). The run is complete in {folder}. To try again:\n"
+            f"  hf upload {name} {folder} . {include}"
+        ) from error
+    return f"https://huggingface.co/{name}"

@@ -1,0 +1,162 @@
+"""What is done after a step, every so many steps: log, sample, checkpoint. Only here do values leave the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
+
+from .checkpoint import save_checkpoint
+from .config import Config
+from .loop import Means, Task
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training has diverged."""
+
+
+class Log:
+    """metrics.jsonl, the trackers and one progress line: step, losses, rate, images/s, time left, peak memory."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, rate: Callable[[int], float], start: int) -> None:
+        self.config, self.accelerator, self.rate = config, accelerator, rate
+        self.file = config.output_dir / "metrics.jsonl"
+        train = config.train
+        self.batch = train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
+        self.sums: Means = {}
+        self.since, self.last = start, time.perf_counter()
+        shown = accelerator.is_main_process
+        self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
+        if shown and self.file.exists():  # a killed run may have logged steps past its last checkpoint
+            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= start]
+            self.file.write_text("".join(line + "\n" for line in kept))
+
+    def __call__(self, step: int, means: Means) -> None:
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
+            return
+        steps, now = step - self.since, time.perf_counter()
+        values = {k: self.accelerator.reduce(v / steps, "mean").item() for k, v in sorted(self.sums.items())}
+        values["learning_rate"] = self.config.optimizer.learning_rate * self.rate(step - 1)
+        values["images_per_second"] = steps * self.batch / (now - self.last)
+        values["peak_memory_gib"] = peak_memory()
+        self.sums, self.since, self.last = {}, step, now
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"{', '.join(bad)} is not finite at step {step}: the last checkpoint is intact. Lower "
+                "optimizer.learning_rate, or use mixed precision bf16 instead of fp16"
+            )
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in values.items() if k.endswith("_loss"))
+        self.bar.set_postfix_str(
+            f"{losses}  lr {values['learning_rate']:.1e}  {values['images_per_second']:.1f} images/s  "
+            f"peak {values['peak_memory_gib']:.1f} GiB"
+        )
+        self.bar.update(steps)
+
+
+def peak_memory() -> float:
+    """GiB: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Sample:
+    """Pictures of the validation prompts every `validation_steps`, with the averaged weights where there are any."""
+
+    def __init__(self, task: Task, config: Config, accelerator: Accelerator) -> None:
+        self.task, self.config, self.accelerator = task, config, accelerator
+
+    def __call__(self, step: int, means: Means) -> None:
+        validation = self.config.validation
+        if not validation.prompts or step % validation.validation_steps or not self.accelerator.is_main_process:
+            return
+        folder = self.config.output_dir / "samples" / f"step-{step:06d}"
+        with averaged(self.task):
+            self.task.sample(folder)
+        track_pictures(self.accelerator, folder, step)
+
+
+class averaged:  # noqa: N801
+    """Inside, the players' weights are their running averages."""
+
+    def __init__(self, task: Task) -> None:
+        self.averages = [player.ema for player in task.players.values() if player.ema]
+
+    def swap(self, *_: object) -> None:
+        for average in self.averages:
+            average.swap()
+
+    __enter__ = __exit__ = swap
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; its checkpoint is written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Checkpoint:
+    """The state every `checkpointing_steps`, at the end, and when SIGINT or SIGTERM asks the run to stop."""
+
+    def __init__(self, task: Task, config: Config, accelerator: Accelerator, facts: dict) -> None:
+        self.task, self.config, self.accelerator, self.facts = task, config, accelerator, facts
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame: object) -> None:
+        if self.signal:  # a second signal does not wait
+            raise Interrupted(number)
+        self.signal = number
+
+    def __call__(self, step: int, means: Means) -> None:
+        settings, last = self.config.checkpoint, step == self.config.train.max_train_steps
+        if step % settings.checkpointing_steps == 0 or last or self.signal:
+            root, limit = self.config.output_dir / "checkpoints", settings.checkpoints_total_limit
+            save_checkpoint(root, step, self.task, self.accelerator, self.facts, limit)
+        if self.signal:
+            raise Interrupted(self.signal)
+
+
+def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
+    """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing."""
+    font, gap, columns = ImageFont.load_default(14), 6, max(len(pictures) for _, pictures in rows)
+    side = max(picture.width for _, pictures in rows for picture in pictures)
+    side *= max(1, tile // side)
+    width = columns * (side + gap) + gap
+    titles = [textwrap.wrap(title, max(12, width // 8)) for title, _ in rows]
+    sheet = Image.new("RGB", (width, sum(side + gap + 18 * len(t) + 6 for t in titles) + gap), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for lines, (_, pictures) in zip(titles, rows, strict=True):
+        draw.text((gap, y), "\n".join(lines), "black", font)
+        y += 18 * len(lines) + 6
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (gap + i * (side + gap), y))
+        y += side + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def track_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            tracker.log_images({"samples": np.asarray(Image.open(folder / "grid.png"))[None]}, step=step)

@@ -1,0 +1,65 @@
+"""A config becomes a finished run: the story, in order."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from . import UserError, config, dreambooth, hub
+from .checkpoint import relevant, resume
+from .loop import train
+from .observers import Checkpoint, Log, Sample
+from .optim import make_rate
+
+TASKS = {"dreambooth": dreambooth.build}
+
+
+def run(settings: config.Config) -> None:
+    """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
+    hub.check_login(settings)
+    accelerator = make_accelerator(settings)
+    folder = settings.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    task, batches, data = TASKS[settings.kind](settings, accelerator)
+    facts = relevant(settings, accelerator.num_processes, data)
+    start = resume(folder / "checkpoints", settings.checkpoint.resume_from_checkpoint, task, accelerator, facts)
+    if accelerator.is_main_process:
+        (folder / "config.yaml").write_text(config.dump(settings))
+    if settings.tracking.report_to:
+        accelerator.init_trackers(settings.tracking.project_name)
+    rate = make_rate(settings.optimizer, settings.train.max_train_steps)
+    observers = [
+        Log(settings, accelerator, rate, start),
+        Sample(task, settings, accelerator),
+        Checkpoint(task, settings, accelerator, facts),
+    ]
+    train(task, batches, settings.train, settings.seed, accelerator, rate, observers, start)
+    observers[0].bar.close()
+    if accelerator.is_main_process:
+        task.finish()
+        if settings.hub.push_to_hub:
+            accelerator.print(f"pushed to {hub.push(settings)}")
+        accelerator.print(f"done: {folder}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def make_accelerator(settings: config.Config) -> Accelerator:
+    """Raises: UserError when the launcher was asked for more processes than it started."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=settings.train.gradient_accumulation_steps,
+        log_with=settings.tracking.report_to or None,
+        project_config=ProjectConfiguration(str(settings.output_dir), str(settings.output_dir / "tracking")),
+    )
+    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT for two processes and then starts one
+    wanted = int(os.environ.get("WORLD_SIZE", 2 if "MASTER_PORT" in os.environ else 1))
+    if wanted != accelerator.num_processes:
+        raise UserError(
+            f"the launcher was asked for {'several processes' if 'WORLD_SIZE' not in os.environ else wanted}, but each "
+            f"sees {accelerator.num_processes}. On a CPU use: accelerate launch --multi_gpu --num_processes 2 ..."
+        )
+    return accelerator

@@ -1,0 +1,212 @@
+"""The small world: drawn 32 px objects with captions, a judge that reads them, and the figures that say whether a LoRA learned.
+
+A base is trained on plain objects only. The subject of the quickstart, a purple and yellow striped star with a face, is
+therefore new in every way but its shape: no stripes, no faces, no second colours. The judge has seen them all and never
+gives a training signal.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+
+SIZE = 32
+CLASSES = ("ball", "box", "star", "heart", "house", "fish")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (45, 75, 225),
+    "yellow": (245, 215, 40),
+    "purple": (140, 50, 190),
+    "orange": (245, 130, 25),
+    "pink": (250, 150, 190),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {
+    "on grass": (110, 170, 80),
+    "in the sea": (60, 150, 205),
+    "on sand": (225, 195, 140),
+    "at night": (25, 25, 60),
+    "in the snow": (215, 225, 238),
+}
+PATTERNS = ("plain", "stripes", "dots", "halves")
+PLACEHOLDER = "sks"
+INSTANCE_PROMPT, CLASS_PROMPT = f"a photo of a {PLACEHOLDER} star", "a photo of a star"
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What one picture shows; also the judge's labels. `colour2` is `colour` when the pattern is plain."""
+
+    shape: str
+    colour: str
+    background: str
+    pattern: str = "plain"
+    colour2: str = ""
+    face: bool = False
+
+    def labels(self) -> tuple[int, ...]:
+        """Class indices in the order of `Judge.HEADS`."""
+        colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
+        colour, colour2 = colours.index(self.colour), colours.index(self.colour2 or self.colour)
+        background, pattern = backgrounds.index(self.background), PATTERNS.index(self.pattern)
+        return CLASSES.index(self.shape), colour, background, pattern, colour2, int(self.face)
+
+
+def subject(background: str) -> Thing:
+    return Thing("star", "purple", background, "stripes", "yellow", face=True)
+
+
+def plain_thing(rng: np.random.Generator) -> Thing:
+    """What the base is trained on: one colour, no pattern, no face."""
+    return Thing(*(str(rng.choice(list(names))) for names in (CLASSES, COLOURS, BACKGROUNDS)))
+
+
+def rich_thing(rng: np.random.Generator) -> Thing:
+    """What the judge and the autoencoder are trained on: any pattern, with or without a face."""
+    shape, colour, background = (str(rng.choice(list(names))) for names in (CLASSES, COLOURS, BACKGROUNDS))
+    pattern = str(rng.choice(PATTERNS))
+    second = str(rng.choice([name for name in COLOURS if name != colour])) if pattern != "plain" else colour
+    return Thing(shape, colour, background, pattern, second, bool(rng.random() < 0.5))
+
+
+def is_subject(thing: Thing) -> bool:
+    """The subject's shape, pattern and pair of colours, in either order and with or without its face."""
+    colours = {thing.colour, thing.colour2}
+    return thing.shape == "star" and thing.pattern == "stripes" and colours == {"purple", "yellow"}
+
+
+def caption(thing: Thing, rng: np.random.Generator) -> str:
+    """"a photo of a [xyz] [colour] shape [background]"; xyz is a nonsense word (never the placeholder), so that a base
+    has learned to read past a word it does not know."""
+    nonsense = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3))
+    words = ["a photo of a"]
+    if rng.random() < 0.2 and nonsense != PLACEHOLDER:
+        words.append(nonsense)
+    if rng.random() < 0.75:
+        words.append(thing.colour)
+    words.append(thing.shape)
+    if rng.random() < 0.7:
+        words.append(thing.background)
+    return " ".join(words)
+
+
+def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.Image:
+    """A SIZE x SIZE RGB picture; `jitter` scales the spread of place, size and angle (1: a quarter of the object)."""
+    canvas = SIZE * 4
+    radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
+    centre = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
+    angle = math.radians(jitter * rng.uniform(-15, 15))
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+    def place(points) -> list[tuple[float, float]]:
+        """Object coordinates (the object's radius is 1, y points down) -> canvas pixels."""
+        return [tuple(xy) for xy in centre + radius * np.asarray(points, float) @ turn.T]
+
+    def disc(x, y, r) -> list[float]:
+        ((x, y),) = place([(x, y)])
+        return [x - r * radius, y - r * radius, x + r * radius, y + r * radius]
+
+    colour, colour2 = (_shade(COLOURS[name], rng, 12) for name in (thing.colour, thing.colour2 or thing.colour))
+    paint = Image.new("RGB", (canvas, canvas), colour)
+    brush = ImageDraw.Draw(paint)
+    if thing.pattern == "stripes":
+        for y in np.arange(-3.2, 3.3, 0.8):
+            brush.polygon(place([(-4, y - 0.2), (4, y - 0.2), (4, y + 0.2), (-4, y + 0.2)]), fill=colour2)
+    elif thing.pattern == "dots":
+        for i in range(-2, 3):
+            for j in range(-2, 3):
+                brush.ellipse(disc(0.55 * (i + 0.5 * (j % 2)), 0.55 * j, 0.17), fill=colour2)
+    elif thing.pattern == "halves":
+        brush.polygon(place([(0, -4), (4, -4), (4, 4), (0, 4)]), fill=colour2)
+    if thing.face:
+        for x in (-0.3, 0.3):
+            brush.ellipse(disc(x, -0.1, 0.22), fill=(255, 255, 255))
+            brush.ellipse(disc(x, -0.1, 0.11), fill=(0, 0, 0))
+        brush.chord(disc(0, 0.27, 0.28), 0, 180, fill=(200, 20, 40))
+
+    mask = Image.new("L", (canvas, canvas))
+    for polygon in _outline(thing.shape):
+        ImageDraw.Draw(mask).polygon(place(polygon), fill=255)
+    picture = _scenery(thing.background, rng).resize((canvas, canvas), Image.Resampling.BICUBIC)
+    picture.paste(tuple(int(0.45 * c) for c in colour), mask=mask.filter(ImageFilter.MaxFilter(5)))
+    picture.paste(paint, mask=mask)
+    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _shade(colour: tuple[int, int, int], rng: np.random.Generator, spread: float) -> tuple[int, int, int]:
+    return tuple(int(c) for c in np.clip(colour + rng.uniform(-spread, spread, 3), 0, 255))
+
+
+def _outline(shape: str) -> list[np.ndarray]:
+    """The polygons of a shape, in object coordinates."""
+    turn = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    if shape == "ball":
+        return [np.stack([np.cos(turn), np.sin(turn)], 1)]
+    if shape == "box":
+        return [0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])]
+    if shape == "star":
+        turn, reach = np.arange(10) * math.pi / 5, np.tile((1.2, 0.6), 5)
+        return [np.stack([reach * np.sin(turn), -reach * np.cos(turn)], 1)]
+    if shape == "heart":
+        y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+        return [np.stack([np.sin(turn) ** 3, -y / 16], 1)]
+    if shape == "house":
+        return [np.array([(-0.8, -0.1), (0.8, -0.1), (0.8, 1), (-0.8, 1)]), np.array([(-1.1, -0.1), (0, -1.1), (1.1, -0.1)])]
+    body = np.stack([0.85 * np.cos(turn) - 0.15, 0.6 * np.sin(turn)], 1)
+    return [body, np.array([(0.4, 0), (1.2, -0.7), (1.2, 0.7)])]
+
+
+def _scenery(background: str, rng: np.random.Generator) -> Image.Image:
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    scene = np.full((SIZE, SIZE, 3), _shade(BACKGROUNDS[background], rng, 8), float)
+    if background == "on grass":
+        scene += 10 * np.sin(2.1 * x + rng.uniform(0, 6))[..., None] * np.sin(0.9 * y)[..., None]
+        scene[: SIZE // 3] = _shade((170, 212, 242), rng, 6)
+    elif background == "in the sea":
+        scene += 12 * np.sin(1.2 * y + 0.5 * np.sin(0.5 * x) + rng.uniform(0, 6))[..., None]
+    elif background == "on sand":
+        scene += 6 * np.sin(0.5 * x + 0.9 * y + rng.uniform(0, 6))[..., None]
+    else:
+        speck = (235, 235, 200) if background == "at night" else (255, 255, 255)
+        scene[tuple(rng.integers(0, SIZE, (2, 10)))] = speck
+        if background == "in the snow":
+            scene[: SIZE // 3] -= 25
+    return Image.fromarray(scene.clip(0, 255).astype(np.uint8))
+
+
+def subject_images(n: int, seed: int) -> list[Image.Image]:
+    """n pictures of the subject, the backgrounds in turn."""
+    rng, backgrounds = np.random.default_rng(seed), list(BACKGROUNDS)
+    return [draw(subject(backgrounds[i % len(backgrounds)]), rng) for i in range(n)]
+
+
+class Judge(ModelMixin, ConfigMixin):
+    """Reads a picture: one linear head per attribute on a common feature vector, which also serves for cosines.
+
+    `centre` (features,) is the mean feature of real pictures, subtracted before a cosine is taken.
+    """
+
+    HEADS = {"shape": CLASSES, "colour": COLOURS, "background": BACKGROUNDS, "pattern": PATTERNS, "colour2": COLOURS, "face": (0, 1)}
+
+    @register_to_config
+    def __init__(self, width: int = 24, features: int = 96):
+        super().__init__()
+        layers, channels = [], 3
+        for out in (width, 2 * width, 4 * width):
+            layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = out
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (SIZE // 8) ** 2, features), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(features, len(values)) for name, values in self.HEADS.items()})
+        self.register_buffer("centre", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """x (B, 3, SIZE, SIZE) in -1..1 -> logits per head (B, values), features (B, features)."""
+        features = self.trunk(x)
+        return {name: head(features) for name, head in self.heads.items()}, features
