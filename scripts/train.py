@@ -18,6 +18,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, arguments.overrides)
+        silence()
         from trainers.observers import Interrupted
         from trainers.run import run
     except UserError as error:
@@ -32,6 +33,16 @@ def main() -> int:
         print(f"stopped by signal {stop.number}; the same command goes on from the checkpoint", file=sys.stderr)
         return 128 + stop.number
     return 0
+
+
+def silence() -> None:
+    """Keep the libraries' notices out of the progress line."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator,
     found = checkpoints(root)
     if wanted is None:
         if found:
-            raise UserError(f"{root.parent} holds a run already ({found[0].name}): choose another output_dir or resume it")
+            raise UserError(
+                f"{root.parent} holds a run already ({found[0].name}): choose another output_dir or resume it"
+            )
         return 0
     for folder in found if wanted == "latest" else [Path(wanted)]:
         if state := verified(folder):
@@ -131,7 +133,9 @@ def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator,
     changed = [f"  {k}: was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if changed:
         lines = "\n".join(changed)
-        raise UserError(f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir")
+        raise UserError(
+            f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir"
+        )
     for name, player in task.players.items():
         trained = trained_parameters(accelerator.unwrap_model(player.module))
         with torch.no_grad():

@@ -186,7 +186,11 @@ class Config(Section):
             except re.error as error:
                 yield "lora.target_modules", f"not a valid regex: {error}"
         wanted = {
-            "optimizer.name": {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"},
+            "optimizer.name": {
+                "adamw_8bit": "bitsandbytes",
+                "paged_adamw_8bit": "bitsandbytes",
+                "prodigy": "prodigyopt",
+            },
             "tracking.report_to": {name: name for name in ("tensorboard", "wandb", "trackio")},
         }
         for path, packages in wanted.items():

@@ -220,7 +220,9 @@ class Batches:
         moments, conditions = [], []
         for pool, row, position in visits:
             pictures = self.pools[pool]
-            picture = pictures[order(self.seed, pool, position // len(pictures), len(pictures))[position % len(pictures)]]
+            picture = pictures[
+                order(self.seed, pool, position // len(pictures), len(pictures))[position % len(pictures)]
+            ]
             r = random.Random(mix(self.seed, step, row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))

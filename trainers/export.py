@@ -78,7 +78,9 @@ def probe(family: Family, condition: Condition, denoise: nn.Module) -> Tensor:
         return denoise(x_t.to(family.dtype), t, condition).float()
 
 
-def prove(config: Config, expected: Tensor, prompt: str, device: torch.device, dtype: torch.dtype) -> tuple[Family, float]:
+def prove(
+    config: Config, expected: Tensor, prompt: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Family, float]:
     """Load the exported file into a fresh base as any user would, and compare it with the training's last state.
 
     Returns the fresh family, ready to sample, and the relative difference of the outputs. Raises: ExportError.

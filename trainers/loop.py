@@ -61,7 +61,9 @@ def train(
     for player in task.players.values():
         player.module.train()
         for group in player.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # kept with the optimiser, so a resumed run does not decay twice
+            group.setdefault(
+                "initial_lr", group["lr"]
+            )  # kept with the optimiser, so a resumed run does not decay twice
     modules = [player.module for player in task.players.values()]
     for step in range(start, config.max_train_steps):
         means: Means = {}

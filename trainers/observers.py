@@ -157,6 +157,8 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
 
 
 def track_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
+    layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}  # the trackers that take pictures
     for tracker in accelerator.trackers:
-        if tracker.name in ("tensorboard", "wandb"):
-            tracker.log_images({"samples": np.asarray(Image.open(folder / "grid.png"))[None]}, step=step)
+        if tracker.name in layout:
+            picture = np.asarray(Image.open(folder / "grid.png"))
+            tracker.log_images({"samples": picture[None]}, step=step, **layout[tracker.name])

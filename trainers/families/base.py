@@ -34,7 +34,9 @@ class Family(ABC):
     attention: tuple[str, ...]  # the endings of the module names that LoRA presets name
     mlp: tuple[str, ...]
 
-    def __init__(self, model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         """Finds or downloads the base model. Raises: UserError when it cannot be had."""
         self.device, self.dtype = torch.device(device), dtype
         self.name, self.variant = model.pretrained_model_name_or_path, model.variant
@@ -170,7 +172,9 @@ def find(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     name = model.pretrained_model_name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
-            raise UserError(f"model.pretrained_model_name_or_path: {name} has no model_index.json, so it is no pipeline")
+            raise UserError(
+                f"model.pretrained_model_name_or_path: {name} has no model_index.json, so it is no pipeline"
+            )
         return Path(name)
     try:
         return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
