@@ -22,10 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from trainers import small_world
 from trainers.config import OptimizerConfig, TrainConfig, load
 from trainers.draws import mix
+from trainers.judge import Judge
 from trainers.loop import Player, train
 from trainers.optim import EMA, make_optimizer, make_rate
 from trainers.run import run
-from trainers.small_world import Judge, caption, draw, is_subject, plain_thing, rich_thing, subject_images
+from trainers.small_world import caption, draw, is_subject, plain_thing, rich_thing, subject_images
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
 TOKENS = 16
@@ -127,7 +128,7 @@ def make_autoencoder(folder: Path) -> None:
     optimizer = OptimizerConfig(
         learning_rate=4e-3, weight_decay=0, betas=(0.9, 0.99), lr_scheduler="cosine", lr_warmup_steps=50
     )
-    Fitting(vae, pictures, labels, loss, optimizer, 5000, 8)
+    Fitting(vae, pictures, labels, loss, optimizer, 3000, 8)
     plain, _ = drawings(512, 5, plain_thing, 0.35)
     with torch.no_grad():
         spread = vae.encode(pixels(plain)).latent_dist.mean.std().item()
@@ -176,7 +177,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_untrained(folder: Path, vae: AutoencoderKL) -> None:
-    """The pipeline before its training: a U-Net that attends at 8 and 4 pixels, and a two-layer CLIP text encoder."""
+    """The pipeline before its training: a U-Net that attends at 16 and 8 pixels, and a two-layer CLIP text encoder."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text = CLIPTextConfig(
@@ -193,16 +194,16 @@ def make_untrained(folder: Path, vae: AutoencoderKL) -> None:
     )
     unet = UNet2DConditionModel(
         sample_size=small_world.SIZE // 2,
-        block_out_channels=(32, 64, 80),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=64,
         attention_head_dim=2,
     )
-    # v-prediction: with epsilon the error at high noise, where colour and background are decided, is multiplied by
-    # 1 / sqrt(abar), up to 15, and so small a network does not get there
+    # v-prediction: with epsilon an error at high noise, where colour and background are decided, is multiplied by
+    # 1 / sqrt(abar), up to 15; after 300 steps the error of x0 at t > 800 was 1.77 against 0.44
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

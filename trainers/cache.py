@@ -1,4 +1,4 @@
-"""Encoded pictures and prompts on disk, keyed by everything that they depend on, so an entry may be unused but never wrong."""
+"""Encoded pictures and prompts on disk, keyed by everything they depend on: an entry may be unused, but never wrong."""
 
 from __future__ import annotations
 

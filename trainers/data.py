@@ -181,7 +181,7 @@ class Batches:
 
     A global batch is `accumulation` x `world` micro-batches, each of `train_batch_size` instance pictures and, with
     prior preservation, as many class pictures. Sample weights are 1/n for n instance pictures and prior_loss_weight/m
-    for m class pictures, so that their weighted sum is the instance mean plus the weighted prior mean (Ruiz et al. 2023).
+    for m class pictures: their weighted sum is the instance mean plus the weighted prior mean (Ruiz et al. 2023).
     """
 
     def __init__(

@@ -38,6 +38,7 @@ def lora_metadata(module: nn.Module) -> dict:
     """The PEFT config that fits `lora_state`."""
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
     config["lora_alpha"] = config["r"]
+    config["lora_dropout"] = 0.0  # diffusers leaves freshly loaded LoRA layers in training mode
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 

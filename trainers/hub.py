@@ -39,7 +39,7 @@ def write_card(config: Config, difference: float, pictures: int) -> None:
         f'pipe = DiffusionPipeline.from_pretrained("{base if lora else "PATH_OR_REPO/pipeline"}")',
         *(['pipe.load_lora_weights("PATH_OR_REPO")'] if lora else []),
         f"image = pipe({prompt!r}, num_inference_steps={validation.num_inference_steps}, "
-        f"guidance_scale={validation.guidance_scale}, generator=torch.Generator().manual_seed({validation.seed})).images[0]",
+        f"guidance_scale={validation.guidance_scale}, generator=torch.manual_seed({validation.seed})).images[0]",
     ]
     what = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     prior = (

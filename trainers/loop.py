@@ -1,4 +1,4 @@
-"""The one training loop. A task yields losses by player; the loop steps that player's optimiser and resumes the task."""
+"""The one training loop. A task yields losses by player; the loop steps that optimiser and resumes the task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .optim import EMA
 
 @dataclass
 class Player:
-    """A module, the optimiser of its trained parameters and, if wanted, their average. LoRA has one player, a GAN two."""
+    """A module, the optimiser of its trained parameters and, if wanted, their average. LoRA has one, a GAN two."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -57,7 +57,7 @@ def train(
     observers: Iterable[Observer] = (),
     start: int = 0,
 ) -> None:
-    """Run optimiser steps `start` + 1 .. `config.max_train_steps`. Nothing leaves the device here: observers do that."""
+    """Run steps `start` + 1 .. `config.max_train_steps`. Nothing leaves the device here: observers do that."""
     for player in task.players.values():
         player.module.train()
         for group in player.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What a model family is to the trainers: a diffusers pipeline, loaded in stages, and the few lines in which it differs."""
+"""What a model family is to the trainers: a diffusers pipeline, loaded in stages, and the lines in which it differs."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Family(ABC):
         absent = {part: None for part in parts if part not in names and not part.startswith(light)}
         if "requires_safety_checker" in self.pipeline._optional_components or "safety_checker" in parts:
             absent["requires_safety_checker"] = False
-        self.pipe = self.pipeline.from_pretrained(self.folder, torch_dtype=self.dtype, variant=self.variant, **absent)
+        self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **absent)
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             getattr(self.pipe, name).to(self.device).requires_grad_(False).eval()
         if "vae" in names:
-            self.pipe.vae.to(torch.float32)  # half precision costs quality, and SD 1.5's overflows in float16
+            self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
 
     def release(self) -> None:
         self.pipe = None
@@ -146,7 +146,7 @@ class Family(ABC):
 
     @torch.no_grad()
     def sample(self, prompt: str, validation: ValidationConfig, seed: int, size: int, encoder=None) -> Image.Image:
-        """One picture of `size` pixels from the loaded pipeline; `encoder.condition` supplies prompts encoded before."""
+        """One picture of `size` pixels from the loaded pipeline; `encoder` supplies prompts encoded before."""
         if encoder is None:
             text = {"prompt": prompt, "negative_prompt": validation.negative_prompt}
         else:

@@ -1,0 +1,175 @@
+"""The judge of the small world: a network that reads pictures, and the figures that say whether a LoRA learned.
+
+The judge has seen every pattern and face, and never gives a training signal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from .small_world import (
+    BACKGROUNDS,
+    CLASS_PROMPT,
+    CLASSES,
+    COLOURS,
+    HELD_OUT_SEED,
+    INSTANCE_PROMPT,
+    PATTERNS,
+    SIZE,
+    TRAINING_SEED,
+    pick,
+    plain_thing,
+    subject,
+    subject_images,
+)
+
+SAMPLING_STEPS, GUIDANCE = 12, 2.0
+
+# The gate: figure -> (least, most) that passes. A LoRA trained with prior preservation must meet PRIOR; one trained
+# without it must meet CONTRAST, which shows that it is the prior that preserves.
+LEARN = {"loss_ratio": (0.0, 0.85), "cosine_gain": (0.35, 2.0), "attributes": (0.45, 1.0)}
+PRIOR = {"leak": (0.0, 0.25), "class_star": (0.75, 1.0), "drift": (0.0, 0.60)}
+CONTRAST = {"leak": (0.75, 1.0), "drift": (0.80, 2.0)}
+
+
+class Judge(ModelMixin, ConfigMixin):
+    """Reads a picture: one linear head per attribute on a common feature vector, which also serves for cosines.
+
+    `centre` (features,) is the mean feature of real pictures, subtracted before a cosine is taken.
+    """
+
+    HEADS = (
+        ("shape", len(CLASSES)),
+        ("colour", len(COLOURS)),
+        ("background", len(BACKGROUNDS)),
+        ("pattern", len(PATTERNS)),
+        ("colour2", len(COLOURS)),
+        ("face", 2),
+    )
+
+    @register_to_config
+    def __init__(self, width: int = 24, features: int = 96):
+        super().__init__()
+        layers = []
+        for c, d in pairwise((3, width, 2 * width, 4 * width)):
+            layers += [nn.Conv2d(c, d, 3, padding=1, bias=False), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * (SIZE // 8) ** 2, features), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(features, values) for name, values in self.HEADS})
+        self.register_buffer("centre", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """x (B, 3, SIZE, SIZE) in -1..1 -> logits per head (B, values), features (B, features)."""
+        features = self.trunk(x)
+        return {name: head(features) for name, head in self.heads.items()}, features
+
+    @torch.no_grad()
+    def read(self, pictures: list[Image.Image]) -> tuple[dict[str, Tensor], Tensor]:
+        """-> the index read off by each head (B,), centred unit features (B, features)."""
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        logits, features = self(pixels.to(self.device, self.dtype) / 127.5 - 1)
+        return {name: values.argmax(1) for name, values in logits.items()}, F.normalize(features - self.centre, dim=1)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`figures` by name, the `pictures` they were read from by row, and the features of the class row (n, features)."""
+
+    figures: dict[str, float]
+    pictures: dict[str, list[Image.Image]]
+    class_features: Tensor
+
+
+def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
+    """One picture per prompt. Each has a generator of its own, so that a picture does not depend on its neighbours."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
+    return pipeline(prompts, SIZE, SIZE, SAMPLING_STEPS, guidance_scale=GUIDANCE, generator=generators).images
+
+
+def measure(
+    pipeline: StableDiffusionPipeline, judge: Judge, base: Measurement | None = None, n: int = 24, seed: int = 0
+) -> Measurement:
+    """Samples four rows of n pictures and lets the judge read them. All figures but two are rates, 0..1:
+
+    `star`, `colours`, `stripes`, `face`, their mean `attributes`: of the subject, asked for by the instance prompt.
+    `cosine`: mean cosine of those pictures to 20 held-out pictures of the subject; `cosine_gain`: over the base's.
+    `edit`: the background that was asked for together with the subject; `edit_attributes`: what is left of the subject.
+    `leak`: stripes or a face under the class prompt; `class_star`: a star there; `drift`: how far the mean unit feature
+    moved from the base's (0..2; without `base` this and the gain are 0).
+    `other_shape`, `other_colour`, `other_background`: plain objects of the other classes, as captioned.
+    """
+    rng, shapes = np.random.default_rng(seed), [name for name in CLASSES if name != "star"]
+    others = [replace(plain_thing(rng), shape=pick(shapes, rng)) for _ in range(n)]
+    places = [list(BACKGROUNDS)[i % len(BACKGROUNDS)] for i in range(n)]
+    rows = {
+        "subject": [INSTANCE_PROMPT] * n,
+        "edit": [f"{INSTANCE_PROMPT} {place}" for place in places],
+        "class": [CLASS_PROMPT] * n,
+        "other": [f"a photo of a {thing.colour} {thing.shape} {thing.background}" for thing in others],
+    }
+    pictures = {row: sample(pipeline, prompts, seed + i) for i, (row, prompts) in enumerate(rows.items())}
+    read = {row: judge.read(images) for row, images in pictures.items()}
+
+    labels, features = read["subject"]
+    figures = subject_figures(labels)
+    figures["cosine"] = float((features @ judge.read(subject_images(20, HELD_OUT_SEED))[1].T).mean())
+    figures["cosine_gain"] = figures["cosine"] - base.figures["cosine"] if base else 0.0
+    asked = torch.tensor([subject(place).labels()[2] for place in places])
+    figures["edit"] = _rate(read["edit"][0]["background"] == asked)
+    figures["edit_attributes"] = subject_figures(read["edit"][0])["attributes"]
+    labels, features = read["class"]
+    figures["leak"] = _rate((labels["pattern"] == PATTERNS.index("stripes")) | (labels["face"] == 1))
+    figures["class_star"] = _rate(labels["shape"] == CLASSES.index("star"))
+    figures["drift"] = float((features.mean(0) - base.class_features.mean(0)).norm()) if base else 0.0
+    wanted = torch.tensor([thing.labels() for thing in others])
+    for i, name in enumerate(("shape", "colour", "background")):
+        figures[f"other_{name}"] = _rate(read["other"][0][name] == wanted[:, i])
+    return Measurement(figures, pictures, features)
+
+
+def subject_figures(labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """The judge's indices (B,) per head -> rates of the subject's four attributes, and their mean."""
+    star, purple, _, stripes, yellow, _ = subject("on sand").labels()
+    pair = torch.stack([labels["colour"], labels["colour2"]]).sort(0).values
+    figures = {
+        "star": _rate(labels["shape"] == star),
+        "colours": _rate((pair == torch.tensor(sorted((purple, yellow)))[:, None]).all(0)),
+        "stripes": _rate(labels["pattern"] == stripes),
+        "face": _rate(labels["face"] == 1),
+    }
+    return figures | {"attributes": sum(figures.values()) / len(figures)}
+
+
+def _rate(hits: Tensor) -> float:
+    return float(hits.float().mean())
+
+
+def gate(figures: Mapping[str, float], prior: bool = True) -> dict[str, bool]:
+    """Which lines of the gate pass; `figures` are `measure`'s plus `loss_ratio`, the hold-out loss over the base's."""
+    limits = LEARN | (PRIOR if prior else CONTRAST)
+    return {name: least <= figures[name] <= most for name, (least, most) in limits.items()}
+
+
+def before_after_grid(base: Measurement, tuned: Measurement, columns: int = 8, scale: int = 4) -> Image.Image:
+    """A labelled sheet: the training pictures, then each row of the base above the same seeds with the LoRA."""
+    rows = {"training pictures": subject_images(5, TRAINING_SEED)}
+    titles = (INSTANCE_PROMPT, "... and a background", CLASS_PROMPT, "other classes")
+    for row, title in zip(base.pictures, titles, strict=True):
+        rows |= {f"{title}\nbase": base.pictures[row], f"{title}\nLoRA": tuned.pictures[row]}
+    tile, margin = SIZE * scale, 230
+    sheet = Image.new("RGB", (margin + columns * (tile + 4), len(rows) * (tile + 4)), "white")
+    font = ImageFont.load_default(18)
+    for y, (title, pictures) in enumerate(rows.items()):
+        top = y * (tile + 4)
+        ImageDraw.Draw(sheet).multiline_text((8, top + tile // 3), title, fill="black", font=font)
+        for x, picture in enumerate(pictures[:columns]):
+            sheet.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (margin + x * (tile + 4), top))
+    return sheet
