@@ -1,4 +1,4 @@
-"""A tiny SD1.5 pipeline with random weights in the true diffusers layout, pictures, and a config that trains in seconds."""
+"""A tiny SD1.5 pipeline with random weights in the true diffusers layout, pictures, and a config of a short run."""
 
 import os
 

@@ -130,7 +130,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_a_run_ends_with_weights_that_reload_and_learns(settings, overrides):
-    """`run` itself fails when the exported file does not reload; here the files of a run and its progress are checked."""
+    """`run` itself fails when the exported file does not reload; here the files of a run are checked."""
     final = settings("validation.prompts=[a b c, x]", "validation.validation_steps=3", *overrides)
     run(final)
     names = {path.name for path in final.output_dir.iterdir()}

@@ -6,16 +6,18 @@ The judge has seen every pattern and face, and never gives a training signal.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin, StableDiffusionPipeline
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, StableDiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .small_world import (
+    ASSETS,
     BACKGROUNDS,
     CLASS_PROMPT,
     CLASSES,
@@ -87,6 +89,37 @@ class Measurement:
     class_features: Tensor
 
 
+def load_judge() -> Judge:
+    return Judge.from_pretrained(ASSETS / "judge").float().eval()
+
+
+def load_pipeline(lora: Path | None = None) -> StableDiffusionPipeline:
+    """The small world's base, with the LoRA of a run folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "sd15", dtype=torch.float32)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def held_out_loss(pipeline: StableDiffusionPipeline, draws: int = 12) -> float:
+    """The training loss on 20 held-out pictures of the subject, at fixed times and noise, in diffusers' own terms."""
+    pictures = np.stack([np.asarray(picture) for picture in subject_images(20, HELD_OUT_SEED)])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x0 = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    text = pipeline.encode_prompt(INSTANCE_PROMPT, "cpu", len(x0), False)[0]
+    scheduler, rng = DDPMScheduler.from_config(pipeline.scheduler.config), torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(draws):
+        eps, t = torch.randn(x0.shape, generator=rng), torch.randint(1000, (len(x0),), generator=rng)
+        epsilon = scheduler.config.prediction_type == "epsilon"
+        target = eps if epsilon else scheduler.get_velocity(x0, eps, t)
+        prediction = pipeline.unet(scheduler.add_noise(x0, eps, t), t, text).sample
+        total += F.mse_loss(prediction, target).item() / draws
+    return total
+
+
 def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
     """One picture per prompt. Each has a generator of its own, so that a picture does not depend on its neighbours."""
     pipeline.set_progress_bar_config(disable=True)
@@ -97,8 +130,9 @@ def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> 
 def measure(
     pipeline: StableDiffusionPipeline, judge: Judge, base: Measurement | None = None, n: int = 24, seed: int = 0
 ) -> Measurement:
-    """Samples four rows of n pictures and lets the judge read them. All figures but two are rates, 0..1:
+    """Samples four rows of n pictures and lets the judge read them. Most figures are rates, 0..1:
 
+    `loss`: of held-out pictures of the subject; `loss_ratio`: over the base's.
     `star`, `colours`, `stripes`, `face`, their mean `attributes`: of the subject, asked for by the instance prompt.
     `cosine`: mean cosine of those pictures to 20 held-out pictures of the subject; `cosine_gain`: over the base's.
     `edit`: the background that was asked for together with the subject; `edit_attributes`: what is left of the subject.
@@ -121,6 +155,8 @@ def measure(
     labels, features = read["subject"]
     figures = subject_figures(labels)
     figures["cosine"] = float((features @ judge.read(subject_images(20, HELD_OUT_SEED))[1].T).mean())
+    figures["loss"] = held_out_loss(pipeline)
+    figures["loss_ratio"] = figures["loss"] / base.figures["loss"] if base else 1.0
     figures["cosine_gain"] = figures["cosine"] - base.figures["cosine"] if base else 0.0
     asked = torch.tensor([subject(place).labels()[2] for place in places])
     figures["edit"] = _rate(read["edit"][0]["background"] == asked)
@@ -153,9 +189,20 @@ def _rate(hits: Tensor) -> float:
 
 
 def gate(figures: Mapping[str, float], prior: bool = True) -> dict[str, bool]:
-    """Which lines of the gate pass; `figures` are `measure`'s plus `loss_ratio`, the hold-out loss over the base's."""
+    """Which lines of the gate pass."""
     limits = LEARN | (PRIOR if prior else CONTRAST)
     return {name: least <= figures[name] <= most for name, (least, most) in limits.items()}
+
+
+def table(base: Mapping[str, float], tuned: Mapping[str, float], passed: Mapping[str, bool]) -> str:
+    """Every figure before and after, with the gate's limits."""
+    limits = LEARN | (PRIOR if "class_star" in passed else CONTRAST)
+    lines = [f"{'':18}{'base':>8}{'LoRA':>8}   gate"]
+    for name, value in tuned.items():
+        least, most = limits.get(name, (0, 0))
+        line = f"{least:.2f} .. {most:.2f}  {'passed' if passed[name] else 'FAILED'}" if name in passed else ""
+        lines.append(f"{name:18}{base[name]:8.3f}{value:8.3f}   {line}".rstrip())
+    return "\n".join(lines)
 
 
 def before_after_grid(base: Measurement, tuned: Measurement, columns: int = 8, scale: int = 4) -> Image.Image:

@@ -1,0 +1,69 @@
+"""Make pictures with a finished run, or with any LoRA file.
+
+python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--num-images 4] [--seed 0]
+python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt ...
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from train import silence
+
+from trainers import UserError
+from trainers.config import Config, ModelConfig, parse, validate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="a run folder or a LoRA .safetensors file")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--base", help="base model; a run folder knows its own")
+    parser.add_argument("--num-images", type=int, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, help="picture i starts from the noise of seed + i")
+    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="sampler steps")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="classifier-free guidance")
+    parser.add_argument("--out", type=Path, default=Path("generated"), help="folder for the pictures")
+    arguments = parser.parse_args()
+    silence()
+
+    import torch
+
+    from trainers.dreambooth import write_samples
+    from trainers.families import FAMILIES
+
+    config = settings(arguments.weights, arguments.base)
+    chosen = {k: getattr(arguments, k) for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")}
+    chosen = {"prompts": arguments.prompt} | {k: v for k, v in chosen.items() if v is not None}
+    config = config.model_copy(update={"validation": config.validation.model_copy(update=chosen)})
+    gpu = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
+    family = FAMILIES[config.model.family](config.model, device, torch.bfloat16 if gpu else torch.float32)
+    family.load("vae", family.denoiser_name, *family.text_encoder_names)
+    if config.lora:
+        family.pipe.load_lora_weights(arguments.weights)
+    write_samples(family, config, arguments.out)
+    print(arguments.out / "grid.png")
+
+
+def settings(weights: Path, base: str | None) -> Config:
+    """The run's own config, or the defaults for a bare LoRA file on `base`."""
+    if (weights / "config.yaml").is_file():
+        config, _ = validate(parse((weights / "config.yaml").read_text()))  # its data may be gone
+        base = base or (None if config.lora else str(weights / "pipeline"))
+    elif weights.is_file() and base:
+        config = Config()
+    else:
+        raise UserError(f"{weights} is neither a run folder nor a LoRA file; a file needs --base MODEL beside it")
+    if base:
+        model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
+        config = config.model_copy(update={"model": ModelConfig(family=config.model.family, **model)})
+    return config
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,38 @@
+"""Train a LoRA on the small world, then show and judge what it learned: a table, a picture, and an exit status.
+
+python scripts/quickstart.py [section.key=value ...]
+"""
+
+import sys
+
+from train import silence
+
+from trainers import UserError
+from trainers.config import load
+
+
+def main() -> int:
+    silence()
+    from trainers.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
+    from trainers.run import run
+
+    config = load("configs/quickstart.yaml", sys.argv[1:])
+    run(config)
+    print("measuring: the judge reads about two hundred samples", flush=True)
+    judge = load_judge()
+    base = measure(load_pipeline(), judge)
+    tuned = measure(load_pipeline(config.output_dir), judge, base)
+    passed = gate(tuned.figures, prior=config.data.prior)
+    print(table(base.figures, tuned.figures, passed))
+    picture = config.output_dir / "before_after.png"
+    before_after_grid(base, tuned).save(picture)
+    print(f"\nbefore and after: {picture}\nthe LoRA: {config.output_dir}/pytorch_lora_weights.safetensors")
+    return 0 if all(passed.values()) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
