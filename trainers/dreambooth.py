@@ -94,7 +94,8 @@ class DreamBooth:
         with averaged(self):
             self.module.eval()
             self.save(config.output_dir)
-            expected = export.probe(family, self.encoder.condition(prompt), self.module)
+            plain = self.accelerator.unwrap_model(self.players["denoiser"].module, keep_fp32_wrapper=False)
+            expected = export.probe(family, self.encoder.condition(prompt), plain)
         self.players.clear()
         del self.module, self.encoder
         self.accelerator.free_memory()

@@ -153,7 +153,8 @@ class Family(ABC):
             pair = [encoder.condition(p) for p in (prompt, validation.negative_prompt)]
             text = self.pipeline_inputs(*({k: v[None].to(self.device) for k, v in c.items()} for c in pair))
         vae, half = self.pipe.vae, self.dtype != torch.float32
-        vae.to(self.dtype)
+        if half:
+            vae.to(self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             picture = self.pipe(
                 **text,
@@ -163,7 +164,8 @@ class Family(ABC):
                 guidance_scale=validation.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed),
             ).images[0]
-        vae.to(torch.float32)
+        if half:
+            vae.float()
         return picture
 
 

@@ -1,0 +1,112 @@
+"""DDPM against diffusers' scheduler and the papers' formulas, and the laws of the random draws."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from trainers.draws import Draws
+from trainers.objectives import DDPM
+
+STANDARD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+ZERO_SNR = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+TYPES = ("epsilon", "v_prediction")
+t = torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+def tensors(seed=0, dtype=torch.float32):
+    r = torch.Generator().manual_seed(seed)
+    return (torch.randn(len(t), 4, 3, 2, generator=r, dtype=dtype) for _ in range(3))
+
+
+@pytest.mark.parametrize("scheduler", [STANDARD, ZERO_SNR], ids=["standard", "zero terminal SNR"])
+def test_corrupt_and_target_equal_diffusers(scheduler):
+    x0, eps, _ = tensors()
+    objective = DDPM(scheduler.alphas_cumprod, "v_prediction")
+    torch.testing.assert_close(objective.corrupt(x0, eps, t), scheduler.add_noise(x0, eps, t))
+    torch.testing.assert_close(objective.target(x0, eps, t), scheduler.get_velocity(x0, eps, t))
+    assert torch.equal(DDPM(scheduler.alphas_cumprod, "epsilon").target(x0, eps, t), eps)
+
+
+def test_weights_equal_the_papers():
+    abar = STANDARD.alphas_cumprod.double()
+    s = abar / (1 - abar)
+    capped = s.clamp(max=5)
+    expected = {
+        ("epsilon", 5.0, False): capped / s,
+        ("v_prediction", 5.0, False): capped / (s + 1),
+        ("epsilon", None, True): 1 / s.sqrt(),
+        ("v_prediction", None, True): s.sqrt() / (s + 1),
+        ("epsilon", None, False): torch.ones(1000),
+        ("v_prediction", None, False): torch.ones(1000),
+    }
+    for (kind, gamma, debiased), weight in expected.items():
+        ours = DDPM(STANDARD.alphas_cumprod, kind, gamma, debiased).weight(torch.arange(1000))
+        torch.testing.assert_close(ours.double(), weight.double(), rtol=1e-3, atol=0)  # 1 - abar cancels in float32
+
+
+@pytest.mark.parametrize("weighting", [{"snr_gamma": 5.0}, {"debiased": True}], ids=["min-SNR", "debiased"])
+def test_weighted_eps_and_v_losses_weigh_the_same_x0_error_equally(weighting):
+    x0, eps, wrong_x0 = tensors(dtype=torch.float64)
+    abar = STANDARD.alphas_cumprod.double()
+    a, b = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+    wrong_eps = (a * x0 + b * eps - a * wrong_x0) / b  # both explain the same x_t
+    predictions = {"epsilon": wrong_eps, "v_prediction": a * wrong_eps - b * wrong_x0}
+    losses = []
+    for kind, prediction in predictions.items():
+        objective = DDPM(abar, kind, **weighting)
+        error = (prediction - objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
+        losses.append(objective.weight(t) * error)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("weighting", [{}, {"snr_gamma": 5.0}, {"debiased": True}])
+def test_weights_are_finite_where_no_signal_is_left(kind, weighting):
+    assert ZERO_SNR.alphas_cumprod[-1] == 0
+    weight = DDPM(ZERO_SNR.alphas_cumprod, kind, **weighting).weight(torch.arange(1000))
+    assert weight.isfinite().all()
+    assert (weight >= 0).all()
+
+
+def test_noise_offset_adds_a_constant_to_each_channel():
+    x0, rows = torch.zeros(200, 4, 3, 3), range(200)
+    plain, offset = (DDPM(STANDARD.alphas_cumprod, noise_offset=o).noise(x0, Draws(0, 0, rows)) for o in (0, 0.1))
+    shift = offset - plain
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift))
+    levels = shift[..., 0, 0]
+    assert levels.std().item() == pytest.approx(0.1, rel=0.1)
+    assert len(levels.unique()) == levels.numel()
+
+
+def drawn(seed, step, rows):
+    rng = Draws(seed, step, rows)
+    return torch.cat([rng.normal((len(rows), 2, 2)).flatten(1), rng.integers(1000, len(rows))[:, None]], dim=1)
+
+
+def test_a_row_draws_the_same_in_any_company():
+    together = drawn(0, 3, [5, 2, 9])
+    assert torch.equal(together, torch.cat([drawn(0, 3, [row]) for row in (5, 2, 9)]))
+
+
+def test_rows_steps_and_seeds_draw_differently():
+    values = [drawn(seed, step, [row])[0, 0].item() for seed in range(5) for step in range(5) for row in range(5)]
+    assert len(set(values)) == 125
+
+
+def test_normals_are_unit_and_uncorrelated_between_rows_and_steps():
+    count, width = 500, 64
+    now, then = (Draws(0, step, range(count)).normal((count, width)) for step in (0, 1))
+    bound = 4 / (count * width) ** 0.5  # four standard errors
+    assert abs(now.mean()) < bound
+    assert abs(now.std() - 1) < bound
+    assert abs((now[1:] * now[:-1]).mean()) < bound
+    assert abs((now * then).mean()) < bound
+
+
+def test_times_are_uniform_over_all_steps():
+    n, bins = 5000, 10
+    times = DDPM(STANDARD.alphas_cumprod).times(n, Draws(0, 0, range(n)))
+    assert times.min() >= 0
+    assert times.max() < 1000
+    counts = torch.bincount(times * bins // 1000, minlength=bins)
+    assert (counts - n / bins).square().sum() / (n / bins) < 27.9  # chi-square, 9 degrees of freedom, 99.9 %

@@ -1,0 +1,115 @@
+"""The small world that ships: its drawings repeat, its judge reads them, and its measure can fail."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainers import data, dreambooth, objectives
+from trainers.config import load
+from trainers.judge import gate, load_judge, load_pipeline, measure, table
+from trainers.run import run
+from trainers.small_world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
+
+
+def test_drawings_depend_on_their_seed_only():
+    pictures = [
+        np.stack([np.asarray(p) for p in subject_images(5, seed)]) for seed in (TRAINING_SEED, TRAINING_SEED, 1)
+    ]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_the_shipped_photos_are_the_training_drawings():
+    pictures = data.instance_pictures(load("configs/quickstart.yaml").data)
+    for picture, drawn in zip(pictures, subject_images(5, TRAINING_SEED), strict=True):
+        assert picture.decode().tobytes() == drawn.tobytes()
+
+
+def test_the_world_is_small():
+    def size(part):
+        return sum(path.stat().st_size for path in (ASSETS / part).rglob("*") if path.is_file())
+
+    assert size("sd15") <= 5e6
+    assert size("judge") < 1e6
+
+
+@pytest.mark.parametrize("thing", [plain_thing, rich_thing])
+def test_the_judge_reads_drawings_it_has_not_seen(thing):
+    rng = np.random.default_rng(12345)
+    things = [thing(rng) for _ in range(200)]
+    read, _ = load_judge().read([draw(t, rng) for t in things])
+    for i, (name, values) in enumerate(read.items()):
+        assert (values == torch.tensor([t.labels()[i] for t in things])).float().mean() > 0.97, name
+
+
+def test_the_judge_tells_the_subject_from_a_plain_star():
+    judge, rng = load_judge(), np.random.default_rng(0)
+    _, held_out = judge.read(subject_images(20, HELD_OUT_SEED))
+    _, trained = judge.read(subject_images(5, TRAINING_SEED))
+    _, plain = judge.read([draw(plain_thing(rng), rng) for _ in range(50)])
+    assert (held_out @ trained.T).mean() > 0.8 > 0.3 > (held_out @ plain.T).mean()
+
+
+def test_the_base_draws_what_it_is_told():
+    figures = measure(load_pipeline(), load_judge()).figures
+    assert min(figures[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85
+    assert figures["class_star"] >= 0.85
+    assert figures["leak"] <= 0.1
+    assert not any(gate(figures | {"loss_ratio": 1.0}, prior=True)[name] for name in ("loss_ratio", "cosine_gain"))
+
+
+# Trainings of minutes, by hand: pytest -m slow -s ---------------------------------------------------------------------
+
+
+def figures_of(tmp_path, *overrides):
+    config = load("configs/quickstart.yaml", [f"output_dir={tmp_path}/run", "tracking.report_to=[]", *overrides])
+    run(config)
+    judge = load_judge()
+    base = measure(load_pipeline(), judge)
+    tuned = measure(load_pipeline(tmp_path / "run"), judge, base)
+    passed = gate(tuned.figures, config.data.prior)
+    print(table(base.figures, tuned.figures, passed), flush=True)
+    return passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_the_quickstart_learns_and_preserves(tmp_path, seed):
+    assert all(figures_of(tmp_path, f"seed={seed}").values())
+
+
+@pytest.mark.slow
+def test_without_the_prior_the_class_is_lost(tmp_path):
+    assert all(figures_of(tmp_path, "data.num_class_images=0", "data.class_prompt=null").values())
+
+
+def flip_the_target(monkeypatch):
+    target = objectives.DDPM.target
+    monkeypatch.setattr(objectives.DDPM, "target", lambda self, *args: -target(self, *args))
+
+
+def forget_the_scale(monkeypatch):
+    latents = dreambooth.Family.latents
+    monkeypatch.setattr(
+        dreambooth.Family, "latents", lambda self, *args: latents(self, *args) / self.vae_config["scaling_factor"]
+    )
+
+
+def shuffle_the_captions(monkeypatch):
+    collate = data.Batches.collate
+
+    def shuffled(self, step, visits):
+        batch = collate(self, step, visits)
+        order = torch.randperm(len(visits), generator=torch.Generator().manual_seed(step))
+        return batch | {"condition": {name: value[order] for name, value in batch["condition"].items()}}
+
+    monkeypatch.setattr(data.Batches, "collate", shuffled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [flip_the_target, forget_the_scale, shuffle_the_captions, None])
+def test_a_broken_trainer_falls_below_the_line(tmp_path, monkeypatch, damage):
+    """None is a learning rate of zero."""
+    if damage:
+        damage(monkeypatch)
+    assert not all(figures_of(tmp_path, *([] if damage else ["optimizer.learning_rate=0"])).values())
