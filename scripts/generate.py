@@ -8,9 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from train import silence
-
 from trainers import UserError
+from trainers.cli import exit_status, silence
 from trainers.config import Config, ModelConfig, parse, validate
 
 
@@ -62,8 +61,4 @@ def settings(weights: Path, base: str | None) -> Config:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -5,18 +5,16 @@ python scripts/quickstart.py [section.key=value ...]
 
 import sys
 
-from train import silence
-
-from trainers import UserError
+from trainers.cli import exit_status, silence
 from trainers.config import load
 
 
 def main() -> int:
+    config = load("configs/quickstart.yaml", sys.argv[1:])
     silence()
     from trainers.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
     from trainers.run import run
 
-    config = load("configs/quickstart.yaml", sys.argv[1:])
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
     judge = load_judge()
@@ -31,8 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -43,7 +43,6 @@ def test_what_is_written_is_read_in_this_process_and_the_next(cache):
 
 def test_what_was_not_written_is_none(cache):
     assert cache.read("other") is None
-    assert not cache.has("other")
 
 
 def test_an_entry_that_was_looked_for_too_early_is_found_once_written(cache):

@@ -61,8 +61,8 @@ def test_a_bad_file_exits_2_in_seconds_without_a_traceback(written, text, lines)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff"])
-def test_a_file_that_holds_no_sections_is_named(written, text):
+@pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff", "seed: 1\nseed: 2"])
+def test_a_file_that_cannot_be_understood_is_named(written, text):
     assert "written.yaml" in complaints(config.load, written(text))[0]
 
 
@@ -104,6 +104,9 @@ def test_an_override_equals_the_same_words_in_the_file(settings, written):
         ("seed.first=1", "valid integer"),
         ("data.resolution.width=1", "not a section"),
         ("optimizer.betas=[0.9", "optimizer.betas=[0.9"),
+        ("optimizer.betas=[0.9, 9]", "less than 1"),
+        ("optimizer.learning_rate=.inf", "finite"),
+        ("lora.alpha=.nan", "lora.alpha"),
         ("data.instance_prompt=a {b: c", "data.instance_prompt"),
     ],
 )

@@ -188,13 +188,23 @@ def test_a_caption_column_that_metadata_lacks_is_told(put, tmp_path):
         instance_pictures(data(tmp_path, caption_column="txt"))
 
 
+def test_a_caption_file_is_utf_8_with_or_without_a_mark(put, tmp_path):
+    put("a.png")
+    put("a.txt", "a dog".encode("utf-8-sig"))
+    assert [p.caption for p in instance_pictures(data(tmp_path))] == ["a dog"]
+    put("a.txt", "café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt"):
+        instance_pictures(data(tmp_path))
+
+
 # The `datasets` library
 
 
 @pytest.fixture
 def parquet(photos, tmp_path, monkeypatch):
     """A function: captions -> a parquet file of as many photos; None among the pictures where asked."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 

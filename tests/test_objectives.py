@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from trainers import UserError
 from trainers.draws import Draws
 from trainers.objectives import DDPM
 
@@ -57,6 +58,11 @@ def test_weighted_eps_and_v_losses_weigh_the_same_x0_error_equally(weighting):
         error = (prediction - objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
         losses.append(objective.weight(t) * error)
     torch.testing.assert_close(*losses)
+
+
+def test_a_base_that_predicts_something_else_is_refused():
+    with pytest.raises(UserError, match="sample"):
+        DDPM(STANDARD.alphas_cumprod, "sample")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -5,3 +5,10 @@ __version__ = "0.1.0"
 
 class UserError(Exception):
     """A mistake that the user can mend; scripts print its message and exit with status 2."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 + number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number

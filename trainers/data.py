@@ -176,36 +176,31 @@ class Encoded(Protocol):
     def condition(self, prompt: str) -> dict[str, Tensor]: ...  # without the batch axis
 
 
+@dataclass
 class Batches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
 
-    A global batch is `accumulation` x `world` micro-batches, each of `train_batch_size` instance pictures and, with
-    prior preservation, as many class pictures. Sample weights are 1/n for n instance pictures and prior_loss_weight/m
-    for m class pictures: their weighted sum is the instance mean plus the weighted prior mean (Ruiz et al. 2023).
+    A global batch is `accumulation` x `world` micro-batches, each of `batch_size` instance pictures and, with prior
+    preservation (two pools), as many class pictures. Sample weights are 1/n for n instance pictures and
+    prior_loss_weight/m for m class pictures: their weighted sum is the instance mean plus the weighted prior mean
+    (Ruiz et al. 2023).
     """
 
-    def __init__(
-        self,
-        pools: Sequence[Sequence[Picture]],
-        encoded: Encoded,
-        config: DataConfig,
-        seed: int,
-        batch_size: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.pools, self.encoded, self.config, self.seed = pools, encoded, config, seed
-        self.batch_size, self.accumulation, self.rank, self.world, self.device = (
-            batch_size,
-            accumulation,
-            rank,
-            world,
-            device,
-        )
-        weights = (1 / batch_size, config.prior_loss_weight / batch_size)
-        self.weight = torch.tensor([w for _, w in zip(pools, weights, strict=False) for _ in range(batch_size)])
+    pools: Sequence[Sequence[Picture]]
+    encoded: Encoded
+    config: DataConfig
+    seed: int
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(B,)"""
+        shares = torch.tensor([1.0, self.config.prior_loss_weight])[: len(self.pools)] / self.batch_size
+        return shares.repeat_interleave(self.batch_size).to(self.device)
 
     def __call__(self, step: int) -> Iterator[tuple[dict, list[int]]]:
         total = self.batch_size * self.accumulation * self.world
@@ -219,10 +214,8 @@ class Batches:
         """Moments (B, 2C, h, w), condition {name: (B, ...)} and weight (B,), on the device."""
         moments, conditions = [], []
         for pool, row, position in visits:
-            pictures = self.pools[pool]
-            picture = pictures[
-                order(self.seed, pool, position // len(pictures), len(pictures))[position % len(pictures)]
-            ]
+            epoch, place = divmod(position, len(self.pools[pool]))
+            picture = self.pools[pool][order(self.seed, pool, epoch, len(self.pools[pool]))[place]]
             r = random.Random(mix(self.seed, step, row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
@@ -231,7 +224,7 @@ class Batches:
         return {
             "moments": torch.stack(moments).to(self.device),
             "condition": condition,
-            "weight": self.weight.to(self.device),
+            "weight": self.weight,
         }
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from . import Interrupted
 from .checkpoint import save_checkpoint
 from .config import Config
 from .loop import Means, Task
@@ -105,13 +106,6 @@ class averaged:  # noqa: N801
             average.swap()
 
     __enter__ = __exit__ = swap
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop; its checkpoint is written."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
 
 
 class Checkpoint:

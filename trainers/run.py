@@ -31,13 +31,10 @@ def run(settings: config.Config) -> None:
     if settings.tracking.report_to:
         accelerator.init_trackers(settings.tracking.project_name)
     rate = make_rate(settings.optimizer, settings.train.max_train_steps)
-    observers = [
-        Log(settings, accelerator, rate, start),
-        Sample(task, settings, accelerator),
-        Checkpoint(task, settings, accelerator, facts),
-    ]
+    log = Log(settings, accelerator, rate, start)
+    observers = [log, Sample(task, settings, accelerator), Checkpoint(task, settings, accelerator, facts)]
     train(task, batches, settings.train, settings.seed, accelerator, rate, observers, start)
-    observers[0].bar.close()
+    log.bar.close()
     if accelerator.is_main_process:
         task.finish()
         if settings.hub.push_to_hub:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import gc
 import hashlib
 from abc import ABC, abstractmethod
-from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from peft import LoraConfig as PeftConfig
 from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
 from ..config import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
 from ..draws import Draws
+from ..lora import add_adapter
 from ..objectives import Objective
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
-PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 
 
 class Family(ABC):
@@ -185,25 +183,3 @@ def find(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
             f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). Check the name; for a "
             "gated model accept its licence on its page and log in with `hf auth login`; offline, give a local folder"
         ) from error
-
-
-def add_adapter(module: nn.Module, config: LoraConfig, targets: str | list[str]) -> None:
-    peft = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        init_lora_weights=PEFT_INIT[config.init_lora_weights],
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-    )
-    try:
-        module.add_adapter(peft)
-    except ValueError as error:
-        endings = sorted({name.rpartition(".")[2] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
-        asked = targets if isinstance(targets, list) else [targets]
-        close = [match for target in asked for match in get_close_matches(target, endings, 2)] or endings
-        raise UserError(f"lora.target_modules: {error} Names that exist here: {', '.join(close[:12])}") from None
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
