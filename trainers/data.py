@@ -43,10 +43,12 @@ class Picture:
         try:
             with Image.open(io.BytesIO(self.read())) as image:
                 image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
                 if image.has_transparency_data:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise whatever a broken file leads them to
             raise UserError(
                 f"{self.name} is not a readable picture ({error}): mend or remove it, or set data.skip_corrupt=true"
             ) from None
@@ -72,20 +74,50 @@ def image_files(folder: Path) -> list[Path]:
 
 def from_folder(folder: Path, config: DataConfig) -> list[Picture]:
     """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else the instance prompt."""
-    column, written = config.caption_column or "text", {}
-    if (listing := folder / "metadata.jsonl").is_file():
-        rows = [json.loads(line) for line in listing.read_text().splitlines() if line.strip()]
-        written = {row["file_name"]: row[column] for row in rows if column in row}
-    pictures, bare = [], []
+    written = read_metadata(folder / "metadata.jsonl", config.caption_column)
+    pictures = []
     for path in image_files(folder):
         beside = path.with_suffix(".txt")
-        caption = beside.read_text().strip() if beside.is_file() else written.get(path.name, config.instance_prompt)
-        pictures.append(Picture(str(path), path.read_bytes, caption or ""))
-        if caption is None:
-            bare.append(path.name)
+        caption = read_text(beside).strip() if beside.is_file() else written.get(path.name, config.instance_prompt)
+        pictures.append(Picture(str(path), path.read_bytes, caption))
+    return captioned(pictures)
+
+
+def captioned(pictures: list[Picture]) -> list[Picture]:
+    """Raises: UserError naming pictures without a caption."""
+    bare = [Path(picture.name).name for picture in pictures if picture.caption is None]
     if bare:
         raise UserError(f"no caption for {', '.join(bare[:5])}: set data.instance_prompt, or put a .txt beside each")
     return pictures
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
+
+
+def read_metadata(path: Path, column: str | None) -> dict[str, str]:
+    """File name -> caption, from lines such as {"file_name": "1.jpg", "text": "a dog"}; {} without the file."""
+    if not path.is_file():
+        return {}
+    captions, columns = {}, set()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            columns |= row.keys()
+            name, caption = row["file_name"], row.get(column or "text")
+            if caption is not None:
+                captions[name] = caption.strip()
+        except (ValueError, KeyError, AttributeError) as error:
+            wanted = '{"file_name": "1.jpg", "text": "a caption"}'
+            raise UserError(f"{path}, line {number}: not like {wanted} ({error})") from None
+    if column and column not in columns:
+        raise UserError(f"data.caption_column: {path} has no {column!r}, it has {', '.join(sorted(columns))}")
+    return captions
 
 
 def from_dataset(config: DataConfig) -> list[Picture]:
@@ -106,16 +138,17 @@ def from_dataset(config: DataConfig) -> list[Picture]:
     if config.caption_column is None and config.instance_prompt is None:
         raise UserError("no captions: set data.caption_column or data.instance_prompt")
     rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
-    captions = rows[config.caption_column] if config.caption_column else [config.instance_prompt] * len(rows)
+    captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
 
     def reader(i: int) -> Callable[[], bytes]:
         def read() -> bytes:
-            image = rows[i][config.image_column]
-            return image["bytes"] or Path(image["path"]).read_bytes()
+            image = rows[i][config.image_column] or {"bytes": b""}  # a row without a picture is a broken one
+            return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
         return read
 
-    return [Picture(f"{name}[{i}]", reader(i), caption) for i, caption in enumerate(captions)]
+    captions = [config.instance_prompt if caption is None else caption for caption in captions]
+    return captioned([Picture(f"{name}[{i}]", reader(i), caption) for i, caption in enumerate(captions)])
 
 
 def readable(pictures: list[Picture], skip_corrupt: bool, place: str) -> list[Picture]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from . import UserError, config, dreambooth, hub
 from .checkpoint import relevant, resume
@@ -49,6 +50,7 @@ def make_accelerator(settings: config.Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=settings.train.gradient_accumulation_steps,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while one process samples or exports
         log_with=settings.tracking.report_to or None,
         project_config=ProjectConfiguration(str(settings.output_dir), str(settings.output_dir / "tracking")),
     )
