@@ -31,9 +31,6 @@ class Cache:
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def has(self, key: str) -> bool:
-        return self.path(key).is_file()
-
     def _read(self, key: str) -> dict[str, Tensor] | None:
         """The entry, or None when there is none or it is damaged."""
         try:
@@ -50,12 +47,13 @@ class Cache:
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, aside, {"sha256": checksum(tensors)})
         aside.replace(path)
+        self.read.cache_clear()
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

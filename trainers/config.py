@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from . import UserError
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
-Probability = Field(ge=0, le=1)
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def field(default: Any, help: str, **limits: Any) -> Any:
@@ -91,7 +91,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
     learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
     text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
-    betas: tuple[float, float] = field((0.9, 0.999), "Adam's running averages.")
+    betas: tuple[Share, Share] = field((0.9, 0.999), "Adam's running averages.")
     weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
     eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
     lr_scheduler: Literal[
@@ -178,6 +178,8 @@ class Config(Section):
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
         if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
             yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
+        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
+            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
         if optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
             yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
         if isinstance(self.lora and self.lora.target_modules, str):
@@ -200,7 +202,15 @@ class Config(Section):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's floats, so that 1e-4 is a number."""
+    """YAML 1.2's floats, so that 1e-4 is a number; a key that is given twice is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
@@ -212,8 +222,20 @@ for first in Loader.yaml_implicit_resolvers.values():
     first.sort(key=lambda rule: rule[0] == "tag:yaml.org,2002:float")
 
 
-def parse(text: str) -> Any:
-    return yaml.load(text, Loader)
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that `Loader` would take for numbers, such as '1e5'."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
+def parse(text: str | bytes) -> Any:
+    return named(yaml.load(text, Loader))
+
+
+def named(tree: Any) -> Any:
+    """Keys as strings, so that `3:` or `on:` is an unknown key like any other."""
+    return {str(key): named(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -222,7 +244,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises: UserError that lists every mistake, a line each, with its path and the nearest right name.
     """
     try:
-        tree = parse(Path(path).read_text()) or {}
+        tree = parse(Path(path).read_bytes()) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -248,7 +270,10 @@ def apply(tree: dict, override: str) -> str | None:
         tree = tree[section]
         if not isinstance(tree, dict):
             return f"{override}: {section} is not a section"
-    tree[key] = parse(value)
+    try:
+        tree[key] = parse(value)
+    except yaml.YAMLError as error:
+        return f"{override}: not a YAML value ({getattr(error, 'problem', error)}); quote it if it is a text"
     return None
 
 
@@ -314,7 +339,7 @@ def remove(tree: Any, location: list[str]) -> None:
 
 def dump(config: Config) -> str:
     """YAML text that loads again to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def schema() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,9 +83,10 @@ def push(config: Config) -> str:
         name = api.create_repo(name, private=config.hub.private, exist_ok=True).repo_id
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=SHARED, commit_message="Add trained weights")
     except Exception as error:
-        include = " ".join(f"--include '{pattern}'" for pattern in SHARED)
+        again = ["hf", "upload", name, str(folder), ".", *(word for p in SHARED for word in ("--include", p))]
+        again += ["--private"] if config.hub.private else []
         raise UserError(
             f"the upload to {name} failed ({error}). The run is complete in {folder}. To try again:\n"
-            f"  hf upload {name} {folder} . {include}"
+            f"  {shlex.join(again)}"
         ) from error
     return f"https://huggingface.co/{name}"

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from . import UserError
 from .draws import Draws
 
 
@@ -37,6 +38,12 @@ class DDPM:
     snr_gamma: float | None = None
     debiased: bool = False
     noise_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction can train"
+            )
 
     def times(self, n: int, rng: Draws) -> Tensor:
         return rng.integers(len(self.abar), n)

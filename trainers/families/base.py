@@ -100,7 +100,7 @@ class Family(ABC):
     def identity(self, part: str) -> str:
         """A digest of a component's files and the precision that it runs in."""
         digest = hashlib.sha256(f"{self.variant} {'float32' if part == 'vae' else self.dtype}".encode())
-        for path in sorted((self.folder / part).rglob("*")):
+        for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
             digest.update(path.name.encode())
             blob = path.resolve()  # the Hub's cache names large files by their sha256
             digest.update(blob.name.encode() if len(blob.name) == 64 else path.read_bytes())
