@@ -42,13 +42,16 @@ def lora_metadata(module: nn.Module) -> dict:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
+def trained_modules(family: Family, with_text_encoders: bool) -> dict[str, nn.Module]:
+    """The pipeline's modules that were trained, by name."""
+    names = (family.denoiser_name, *(family.text_encoder_names if with_text_encoders else ()))
+    return {name: getattr(family.pipe, name) for name in names}
+
+
 def save_lora(family: Family, config: Config, folder: Path) -> None:
     """Write pytorch_lora_weights.safetensors, aside first and then renamed."""
-    modules = {family.denoiser_name: family.denoiser}
-    if config.train.train_text_encoder:
-        modules |= dict(zip(family.text_encoder_names, family.text_encoders, strict=True))
     layers = {}
-    for name, module in modules.items():
+    for name, module in trained_modules(family, config.train.train_text_encoder).items():
         # transformers 5 dropped the level `text_model.`, which ComfyUI and kohya's readers need
         prefix = "text_model." if name in family.text_encoder_names else ""
         layers[f"{name}_lora_layers"] = lora_state(module, prefix)
@@ -60,9 +63,7 @@ def save_lora(family: Family, config: Config, folder: Path) -> None:
 
 def save_pipeline(family: Family, folder: Path, with_text_encoders: bool) -> None:
     """The whole pipeline with the trained weights, in the diffusers layout."""
-    trained = {family.denoiser_name: family.denoiser}
-    if with_text_encoders:
-        trained |= dict(zip(family.text_encoder_names, family.text_encoders, strict=True))
+    trained = trained_modules(family, with_text_encoders)
     pipe = family.pipeline.from_pretrained(family.folder, variant=family.variant, **trained)
     pipe.save_pretrained(folder)
 
@@ -86,16 +87,14 @@ def prove(
 
     Returns the fresh family, ready to sample, and the relative difference of the outputs. Raises: ExportError.
     """
-    folder = config.output_dir
+    folder, model = config.output_dir, config.model
+    if not config.lora:
+        model = model.model_copy(update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None})
+    fresh = FAMILIES[model.family](model, device, dtype)
+    fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
     if config.lora:
-        fresh = FAMILIES[config.model.family](config.model, device, dtype)
-        fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
         fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
         check_keys(fresh, folder / WEIGHT_NAME)
-    else:
-        trained = config.model.model_copy(update={"pretrained_model_name_or_path": str(folder / "pipeline")})
-        fresh = FAMILIES[config.model.family](trained.model_copy(update={"variant": None}), device, dtype)
-        fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
     output = probe(fresh, fresh.encode_prompt(prompt), lambda x, t, c: fresh.predict(fresh.denoiser, x, t, c))
     difference = ((output - expected).norm() / expected.norm()).item()
     if not difference <= TOLERANCE[dtype]:

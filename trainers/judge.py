@@ -122,7 +122,6 @@ def held_out_loss(pipeline: StableDiffusionPipeline, draws: int = 12) -> float:
 
 def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
     """One picture per prompt. Each has a generator of its own, so that a picture does not depend on its neighbours."""
-    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     return pipeline(prompts, SIZE, SIZE, SAMPLING_STEPS, guidance_scale=GUIDANCE, generator=generators).images
 

@@ -37,8 +37,7 @@ class Family(ABC):
     ) -> None:
         """Finds or downloads the base model. Raises: UserError when it cannot be had."""
         self.device, self.dtype = torch.device(device), dtype
-        self.name, self.variant = model.pretrained_model_name_or_path, model.variant
-        self.folder = find(self.pipeline, model)
+        self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.release()
 
     # What differs -----------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ class Family(ABC):
         light = ("scheduler", "tokenizer")
         parts = [k for k, v in self.pipeline.load_config(self.folder).items() if isinstance(v, list)]
         absent = {part: None for part in parts if part not in names and not part.startswith(light)}
-        if "requires_safety_checker" in self.pipeline._optional_components or "safety_checker" in parts:
+        if "safety_checker" in parts:
             absent["requires_safety_checker"] = False
         self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **absent)
         self.pipe.set_progress_bar_config(disable=True)
