@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainers import small_world
 from trainers.config import OptimizerConfig, TrainConfig, load
-from trainers.draws import mix
+from trainers.draws import Draws, mix
 from trainers.judge import Judge
 from trainers.loop import Player, train
 from trainers.optim import EMA, make_optimizer, make_rate
@@ -47,7 +47,7 @@ class Fitting:
     def batches(self, step):
         r = torch.Generator().manual_seed(mix("fitting", step))
         index = torch.randint(len(self.pictures), (self.batch,), generator=r)
-        yield (pixels(self.pictures[index]), self.labels[index]), list(range(self.batch))
+        yield (pixels(self.pictures[index]), self.labels[index]), Draws(0, step, range(self.batch))
 
     def losses(self, batch, rng):
         yield "model", self.loss(*batch)

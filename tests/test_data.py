@@ -12,7 +12,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from trainers import UserError, config
-from trainers.data import Batches, Picture, View, class_pictures, instance_pictures, order, view
+from trainers.data import Batches, Picture, View, class_pictures, instance_pictures, view
+from trainers.draws import permutation
 
 GREY = np.add.outer(np.arange(0, 128, 16), np.arange(0, 128, 16)).astype(np.uint8)  # (8, 8)
 
@@ -145,6 +146,12 @@ def test_a_folder_without_pictures_is_named(put, tmp_path, names):
 def test_class_pictures_are_as_many_as_wanted_and_have_the_class_prompt(photos):
     pictures = class_pictures(photos, data(class_prompt="a dog", num_class_images=3))
     assert [(p.name, p.caption) for p in pictures] == [(str(photos / f"{i}.png"), "a dog") for i in range(3)]
+
+
+def test_a_class_picture_keeps_its_own_caption(put):
+    put("0.png"), put("1.png"), put("1.txt", b"a red dog")
+    pictures = class_pictures(put("2.png").parent, data(class_prompt=["a dog", "a cat"], num_class_images=9))
+    assert [p.caption for p in pictures] == ["a dog", "a red dog", "a dog"]
 
 
 # Captions
@@ -324,18 +331,18 @@ def batches(size=2, accumulation=1, rank=0, world=1, settings=VARIED, pools=POOL
 def samples(source, step):
     """[(row, moments, prompt length, weight)] of a step, each weight as a share of the step's loss."""
     found = []
-    for batch, rows in source(step):
+    for batch, rng in source(step):
         parts = batch["moments"], batch["condition"]["text"], batch["weight"] / (source.accumulation * source.world)
-        found += zip(rows, *(part.tolist() for part in parts), strict=True)
+        found += zip(rng.rows, *(part.tolist() for part in parts), strict=True)
     return found
 
 
-def test_an_epoch_is_a_permutation_and_depends_on_seed_pool_and_epoch():
-    orders = {key: order(*key, 20) for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}
-    assert all(sorted(o) == list(range(20)) for o in orders.values())
-    assert len(set(map(tuple, orders.values()))) == 4
-    order.cache_clear()
-    assert order(0, 0, 0, 20) == orders[0, 0, 0]
+def test_a_permutation_depends_on_its_seed_only():
+    orders = [permutation(seed, 20) for seed in range(4)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+    permutation.cache_clear()
+    assert permutation(0, 20) == orders[0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
@@ -360,7 +367,7 @@ def test_a_global_batch_does_not_depend_on_how_it_is_shared(pools, size, accumul
 def test_a_step_does_not_depend_on_the_steps_before():
     walked = batches()
     history = [samples(walked, step) for step in range(20)]
-    order.cache_clear()
+    permutation.cache_clear()
     assert samples(batches(), 19) == history[19]
     assert samples(batches(seed=1), 19) != history[19] != history[18]
 

@@ -86,7 +86,7 @@ def test_noise_offset_adds_a_constant_to_each_channel():
 
 def drawn(seed, step, rows):
     rng = Draws(seed, step, rows)
-    return torch.cat([rng.normal((len(rows), 2, 2)).flatten(1), rng.integers(1000, len(rows))[:, None]], dim=1)
+    return torch.cat([rng.normal((len(rows), 2, 2)).flatten(1), rng.uniform()[:, None]], dim=1)
 
 
 def test_a_row_draws_the_same_in_any_company():
@@ -109,9 +109,20 @@ def test_normals_are_unit_and_uncorrelated_between_rows_and_steps():
     assert abs((now * then).mean()) < bound
 
 
-def test_times_are_uniform_over_all_steps():
+def test_stratified_draws_fill_every_part_of_each_pool_however_they_are_shared():
+    whole = Draws(0, 3, range(16), count=8).uniform(stratified=True)
+    for pool in (whole[:8], whole[8:]):
+        assert sorted((pool * 8).long().tolist()) == list(range(8))
+    shared = [Draws(0, 3, rows, count=8).uniform(stratified=True) for rows in ([0, 1], [9, 15, 4])]
+    assert torch.equal(torch.cat(shared), whole[[0, 1, 9, 15, 4]])
+    assert (whole[:8] * 8).long().tolist() != (whole[8:] * 8).long().tolist()
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_times_are_uniform_over_all_steps(count):
     n, bins = 5000, 10
-    times = DDPM(STANDARD.alphas_cumprod).times(n, Draws(0, 0, range(n)))
+    draws = [Draws(0, step, range(count), count=count) for step in range(n // count)]
+    times = torch.cat([DDPM(STANDARD.alphas_cumprod).times(rng) for rng in draws])
     assert times.min() >= 0
     assert times.max() < 1000
     counts = torch.bincount(times * bins // 1000, minlength=bins)

@@ -42,21 +42,21 @@ def first_gradients(settings):
     torch.manual_seed(5)
     for parameter in trained_parameters(task.module).values():
         parameter.data += 0.1 * torch.randn(parameter.shape)
-    batch, rows = next(iter(batches(0)))
-    ((_, loss),) = task.losses(batch, Draws(settings.seed, 0, rows))
+    batch, rng = next(iter(batches(0)))
+    ((_, loss),) = task.losses(batch, rng)
     loss.backward()
-    return task, batch, rows, loss, {name: p.grad for name, p in trained_parameters(task.module).items()}
+    return task, batch, rng.rows, loss, {name: p.grad for name, p in trained_parameters(task.module).items()}
 
 
 @pytest.mark.parametrize("prior", [(), PRIOR])
 def test_loss_and_every_gradient_equal_an_independent_step(settings, base, prior):
     """The reference is written from the papers with diffusers' own parts; it shares only the draws."""
     task, batch, rows, loss, gradients = first_gradients(settings(*prior))
-    pipe, rng = StableDiffusionPipeline.from_pretrained(base), Draws(0, 0, rows)
+    pipe, rng = StableDiffusionPipeline.from_pretrained(base), Draws(0, 0, rows, count=2)
     mean, logvar = batch["moments"].chunk(2, dim=1)
     x0 = (mean + (0.5 * logvar).exp() * rng.normal(mean.shape)) * pipe.vae.config.scaling_factor
     eps = rng.normal(x0.shape)
-    t = rng.integers(1000, len(rows))
+    t = (rng.uniform(stratified=True) * 1000).long()
     x_t = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(x0, eps, t)
     prompts = ["a b c"] * 2 + ["c"] * (len(rows) - 2)
     embeddings, _ = pipe.encode_prompt(prompts, "cpu", 1, False)
@@ -75,12 +75,12 @@ def test_loss_and_every_gradient_equal_an_independent_step(settings, base, prior
 def test_latents_are_what_the_pipeline_decodes(settings, base, photos):
     """Decoding `latents / scaling_factor` as the pipeline does must give back the autoencoder's own reconstruction."""
     task, batches, _ = dreambooth.build(settings("train.train_batch_size=1"), Accelerator(cpu=True))
-    batch, rows = next(iter(batches(0)))
+    batch, rng = next(iter(batches(0)))
     pipe = StableDiffusionPipeline.from_pretrained(base)
-    latents = task.family.latents(batch["moments"], Draws(0, 0, rows))
+    latents = task.family.latents(batch["moments"], rng)
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.detach()
     mean, logvar = batch["moments"].chunk(2, dim=1)
-    z = mean + (0.5 * logvar).exp() * Draws(0, 0, rows).normal(mean.shape)
+    z = mean + (0.5 * logvar).exp() * Draws(0, 0, rng.rows).normal(mean.shape)
     torch.testing.assert_close(decoded, pipe.vae.decode(z).sample.detach())
     assert VaeImageProcessor().postprocess(decoded)[0].size == (16, 16)
 
@@ -281,12 +281,13 @@ def test_a_damaged_checkpoint_is_passed_over(settings):
 
 
 def test_class_images_are_completed_not_remade(settings):
-    once = settings(*PRIOR)
+    once = settings(*PRIOR, "data.class_prompt=[c, d e]")
     run(once)
     folder = once.output_dir / "class_images"
+    assert [(folder / f"class-{i:05d}.txt").read_text() for i in range(3)] == ["c", "d e", "c"]
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "class-00001.png").unlink()
-    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     run(once)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
     assert all((folder / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())

@@ -60,7 +60,9 @@ class DataConfig(Section):
     caption_column: str | None = field(None, "Column of dataset_name (or metadata.jsonl) that holds the captions.")
     instance_prompt: str | None = field(None, "Caption of every picture that has none of its own.")
     class_data_dir: Path | None = field(None, "Folder of class pictures; null means OUTPUT_DIR/class_images.")
-    class_prompt: str | None = field(None, "Prompt of the class, such as 'a photo of a dog'; turns the prior on.")
+    class_prompt: str | list[str] | None = field(
+        None, "What must be kept: 'a photo of a dog', or several prompts that the class pictures take in turn."
+    )
     num_class_images: NonNegativeInt = field(0, "Class pictures wanted; the base model makes those missing.")
     prior_loss_weight: float = field(1.0, "Weight of the prior-preservation loss.", ge=0)
     resolution: PositiveInt = field(512, "Side of the training pictures in pixels; a multiple of 8.")
@@ -77,6 +79,11 @@ class DataConfig(Section):
         return self.num_class_images > 0
 
     @property
+    def class_prompts(self) -> list[str]:
+        """Class picture i shows the prompt i modulo their number."""
+        return [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or []
+
+    @property
     def variants(self) -> int:
         return self.cache_variants if self.random_flip or not self.center_crop else 1
 
@@ -85,6 +92,7 @@ class ObjectiveConfig(Section):
     snr_gamma: PositiveFloat | None = field(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual.")
     debiased: bool = field(False, "Weight by 1 / sqrt(SNR) (Yu et al. 2023).")
     noise_offset: float = field(0.0, "Adds a constant per channel to the noise, for darker and lighter pictures.", ge=0)
+    stratified: bool = field(True, "Spread the times of each global batch evenly over the schedule.")
 
 
 class OptimizerConfig(Section):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import UserError
 from .config import DataConfig
-from .draws import mix
+from .draws import Draws, mix, permutation
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -56,13 +56,14 @@ class Picture:
 
 def instance_pictures(config: DataConfig) -> list[Picture]:
     """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or uncaptioned ones."""
-    pictures = from_dataset(config) if config.dataset_name else from_folder(config.instance_data_dir, config)
+    folder, prompt = config.instance_data_dir, config.instance_prompt
+    pictures = from_dataset(config) if config.dataset_name else from_folder(folder, prompt, config.caption_column)
     return readable(pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir))
 
 
 def class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
-    """The first `num_class_images` pictures of the class folder."""
-    pictures = [Picture(str(path), path.read_bytes, config.class_prompt) for path in image_files(folder)]
+    """The first `num_class_images` pictures of the class folder; without captions of their own they have the prompt."""
+    pictures = from_folder(folder, config.class_prompts[0])
     return readable(pictures[: config.num_class_images], config.skip_corrupt, str(folder))
 
 
@@ -72,13 +73,13 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
-def from_folder(folder: Path, config: DataConfig) -> list[Picture]:
-    """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else the instance prompt."""
-    written = read_metadata(folder / "metadata.jsonl", config.caption_column)
+def from_folder(folder: Path, prompt: str | None, column: str | None = None) -> list[Picture]:
+    """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else `prompt`."""
+    written = read_metadata(folder / "metadata.jsonl", column)
     pictures = []
     for path in image_files(folder):
         beside = path.with_suffix(".txt")
-        caption = read_text(beside).strip() if beside.is_file() else written.get(path.name, config.instance_prompt)
+        caption = read_text(beside).strip() if beside.is_file() else written.get(path.name, prompt)
         pictures.append(Picture(str(path), path.read_bytes, caption))
     return captioned(pictures)
 
@@ -235,20 +236,22 @@ class Batches:
         shares = torch.tensor([1.0, self.config.prior_loss_weight])[: len(self.pools)] / self.batch_size
         return shares.repeat_interleave(self.batch_size).to(self.device)
 
-    def __call__(self, step: int) -> Iterator[tuple[dict, list[int]]]:
+    def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
         total = self.batch_size * self.accumulation * self.world
         for micro in range(self.accumulation):
             first = (micro * self.world + self.rank) * self.batch_size
             rows = range(first, first + self.batch_size)
             visits = [(p, total * p + row, step * total + row) for p in range(len(self.pools)) for row in rows]
-            yield self.collate(step, visits), [row for _, row, _ in visits]
+            draws = Draws(self.seed, step, [row for _, row, _ in visits], self.device, total)
+            yield self.collate(step, visits), draws
 
     def collate(self, step: int, visits: list[tuple[int, int, int]]) -> dict:
         """Moments (B, 2C, h, w), condition {name: (B, ...)} and weight (B,), on the device."""
         moments, conditions = [], []
         for pool, row, position in visits:
             epoch, place = divmod(position, len(self.pools[pool]))
-            picture = self.pools[pool][order(self.seed, pool, epoch, len(self.pools[pool]))[place]]
+            order = permutation(mix(self.seed, pool, epoch, "order"), len(self.pools[pool]))
+            picture = self.pools[pool][order[place]]
             r = random.Random(mix(self.seed, step, row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
@@ -259,9 +262,3 @@ class Batches:
             "condition": condition,
             "weight": self.weight,
         }
-
-
-@lru_cache(maxsize=8)
-def order(seed: int, pool: int, epoch: int, count: int) -> list[int]:
-    """The permutation in which one epoch visits `count` pictures."""
-    return random.Random(mix(seed, pool, epoch, "order")).sample(range(count), count)

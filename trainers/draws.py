@@ -7,7 +7,9 @@ So one process with four accumulated micro-batches trains like four processes, a
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,17 +21,33 @@ def mix(*parts: int | str) -> int:
 
 
 class Draws:
-    """The random streams of one micro-batch: row i of every draw comes from the stream of global row `rows[i]`."""
+    """The random streams of one micro-batch: row i of every draw comes from the stream of global row `rows[i]`.
 
-    def __init__(self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    count: how many rows the global batch has; with several pools of pictures, each pool has as many, one after another.
+    """
+
+    def __init__(
+        self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu", count: int = 1
+    ) -> None:
+        self.seed, self.step, self.rows, self.count, self.device = seed, step, rows, count, torch.device(device)
         self.streams = [torch.Generator(self.device).manual_seed(mix(seed, step, row)) for row in rows]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Unit Gaussian of `shape` (B, ...), float32."""
         return torch.stack([torch.randn(shape[1:], generator=g, device=self.device) for g in self.streams])
 
-    def integers(self, high: int, n: int) -> Tensor:
-        """(n,) integers, uniform in [0, high)."""
-        assert n == len(self.streams), f"{n} integers for {len(self.streams)} rows"
-        return torch.cat([torch.randint(high, (1,), generator=g, device=self.device) for g in self.streams])
+    def uniform(self, stratified: bool = False) -> Tensor:
+        """(B,) uniform in (0, 1), float32. Stratified: each of `count` equal parts has one row of each global pool."""
+        u = torch.cat([torch.rand(1, generator=g, device=self.device) for g in self.streams])
+        if stratified:
+            u = (torch.tensor([self.stratum(row) for row in self.rows], device=self.device) + u) / self.count
+        return u.clamp(2**-24, 1 - 2**-24)
+
+    def stratum(self, row: int) -> int:
+        pool, place = divmod(row, self.count)
+        return permutation(mix(self.seed, self.step, pool, "strata"), self.count)[place]
+
+
+@lru_cache(maxsize=8)
+def permutation(seed: int, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)

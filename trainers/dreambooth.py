@@ -68,7 +68,7 @@ class DreamBooth:
         """batch: moments (B, 2C, h, w), condition {name: (B, ...)}, weight (B,), see `data.Batches`."""
         x0 = self.family.latents(batch["moments"], rng)  # (B, C, h, w)
         eps = self.objective.noise(x0, rng)
-        t = self.objective.times(len(x0), rng)  # (B,)
+        t = self.objective.times(rng)  # (B,)
         x_t = self.objective.corrupt(x0, eps, t)
         prediction = self.players["denoiser"].module(x_t, t, batch["condition"])
         error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
@@ -156,7 +156,9 @@ def make_class_images(family: Family, config: Config, folder: Path, accelerator:
         family.load("vae", family.denoiser_name, *family.text_encoder_names)
         for path in tqdm(mine, "class pictures", disable=not accelerator.is_main_process):
             number = int(path.stem.removeprefix("class-"))
-            picture = family.sample(data.class_prompt, config.validation, number, data.resolution)
+            prompt = data.class_prompts[number % len(data.class_prompts)]
+            picture = family.sample(prompt, config.validation, number, data.resolution)
+            path.with_suffix(".txt").write_text(prompt, "utf-8")
             aside = path.with_name(f".{path.name}")
             picture.save(aside, format="png")
             aside.replace(path)

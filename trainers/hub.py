@@ -43,9 +43,8 @@ def write_card(config: Config, difference: float, pictures: int) -> None:
         f"guidance_scale={validation.guidance_scale}, generator=torch.manual_seed({validation.seed})).images[0]",
     ]
     what = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
-    prior = (
-        f"{data.num_class_images} of '{data.class_prompt}', weight {data.prior_loss_weight}" if data.prior else "none"
-    )
+    kept = ", ".join(repr(prompt) for prompt in data.class_prompts)
+    prior = f"{data.num_class_images} of {kept}, weight {data.prior_loss_weight}" if data.prior else "none"
     facts = {
         "Base model": base,
         "Trained": what + (", with the text encoder" if train.train_text_encoder else ""),

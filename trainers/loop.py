@@ -39,8 +39,8 @@ class Task(Protocol):
 
 
 class Batches(Protocol):
-    def __call__(self, step: int) -> Iterable[tuple[Any, list[int]]]:
-        """This process's micro-batches of one step, each with its rows in the global batch."""
+    def __call__(self, step: int) -> Iterable[tuple[Any, Draws]]:
+        """This process's micro-batches of one step, each with its random draws."""
 
 
 Means = dict[str, Tensor]  # scalars on the device: each player's mean loss and gradient norm
@@ -67,10 +67,10 @@ def train(
     modules = [player.module for player in task.players.values()]
     for step in range(start, config.max_train_steps):
         means: Means = {}
-        for micro, (batch, rows) in enumerate(batches(step)):
+        for micro, (batch, rng) in enumerate(batches(step)):
             torch.manual_seed(mix(seed, step, micro, "dropout", accelerator.process_index))
             with accelerator.accumulate(*modules):
-                for name, loss in task.losses(batch, Draws(seed, step, rows, accelerator.device)):
+                for name, loss in task.losses(batch, rng):
                     player = task.players[name]
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:

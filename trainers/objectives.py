@@ -15,7 +15,7 @@ from .draws import Draws
 
 
 class Objective(Protocol):
-    def times(self, n: int, rng: Draws) -> Tensor: ...
+    def times(self, rng: Draws) -> Tensor: ...
     def noise(self, x0: Tensor, rng: Draws) -> Tensor: ...
     def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
@@ -38,6 +38,7 @@ class DDPM:
     snr_gamma: float | None = None
     debiased: bool = False
     noise_offset: float = 0.0
+    stratified: bool = True
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -45,8 +46,8 @@ class DDPM:
                 f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction can train"
             )
 
-    def times(self, n: int, rng: Draws) -> Tensor:
-        return rng.integers(len(self.abar), n)
+    def times(self, rng: Draws) -> Tensor:
+        return (rng.uniform(self.stratified) * len(self.abar)).long()
 
     def noise(self, x0: Tensor, rng: Draws) -> Tensor:
         eps = rng.normal(x0.shape)
