@@ -1,4 +1,4 @@
-"""A tiny SD1.5 pipeline with random weights in the true diffusers layout, pictures, and a config of a short run."""
+"""Tiny pipelines with random weights in the true diffusers layout, pictures, and the config of a short run."""
 
 import os
 
@@ -9,9 +9,27 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from trainers import config
 
@@ -24,29 +42,61 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
 
 
-def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    torch.manual_seed(0)
+def make_t5_tokenizer() -> T5Tokenizer:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(33, 127))]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
+
+
+def make_clip(kind=CLIPTextModel, width: int = 16) -> CLIPTextModel:
     tokenizer = make_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
-    vae = AutoencoderKL(
+
+
+def make_t5(width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(make_t5_tokenizer()),
+            d_model=width,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def make_vae(**scale: float) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=2,
         sample_size=16,
-        scaling_factor=0.7,
+        **scale,
     )
+
+
+def make_sd15(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -67,9 +117,9 @@ def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         prediction_type=prediction_type,
     )
     return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+        vae=make_vae(scaling_factor=0.7),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -78,16 +128,80 @@ def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     )
 
 
+def make_sd3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(scaling_factor=1.5, shift_factor=0.3),
+        text_encoder=make_clip(CLIPTextModelWithProjection, 16),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=make_clip(CLIPTextModelWithProjection, 8),
+        tokenizer_2=make_tokenizer(),
+        text_encoder_3=make_t5(),
+        tokenizer_3=make_t5_tokenizer(),
+    )
+
+
+def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=make_vae(scaling_factor=0.4, shift_factor=0.2),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=make_t5(),
+        tokenizer_2=make_t5_tokenizer(),
+    )
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+MAKERS = {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}
+
+
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    make_pipeline().save_pretrained(folder)
-    return folder
+def bases(tmp_path_factory):
+    """Family name -> folder of its tiny pipeline."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in MAKERS}
+    for name, folder in folders.items():
+        MAKERS[name]().save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def base(bases):
+    return bases["sd15"]
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +214,18 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(base, photos, tmp_path):
-    """A function: overrides -> Config of a six-step run on the tiny pipeline."""
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
+def settings(bases, photos, tmp_path):
+    """A function: overrides, family -> Config of a six-step run on that family's tiny pipeline."""
+
+    def make(*overrides, family="sd15"):
+        path = tmp_path / "config.yaml"
+        model = f"family: {family}, pretrained_model_name_or_path: {bases[family]}"
+        if family != "sd15":
+            model += ", max_sequence_length: 10"
+        path.write_text(
+            f"""
 output_dir: {tmp_path}/run
-model: {{pretrained_model_name_or_path: {base}}}
+model: {{{model}}}
 lora: {{rank: 2}}
 data: {{instance_data_dir: {photos}, instance_prompt: a b c, resolution: 16}}
 optimizer: {{learning_rate: 1e-2}}
@@ -115,5 +234,7 @@ checkpoint: {{checkpointing_steps: 2}}
 validation: {{num_inference_steps: 2, guidance_scale: 2}}
 tracking: {{report_to: [], log_every: 1}}
 """
-    )
-    return lambda *overrides: config.load(path, overrides)
+        )
+        return config.load(path, overrides)
+
+    return make

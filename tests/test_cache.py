@@ -84,24 +84,28 @@ class Counted(SD15):
         self.encoded += 1
         return super().encode_image(pixels)
 
-    def encode_prompt(self, prompt):
+    def encode_prompt(self, name, prompt):
         self.encoded += 1
-        return super().encode_prompt(prompt)
+        return super().encode_prompt(name, prompt)
 
 
 @pytest.fixture
 def encoder(settings, tmp_path):
     """A function: base folder, precision -> a fresh encoder over one cache folder."""
 
-    def make(base=None, dtype=torch.float32, train_text_encoder=False):
+    def make(base=None, dtype=torch.float32, train=()):
         model = settings(*([f"model.pretrained_model_name_or_path={base}"] if base else [])).model
-        return CachedEncoder(Counted(model, dtype=dtype), tmp_path / "cache", True, train_text_encoder)
+        return CachedEncoder(Counted(model, dtype=dtype), tmp_path / "cache", True, train)
 
     return make
 
 
 def picture(content):
     return Picture("name", partial(bytes, content), "")
+
+
+def both(encoder):
+    return {"image": encoder.image_key(picture(b"a"), View(16)), "prompt": encoder.prompt_key("text_encoder", "a")}
 
 
 def test_a_pictures_key_tells_its_bytes_and_its_view(encoder):
@@ -114,7 +118,8 @@ def test_a_pictures_key_tells_its_bytes_and_its_view(encoder):
 
 def test_a_prompts_key_tells_the_prompt(encoder):
     one, other = encoder(), encoder()
-    assert one.prompt_key("a") == other.prompt_key("a") != other.prompt_key("b")
+    keys = [encoder.prompt_key("text_encoder", words) for encoder, words in ((one, "a"), (other, "a"), (other, "b"))]
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(
@@ -132,10 +137,10 @@ def test_a_key_changes_with_the_content_of_the_encoders_that_it_depends_on(encod
 
     def keys():
         fresh = encoder(copy)
-        return {"image": fresh.image_key(picture(b"a"), View(16)), "prompt": fresh.prompt_key("a")}
+        return both(fresh)
 
     before = keys()
-    assert before == {"image": encoder().image_key(picture(b"a"), View(16)), "prompt": encoder().prompt_key("a")}
+    assert before == both(encoder())
     file = max((copy / part).iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
@@ -147,8 +152,8 @@ def test_a_key_changes_with_the_content_of_the_encoders_that_it_depends_on(encod
 def test_a_prompts_key_tells_the_precision_and_a_pictures_does_not(encoder):
     """The autoencoder always runs in float32."""
     full, half = encoder(), encoder(dtype=torch.bfloat16)
-    assert full.prompt_key("a") != half.prompt_key("a")
-    assert full.image_key(picture(b"a"), View(16)) == half.image_key(picture(b"a"), View(16))
+    assert both(full)["prompt"] != both(half)["prompt"]
+    assert both(full)["image"] == both(half)["image"]
 
 
 # Filling
@@ -178,7 +183,7 @@ def test_entries_equal_what_diffusers_encodes(filled, base):
             assert torch.equal(encoder.moments(picture, view), posterior.parameters[0])
     for prompt in ("a b c", ""):
         theirs = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
-        torch.testing.assert_close(encoder.condition(prompt)["encoder_hidden_states"], theirs)
+        torch.testing.assert_close(encoder.text(prompt)["text_encoder"], theirs)
 
 
 def test_each_picture_view_and_prompt_is_encoded_once_and_never_again(filled, encoder):
@@ -205,10 +210,10 @@ def test_a_damaged_entry_stops_the_run_and_the_next_fill_makes_it_again(filled, 
 
 def test_a_trained_text_encoder_is_fed_token_ids_that_are_never_cached(filled, encoder):
     fill = filled[2]
-    trained = fill(encoder(train_text_encoder=True))
+    trained = fill(encoder(train=("text_encoder",)))
     assert trained.family.encoded == 0
     trained.family.load("text_encoder")
-    ids = trained.condition("a b c")["input_ids"]
+    ids = trained.text("a b c")["text_encoder_ids"]
     assert torch.equal(
         ids, trained.family.pipe.tokenizer("a b c", padding="max_length", return_tensors="pt").input_ids[0]
     )

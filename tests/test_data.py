@@ -316,7 +316,7 @@ class Fake:
     def moments(self, picture, view):
         return torch.tensor([int(picture.digest[:12], 16), view.left, view.top, view.flip], dtype=torch.float64)
 
-    def condition(self, prompt):
+    def text(self, prompt):
         return {"text": torch.tensor([len(prompt)])}
 
 
@@ -332,7 +332,7 @@ def samples(source, step):
     """[(row, moments, prompt length, weight)] of a step, each weight as a share of the step's loss."""
     found = []
     for batch, rng in source(step):
-        parts = batch["moments"], batch["condition"]["text"], batch["weight"] / (source.accumulation * source.world)
+        parts = batch["moments"], batch["text"]["text"], batch["weight"] / (source.accumulation * source.world)
         found += zip(rng.rows, *(part.tolist() for part in parts), strict=True)
     return found
 

@@ -101,7 +101,7 @@ def shuffle_the_captions(monkeypatch):
     def shuffled(self, step, visits):
         batch = collate(self, step, visits)
         order = torch.randperm(len(visits), generator=torch.Generator().manual_seed(step))
-        return batch | {"condition": {name: value[order] for name, value in batch["condition"].items()}}
+        return batch | {"text": {name: value[order] for name, value in batch["text"].items()}}
 
     monkeypatch.setattr(data.Batches, "collate", shuffled)
 

@@ -96,7 +96,7 @@ def test_a_new_lora_changes_nothing(settings, base):
     unet = StableDiffusionPipeline.from_pretrained(base).unet
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 12, 16)
     with torch.no_grad():
-        assert torch.equal(task.module(x, t, {"encoder_hidden_states": text}), unet(x, t, text).sample)
+        assert torch.equal(task.module(x, t, {"text_encoder": text}), unet(x, t, text).sample)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -63,16 +63,21 @@ def key_of(**facts: object) -> str:
 
 
 class CachedEncoder:
-    """Moments per picture and condition per distinct prompt, read from the cache, encoded by the family when missing.
+    """Moments per picture, and each text encoder's outputs per distinct prompt, read from the cache or encoded.
 
-    Without a cache (`keep` false) the family's encoders stay loaded and encode at each call. While the text encoder
-    trains, a condition is token ids and nothing of it is cached.
+    Without a cache (`keep` false) the family's encoders stay loaded and encode at each call. Of the text encoders that
+    `train`, there are token ids, and nothing is cached.
     """
 
-    def __init__(self, family: Family, folder: Path, keep: bool, train_text_encoder: bool) -> None:
-        self.family, self.keep, self.train_text_encoder = family, keep, train_text_encoder
+    def __init__(self, family: Family, folder: Path, keep: bool, train: Sequence[str]) -> None:
+        self.family, self.keep, self.train = family, keep, train
         self.cache = Cache(folder)
         self.tokens = lru_cache(maxsize=65536)(family.tokenize)
+
+    @property
+    def live(self) -> Sequence[str]:
+        """The text encoders that must be loaded."""
+        return self.train if self.keep else self.family.text_encoder_names
 
     def moments(self, picture: Picture, view: View) -> Tensor:
         """(2C, h, w), the posterior's mean and log-variance."""
@@ -80,12 +85,21 @@ class CachedEncoder:
             return self.family.encode_image(view(picture.decode()))
         return self.entry(self.image_key(picture, view), picture.name)["moments"]
 
-    def condition(self, prompt: str) -> dict[str, Tensor]:
-        if self.train_text_encoder:
-            return self.tokens(prompt)
-        if not self.keep:
-            return self.family.encode_prompt(prompt)
-        return self.entry(self.prompt_key(prompt), repr(prompt))
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """What `Denoiser` takes of one prompt."""
+        text = {}
+        for name in self.family.text_encoder_names:
+            if name in self.train:
+                text[f"{name}_ids"] = self.tokens(name, prompt)
+            else:
+                text |= self.outputs(name, prompt)
+        return text
+
+    def outputs(self, name: str, prompt: str) -> dict[str, Tensor]:
+        """The outputs of one text encoder as it is now, without the batch axis."""
+        if name in self.live:
+            return self.family.encode_prompt(name, prompt)
+        return self.entry(self.prompt_key(name, prompt), repr(prompt))
 
     def entry(self, key: str, name: str) -> dict[str, Tensor]:
         if (tensors := self.cache.read(key)) is None:
@@ -95,24 +109,31 @@ class CachedEncoder:
     def image_key(self, picture: Picture, view: View) -> str:
         return key_of(image=picture.digest, view=asdict(view), encoder=self.family.identity("vae"))
 
-    def prompt_key(self, prompt: str) -> str:
-        return key_of(prompt=prompt, encoder=[self.family.identity(name) for name in self.family.text_parts])
+    def prompt_key(self, name: str, prompt: str) -> str:
+        parts = [self.family.identity(part) for part in (name, name.replace("text_encoder", "tokenizer"))]
+        length = self.family.max_sequence_length if name == self.family.t5_encoder else None
+        return key_of(prompt=prompt, encoder=parts, length=length)
 
     def fill(self, views: Iterable[tuple[Picture, View]], prompts: Iterable[str], accelerator: Accelerator) -> None:
-        """Encode what is missing, shared among the processes; then free the encoders."""
-        jobs = {self.image_key(picture, view): (picture, view) for picture, view in views}
-        if not self.train_text_encoder:
-            jobs |= {self.prompt_key(prompt): prompt for prompt in prompts}
+        """Encode what is missing, shared among the processes, with one encoder in memory at a time."""
+        family, views, prompts = self.family, list(views), list(prompts)
+        work = {
+            "vae": [
+                (self.image_key(picture, view), partial(self.encode_view, picture, view)) for picture, view in views
+            ]
+        }
+        for name in family.text_encoder_names:
+            if name not in self.train:
+                work[name] = [(self.prompt_key(name, p), partial(family.encode_prompt, name, p)) for p in prompts]
         rank, world = accelerator.process_index, accelerator.num_processes
         for share in (slice(rank, None, world), slice(None)):  # the second pass finds work only on unshared disks
-            missing = [(key, job) for key, job in list(jobs.items())[share] if self.cache._read(key) is None]
-            if missing:
-                self.family.load("vae", *self.family.text_encoder_names)
-            for key, job in tqdm(missing, "encoding", disable=not accelerator.is_main_process or not missing):
-                if isinstance(job, str):
-                    self.cache.write(key, self.family.encode_prompt(job))
-                else:
-                    picture, view = job
-                    self.cache.write(key, {"moments": self.family.encode_image(view(picture.decode()))})
+            for part, jobs in work.items():
+                if missing := {key: job for key, job in jobs[share] if self.cache._read(key) is None}:
+                    family.load(part)
+                    for key, job in tqdm(missing.items(), f"encoding: {part}", disable=not accelerator.is_main_process):
+                        self.cache.write(key, job())
+                    family.release()
             accelerator.wait_for_everyone()
-        self.family.release()
+
+    def encode_view(self, picture: Picture, view: View) -> dict[str, Tensor]:
+        return {"moments": self.family.encode_image(view(picture.decode()))}

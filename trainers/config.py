@@ -32,12 +32,18 @@ def field(default: Any, help: str, **limits: Any) -> Any:
 
 
 class ModelConfig(Section):
-    family: Literal["sd15"] = field("sd15", "Which architecture the base model has.")
+    family: Literal["sd15", "sd3", "flux"] = field("sd15", "Which architecture the base model has.")
     pretrained_model_name_or_path: str = field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "Hub repository or local folder in the diffusers layout."
     )
     revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")
     variant: str | None = field(None, "Weight file variant, such as fp16.")
+    text_encoder_3: Literal["load"] | None = field("load", "SD3: null leaves the T5 out, as the pipeline allows.")
+    max_sequence_length: PositiveInt | None = field(
+        None, "Tokens that the T5 reads; null means the pipeline's own number (SD3: 256, Flux.1: 512)."
+    )
+    guidance_scale: float = field(1.0, "Flux.1-dev: the guidance that the model is told while it trains.", ge=0)
+    allow_schnell: bool = field(False, "Flux.1-schnell: train it although training undoes its distillation.")
 
 
 class LoraConfig(Section):
@@ -47,6 +53,7 @@ class LoraConfig(Section):
     target_modules: str | list[str] = field(
         "attention", "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex."
     )
+    blocks: list[str] | None = field(None, "Only layers in these blocks, such as [transformer_blocks.3].")
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field("gaussian", "How lora_A starts.")
     use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
@@ -89,10 +96,23 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    snr_gamma: PositiveFloat | None = field(None, "Min-SNR weighting (Hang et al. 2023); 5 is usual.")
-    debiased: bool = field(False, "Weight by 1 / sqrt(SNR) (Yu et al. 2023).")
-    noise_offset: float = field(0.0, "Adds a constant per channel to the noise, for darker and lighter pictures.", ge=0)
     stratified: bool = field(True, "Spread the times of each global batch evenly over the schedule.")
+    snr_gamma: PositiveFloat | None = field(None, "SD1.5: min-SNR weighting (Hang et al. 2023); 5 is usual.")
+    debiased: bool = field(False, "SD1.5: weight by 1 / sqrt(SNR) (Yu et al. 2023).")
+    noise_offset: float = field(
+        0.0, "SD1.5: adds a constant per channel to the noise, for darker and lighter pictures.", ge=0
+    )
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = field(
+        "logit_normal", "SD3, Flux.1: how often each time is trained (Esser et al. 2024)."
+    )
+    logit_mean: float = field(0.0, "Of logit_normal; t = 1 is noise: a value from the diffusers scripts changes sign.")
+    logit_std: PositiveFloat = field(1.0, "Of logit_normal.")
+    mode_scale: float = field(1.29, "Of mode.")
+    shift: Literal["auto", "none"] | PositiveFloat = field(
+        "auto", "SD3, Flux.1: towards noise, for large pictures; auto does as the model's own scheduler."
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = field("none", "SD3, Flux.1: weight of the loss at each time.")
+    precondition: bool = field(False, "SD3, Flux.1: the loss of x0 instead of v, as the diffusers script for SD3.")
 
 
 class OptimizerConfig(Section):
@@ -150,6 +170,15 @@ class HubConfig(Section):
     private: bool = field(False, "Create the repository as private.")
 
 
+ONLY_FOR = [  # families, section, keys
+    ("sd15", "objective", "snr_gamma debiased noise_offset"),
+    ("sd3 flux", "objective", "density logit_mean logit_std mode_scale shift weighting precondition"),
+    ("sd3 flux", "model", "max_sequence_length"),
+    ("sd3", "model", "text_encoder_3"),
+    ("flux", "model", "guidance_scale allow_schnell"),
+]
+
+
 class Config(Section):
     kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
     output_dir: Path = field(Path("runs/dreambooth"), "The run folder: everything that the run writes.")
@@ -180,8 +209,14 @@ class Config(Section):
             yield "data.class_prompt", "prior preservation (data.num_class_images > 0) needs a class prompt"
         if data.class_prompt and not data.prior:
             yield "data.num_class_images", "a class prompt without class pictures: say how many to use, 100 is usual"
-        if data.resolution % 8:
-            yield "data.resolution", f"must be a multiple of 8, not {data.resolution}"
+        flow = self.model.family != "sd15"
+        if data.resolution % (16 if flow else 8):
+            yield "data.resolution", f"must be a multiple of {16 if flow else 8}, not {data.resolution}"
+        for families, section, names in ONLY_FOR:
+            values = getattr(self, section)
+            for name in names.split() if self.model.family not in families.split() else ():
+                if getattr(values, name) != type(values).model_fields[name].default:
+                    yield f"{section}.{name}", f"means nothing to {self.model.family}, only to {families}: remove it"
         if self.objective.debiased and self.objective.snr_gamma:
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
         if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:

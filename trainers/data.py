@@ -207,7 +207,7 @@ class Encoded(Protocol):
     """What the denoiser takes, made from pictures and captions."""
 
     def moments(self, picture: Picture, view: View) -> Tensor: ...  # (2C, h, w)
-    def condition(self, prompt: str) -> dict[str, Tensor]: ...  # without the batch axis
+    def text(self, prompt: str) -> dict[str, Tensor]: ...  # without the batch axis
 
 
 @dataclass
@@ -246,8 +246,8 @@ class Batches:
             yield self.collate(step, visits), draws
 
     def collate(self, step: int, visits: list[tuple[int, int, int]]) -> dict:
-        """Moments (B, 2C, h, w), condition {name: (B, ...)} and weight (B,), on the device."""
-        moments, conditions = [], []
+        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
+        moments, texts = [], []
         for pool, row, position in visits:
             epoch, place = divmod(position, len(self.pools[pool]))
             order = permutation(mix(self.seed, pool, epoch, "order"), len(self.pools[pool]))
@@ -255,10 +255,10 @@ class Batches:
             r = random.Random(mix(self.seed, step, row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
-            conditions.append(self.encoded.condition("" if dropped else picture.caption))
-        condition = {name: torch.stack([c[name] for c in conditions]).to(self.device) for name in conditions[0]}
+            texts.append(self.encoded.text("" if dropped else picture.caption))
+        text = {name: torch.stack([row[name] for row in texts]).to(self.device) for name in texts[0]}
         return {
             "moments": torch.stack(moments).to(self.device),
-            "condition": condition,
+            "text": text,
             "weight": self.weight,
         }

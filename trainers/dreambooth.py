@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,28 +15,26 @@ from .cache import CachedEncoder
 from .config import Config
 from .data import Batches, class_pictures, image_files, instance_pictures, view
 from .draws import Draws, mix
-from .families import FAMILIES, Condition, Family
+from .families import FAMILIES, Family
 from .loop import Player
 from .observers import averaged, write_grid
 from .optim import EMA, make_optimizer, trained_parameters
 
 
 class Denoiser(nn.Module):
-    """The denoiser, and the text encoders while they train, as one callable: what DDP wraps is only ever called."""
+    """The denoiser, and the text encoders that train, as one callable: what DDP wraps is only ever called."""
 
-    def __init__(self, family: Family, train_text_encoder: bool) -> None:
+    def __init__(self, family: Family, text_encoders: Sequence[str]) -> None:
         super().__init__()
         self.family = family
         self.denoiser = family.denoiser
-        self.text_encoders = nn.ModuleList(family.text_encoders if train_text_encoder else [])
+        self.text_encoders = nn.ModuleDict({name: getattr(family.pipe, name) for name in text_encoders})
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """condition: the family's, or token ids when the text encoders train."""
-        if len(self.text_encoders):
-            condition = self.family.encode_tokens(condition)
-        dtype = self.family.dtype
-        condition = {name: c.to(dtype) if c.is_floating_point() else c for name, c in condition.items()}
-        return self.family.predict(self.denoiser, x_t.to(dtype), t, condition)
+    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+        """text: each text encoder's outputs, or {NAME_ids: (B, L)} of those that train."""
+        for name in self.text_encoders:
+            text = text | self.family.encode_text(name, text[f"{name}_ids"])
+        return self.family.denoise(self.denoiser, x_t, t, text)
 
 
 class DreamBooth:
@@ -45,17 +43,15 @@ class DreamBooth:
     def __init__(self, family: Family, encoder: CachedEncoder, config: Config, accelerator: Accelerator) -> None:
         """The family holds its denoiser, and the text encoders if they train."""
         self.family, self.encoder, self.config, self.accelerator = family, encoder, config, accelerator
-        self.objective = family.make_objective(config.objective)
-        text = config.train.train_text_encoder
+        self.objective = family.make_objective(config.objective, config.data.resolution)
         torch.manual_seed(mix(config.seed, "init"))
+        self.module = Denoiser(family, encoder.train)
         if config.lora:
-            family.add_lora(config.lora, text)
+            family.add_lora(config.lora, encoder.train)
         else:
-            for module in [family.denoiser, *(family.text_encoders if text else [])]:
-                module.requires_grad_(True)
+            self.module.requires_grad_(True)
         if config.train.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
-        self.module = Denoiser(family, text)
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
         parts = [(self.module.denoiser, rate), (self.module.text_encoders, text_rate)]
@@ -65,28 +61,27 @@ class DreamBooth:
         self.players = {"denoiser": Player(*accelerator.prepare(self.module, optimizer), ema)}
 
     def losses(self, batch: dict, rng: Draws) -> Iterator[tuple[str, Tensor]]:
-        """batch: moments (B, 2C, h, w), condition {name: (B, ...)}, weight (B,), see `data.Batches`."""
+        """batch: moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,), see `data.Batches`."""
         x0 = self.family.latents(batch["moments"], rng)  # (B, C, h, w)
         eps = self.objective.noise(x0, rng)
         t = self.objective.times(rng)  # (B,)
         x_t = self.objective.corrupt(x0, eps, t)
-        prediction = self.players["denoiser"].module(x_t, t, batch["condition"])
+        prediction = self.players["denoiser"].module(x_t, t, batch["text"])
         error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
         yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
 
     def sample(self, folder: Path) -> None:
-        """Validation pictures by the weights as they are now, from prompts encoded before the training."""
-        encoder = None if self.config.train.train_text_encoder else self.encoder
+        """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
         self.module.eval()
-        write_samples(self.family, self.config, folder, encoder)
+        write_samples(self.family, self.config, folder, self.encoder.outputs)
         self.module.train()
 
     def save(self, folder: Path) -> None:
         """LoRA weights, or the whole pipeline when all weights train."""
         if self.config.lora:
-            export.save_lora(self.family, self.config, folder)
+            export.save_lora(self.family, self.encoder.train, folder)
         else:
-            export.save_pipeline(self.family, folder / "pipeline", self.config.train.train_text_encoder)
+            export.save_pipeline(self.family, self.encoder.train, folder / "pipeline")
 
     def finish(self) -> None:
         """Save, prove that the file reloads, sample from it, write the card. The trained model is freed on the way."""
@@ -95,29 +90,32 @@ class DreamBooth:
             self.module.eval()
             self.save(config.output_dir)
             plain = self.accelerator.unwrap_model(self.players["denoiser"].module, keep_fp32_wrapper=False)
-            expected = export.probe(family, self.encoder.condition(prompt), plain)
+            expected = export.probe(family, config.data.resolution, self.encoder.text(prompt), plain)
         self.players.clear()
-        del self.module, self.encoder
+        del self.module
         self.accelerator.free_memory()
         family.release()
-        fresh, difference = export.prove(config, expected, prompt, family.device, family.dtype)
+        fresh, encode, difference = export.prove(config, self.encoder, expected, prompt)
         self.accelerator.print(f"reload proof: relative difference {difference:.1e}")
         if config.validation.prompts:
-            write_samples(fresh, config, config.output_dir / "samples" / "final")
+            write_samples(fresh, config, config.output_dir / "samples" / "final", encode)
         hub.write_card(config, difference, len(self.batches.pools[0]))
 
 
 def build(config: Config, accelerator: Accelerator) -> tuple[DreamBooth, Batches, str]:
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
-    data, text = config.data, config.train.train_text_encoder
+    data = config.data
     pools = [instance_pictures(data)]
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     family = FAMILIES[config.model.family](config.model, accelerator.device, half if config.lora else torch.float32)
+    text = (
+        (family.clip_encoders if config.lora else family.text_encoder_names) if config.train.train_text_encoder else ()
+    )
+    encoder = CachedEncoder(family, data.cache_dir or config.output_dir / "cache", data.cache, text)
     if data.prior:
         folder = data.class_data_dir or config.output_dir / "class_images"
-        make_class_images(family, config, folder, accelerator)
+        make_class_images(encoder, config, folder, accelerator)
         pools.append(class_pictures(folder, data))
-    encoder = CachedEncoder(family, data.cache_dir or config.output_dir / "cache", data.cache, text)
     pictures = [picture for pool in pools for picture in pool]
     if data.cache:
         views = ((picture, view(picture, v, data)) for picture in pictures for v in range(data.variants))
@@ -125,8 +123,7 @@ def build(config: Config, accelerator: Accelerator) -> tuple[DreamBooth, Batches
         encoder.fill(views, dict.fromkeys([*prompts, config.validation.negative_prompt, ""]), accelerator)
     names = [family.denoiser_name]
     names += ["vae"] if config.validation.prompts or not data.cache else []
-    names += family.text_encoder_names if text or not data.cache else []
-    family.load(*names)
+    family.load(*names, *encoder.live)
     task = DreamBooth(family, encoder, config, accelerator)
     train = config.train
     task.batches = Batches(
@@ -144,20 +141,22 @@ def build(config: Config, accelerator: Accelerator) -> tuple[DreamBooth, Batches
     return task, task.batches, digest
 
 
-def make_class_images(family: Family, config: Config, folder: Path, accelerator: Accelerator) -> None:
+def make_class_images(encoder: CachedEncoder, config: Config, folder: Path, accelerator: Accelerator) -> None:
     """Generate the class pictures that the folder lacks, shared among the processes; picture i has noise i."""
-    data, rank, world = config.data, accelerator.process_index, accelerator.num_processes
+    family, data, rank, world = encoder.family, config.data, accelerator.process_index, accelerator.num_processes
     lacking = data.num_class_images - len(image_files(folder))
     names = (folder / f"class-{i:05d}.png" for i in range(data.num_class_images))
     wanted = [path for path in names if not path.exists()][: max(0, lacking)]
+    if wanted and data.cache:
+        encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
     accelerator.wait_for_everyone()
     if mine := wanted[rank::world]:
         folder.mkdir(parents=True, exist_ok=True)
-        family.load("vae", family.denoiser_name, *family.text_encoder_names)
+        family.load("vae", family.denoiser_name, *encoder.live)
         for path in tqdm(mine, "class pictures", disable=not accelerator.is_main_process):
             number = int(path.stem.removeprefix("class-"))
             prompt = data.class_prompts[number % len(data.class_prompts)]
-            picture = family.sample(prompt, config.validation, number, data.resolution)
+            picture = family.sample(prompt, config.validation, number, data.resolution, encoder.outputs)
             path.with_suffix(".txt").write_text(prompt, "utf-8")
             aside = path.with_name(f".{path.name}")
             picture.save(aside, format="png")
@@ -166,14 +165,14 @@ def make_class_images(family: Family, config: Config, folder: Path, accelerator:
     accelerator.wait_for_everyone()
 
 
-def write_samples(family: Family, config: Config, folder: Path, encoder: CachedEncoder | None = None) -> None:
+def write_samples(family: Family, config: Config, folder: Path, encode: Callable | None = None) -> None:
     """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled grid.png."""
     validation, rows = config.validation, []
     folder.mkdir(parents=True, exist_ok=True)
     for p, prompt in enumerate(validation.prompts):
         pictures = []
         for i in range(validation.num_images):
-            pictures.append(family.sample(prompt, validation, validation.seed + i, config.data.resolution, encoder))
+            pictures.append(family.sample(prompt, validation, validation.seed + i, config.data.resolution, encode))
             pictures[-1].save(folder / f"{p:02d}-{i}.png")
         rows.append((prompt, pictures))
     write_grid(rows, folder / "grid.png")

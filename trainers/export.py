@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
+from .cache import CachedEncoder
 from .config import Config
-from .families import FAMILIES, Condition, Family
+from .families import FAMILIES, Family
 
+Encode = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name and a prompt to its outputs
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the reloaded output, relative L2
 
@@ -42,74 +47,76 @@ def lora_metadata(module: nn.Module) -> dict:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def trained_modules(family: Family, with_text_encoders: bool) -> dict[str, nn.Module]:
-    """The pipeline's modules that were trained, by name."""
-    names = (family.denoiser_name, *(family.text_encoder_names if with_text_encoders else ()))
-    return {name: getattr(family.pipe, name) for name in names}
+def text_prefix(module: nn.Module) -> str:
+    """transformers 5 dropped the level `text_model.` of CLIPTextModel, which ComfyUI and kohya's readers need."""
+    return (
+        "text_model." if isinstance(module, CLIPTextModel) and "text_model" not in dict(module.named_children()) else ""
+    )
 
 
-def save_lora(family: Family, config: Config, folder: Path) -> None:
+def save_lora(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
     """Write pytorch_lora_weights.safetensors, aside first and then renamed."""
     layers = {}
-    for name, module in trained_modules(family, config.train.train_text_encoder).items():
-        # transformers 5 dropped the level `text_model.`, which ComfyUI and kohya's readers need
-        prefix = "text_model." if name in family.text_encoder_names else ""
-        layers[f"{name}_lora_layers"] = lora_state(module, prefix)
+    for name in (family.denoiser_name, *text_encoders):
+        module = getattr(family.pipe, name)
+        layers[f"{name}_lora_layers"] = lora_state(module, text_prefix(module))
         layers[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
     with TemporaryDirectory(dir=folder) as aside:
         family.pipeline.save_lora_weights(aside, **layers)
         (Path(aside) / WEIGHT_NAME).replace(folder / WEIGHT_NAME)
 
 
-def save_pipeline(family: Family, folder: Path, with_text_encoders: bool) -> None:
+def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
     """The whole pipeline with the trained weights, in the diffusers layout."""
-    trained = trained_modules(family, with_text_encoders)
+    trained = {name: getattr(family.pipe, name) for name in (family.denoiser_name, *text_encoders)}
     pipe = family.pipeline.from_pretrained(family.folder, variant=family.variant, **trained)
     pipe.save_pretrained(folder)
 
 
 @torch.no_grad()
-def probe(family: Family, condition: Condition, denoise: nn.Module) -> Tensor:
-    """The output (1, C, h, w) of `denoise` on fixed noise, in the middle of the schedule, for one condition."""
-    unet = family.denoiser.config
-    size = unet.sample_size if isinstance(unet.sample_size, int) else unet.sample_size[0]
-    x_t = torch.randn(1, unet.in_channels, size, size, generator=torch.Generator().manual_seed(0)).to(family.device)
-    t = torch.full((1,), family.scheduler.config.num_train_timesteps // 2, device=family.device)
-    condition = {name: value[None].to(family.device) for name, value in condition.items()}
+def probe(family: Family, resolution: int, text: dict[str, Tensor], denoise: Callable[..., Tensor]) -> Tensor:
+    """The output (1, C, h, w) of `denoise` on fixed noise, in the middle of the schedule, for one prompt's `text`."""
+    size, channels = resolution // family.vae_factor, family.vae_config["latent_channels"]
+    x_t = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(family.device)
+    t = torch.full((1,), family.middle, device=family.device)
+    text = {name: value[None].to(family.device) for name, value in text.items()}
     with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
-        return denoise(x_t.to(family.dtype), t, condition).float()
+        return denoise(x_t, t, text).float()
 
 
-def prove(
-    config: Config, expected: Tensor, prompt: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Family, float]:
+def prove(config: Config, encoder: CachedEncoder, expected: Tensor, prompt: str) -> tuple[Family, Encode, float]:
     """Load the exported file into a fresh base as any user would, and compare it with the training's last state.
 
-    Returns the fresh family, ready to sample, and the relative difference of the outputs. Raises: ExportError.
+    Returns the fresh family, how it encodes prompts, and the relative difference of the outputs. Raises: ExportError.
     """
-    folder, model = config.output_dir, config.model
+    folder, model, dtype = config.output_dir, config.model, encoder.family.dtype
     if not config.lora:
         model = model.model_copy(update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None})
-    fresh = FAMILIES[model.family](model, device, dtype)
-    fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
+    fresh = FAMILIES[model.family](model, encoder.family.device, dtype)
+    fresh.load("vae", fresh.denoiser_name, *encoder.live)
     if config.lora:
         fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
-        check_keys(fresh, folder / WEIGHT_NAME)
-    output = probe(fresh, fresh.encode_prompt(prompt), lambda x, t, c: fresh.predict(fresh.denoiser, x, t, c))
+        check_keys(fresh, (fresh.denoiser_name, *encoder.train), folder / WEIGHT_NAME)
+
+    def encode(name: str, prompt: str) -> dict[str, Tensor]:
+        return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)
+
+    text = {key: value for name in fresh.text_encoder_names for key, value in encode(name, prompt).items()}
+    output = probe(fresh, config.data.resolution, text, partial(fresh.denoise, fresh.denoiser))
     difference = ((output - expected).norm() / expected.norm()).item()
     if not difference <= TOLERANCE[dtype]:
         raise ExportError(f"the reloaded weights give another output: relative difference {difference:.2e}")
-    return fresh, difference
+    return fresh, encode, difference
 
 
-def check_keys(fresh: Family, file: Path) -> None:
+def check_keys(fresh: Family, names: Sequence[str], file: Path) -> None:
     """Every tensor in the file must have found its layer. Raises: ExportError."""
     from safetensors.torch import load_file
 
     written, loaded = load_file(file), {}
-    for name in (fresh.denoiser_name, *fresh.text_encoder_names):
+    for name in names:
         module = getattr(fresh.pipe, name)
-        prefix = f"{name}.text_model." if name in fresh.text_encoder_names else f"{name}."
+        prefix = f"{name}.{text_prefix(module)}"
         for adapter in getattr(module, "peft_config", {}):
             loaded |= lora_state(module, prefix, adapter)
     wrong = sorted(written.keys() ^ loaded.keys())

@@ -5,9 +5,11 @@ Shapes: x0 and eps (B, C, h, w), clean latents and unit Gaussian noise; t (B,), 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from . import UserError
@@ -80,3 +82,71 @@ class DDPM:
         """(B, 1, 1, 1) each: sqrt(abar_t) and sqrt(1 - abar_t)."""
         abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
+
+
+@dataclass(frozen=True)
+class Flow:
+    """x_t = (1 - t) x0 + t eps with t in (0, 1), and v = eps - x0 to regress (Liu et al. 2023; Lipman et al. 2023).
+
+    Densities of t before the shift (Esser et al. 2024, section 3.1): uniform; logit_normal, t = sigmoid(m + s n); mode,
+    t = 1 - u - s (cos^2(pi u / 2) - 1 + u); cosmap, t = 1 - 1 / (tan(pi u / 2) + 1). t = 1 is noise, as in the paper: a
+    `logit_mean` brought from the diffusers scripts changes its sign.
+
+    Shift: t -> a t / (1 + (a - 1) t), which keeps the signal-to-noise ratio of pictures with a^2 times the pixels
+    (section 5.3.2).
+
+    Weights: sigma_sqrt 1 / t^2; cosmap 2 / (pi (1 - 2 t + 2 t^2)). Preconditioned, the network's output is read as an
+    estimate of x0, x_t - t v: that is the loss of v times t^2.
+    """
+
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: float = 1.0
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    precondition: bool = False
+    stratified: bool = True
+
+    def times(self, rng: Draws) -> Tensor:
+        u = rng.uniform(self.stratified)
+        match self.density:
+            case "uniform":
+                t = u
+            case "logit_normal":
+                t = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+            case "mode":
+                t = 1 - u - self.mode_scale * (torch.cos(torch.pi / 2 * u).square() - 1 + u)
+            case "cosmap":
+                t = 1 - 1 / (torch.tan(torch.pi / 2 * u) + 1)
+        return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(1e-4, 1 - 1e-6)
+
+    def noise(self, x0: Tensor, rng: Draws) -> Tensor:
+        return rng.normal(x0.shape)
+
+    def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        return (1 - t) * x0 + t * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps - x0
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(B,)"""
+        scale = t.square() if self.precondition else torch.ones_like(t)
+        match self.weighting:
+            case "sigma_sqrt":
+                return scale / t.square()
+            case "cosmap":
+                return scale * 2 / (torch.pi * (1 - 2 * t + 2 * t.square()))
+        return scale
+
+
+def resolution_shift(scheduler: dict, tokens: int) -> float:
+    """The factor by which a model's own scheduler shifts a picture of `tokens` tokens: Flux.1's grows with them."""
+    if not scheduler.get("use_dynamic_shifting"):
+        return scheduler["shift"]
+    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (
+        scheduler["max_image_seq_len"] - scheduler["base_image_seq_len"]
+    )
+    return math.exp(scheduler["base_shift"] + slope * (tokens - scheduler["base_image_seq_len"]))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from .. import UserError
 from ..config import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
 from ..draws import Draws
 from ..lora import add_adapter
-from ..objectives import Objective
+from ..objectives import Flow, Objective, resolution_shift
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
 
@@ -26,11 +29,12 @@ Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...
 class Family(ABC):
     pipeline: type[DiffusionPipeline]
     denoiser_name = "transformer"
-    text_encoder_names: tuple[str, ...] = ("text_encoder",)
-    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")  # what a cached condition depends on
-    text_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    clip_encoders: tuple[str, ...] = ("text_encoder",)  # those that LoRA can train: no reader loads it into a T5
+    t5_encoder: str | None = None
+    t5_tokens = 0  # how many it reads unless the config says otherwise, as the pipeline
     attention: tuple[str, ...]  # the endings of the module names that LoRA presets name
     mlp: tuple[str, ...]
+    middle: float = 0.5  # a time in the middle of the schedule
 
     def __init__(
         self, model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -38,16 +42,29 @@ class Family(ABC):
         """Finds or downloads the base model. Raises: UserError when it cannot be had."""
         self.device, self.dtype = torch.device(device), dtype
         self.variant, self.folder = model.variant, find(self.pipeline, model)
+        self.parts = {k: v for k, v in self.pipeline.load_config(self.folder).items() if isinstance(v, list) and v[0]}
+        if model.text_encoder_3 is None:
+            self.parts = {name: value for name, value in self.parts.items() if not name.endswith("_3")}
+        self.text_encoder_names = sorted(name for name in self.parts if name.startswith("text_encoder"))
+        self.max_sequence_length = model.max_sequence_length or self.t5_tokens
         self.release()
 
     # What differs -----------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def make_objective(self, config: ObjectiveConfig) -> Objective: ...
+    def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
+        """Rectified flow, unless overridden; `resolution` in pixels, 2 x 2 latents are a token."""
+        options = config.model_dump(include={f.name for f in fields(Flow)} - {"shift"})
+        tokens = (resolution // self.vae_factor // 2) ** 2
+        shifts = {"auto": resolution_shift(self.scheduler.config, tokens), "none": 1.0}
+        return Flow(**options, shift=shifts.get(config.shift, config.shift))
 
     @abstractmethod
-    def encode_tokens(self, tokens: dict[str, Tensor]) -> Condition:
-        """Token ids, each (B, L), to the denoiser's conditions by the text encoders; differentiable."""
+    def encode_text(self, name: str, ids: Tensor) -> dict[str, Tensor]:
+        """What the denoiser needs of the text encoder `name` for token ids (B, L); differentiable."""
+
+    @abstractmethod
+    def condition(self, text: dict[str, Tensor]) -> Condition:
+        """The outputs of all text encoders as the denoiser takes them."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -61,10 +78,10 @@ class Family(ABC):
 
     def load(self, *names: str) -> None:
         """Hold a pipeline with these heavy components only; scheduler and tokenizers always come along."""
-        light = ("scheduler", "tokenizer")
-        parts = [k for k, v in self.pipeline.load_config(self.folder).items() if isinstance(v, list)]
-        absent = {part: None for part in parts if part not in names and not part.startswith(light)}
-        if "safety_checker" in parts:
+        light = ("scheduler", *(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names))
+        every = [part for part, value in self.pipeline.load_config(self.folder).items() if isinstance(value, list)]
+        absent = {part: None for part in every if part not in (*names, *light)}
+        if "safety_checker" in absent:
             absent["requires_safety_checker"] = False
         self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **absent)
         self.pipe.set_progress_bar_config(disable=True)
@@ -83,17 +100,28 @@ class Family(ABC):
     def denoiser(self) -> nn.Module:
         return getattr(self.pipe, self.denoiser_name)
 
-    @property
-    def text_encoders(self) -> list[nn.Module]:
-        return [getattr(self.pipe, name) for name in self.text_encoder_names]
-
     @cached_property
     def scheduler(self) -> SchedulerMixin:
         return self.pipe.scheduler
 
+    def config_of(self, part: str) -> dict:
+        """A model's settings, with the defaults that its file leaves out (SD1.5's leaves out `scaling_factor`)."""
+        kind = getattr(diffusers, self.parts[part][1])
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(self.folder, subfolder=part)).config
+
     @cached_property
     def vae_config(self) -> dict:
-        return AutoencoderKL.load_config(self.folder, subfolder="vae")
+        return self.config_of("vae")
+
+    @cached_property
+    def denoiser_config(self) -> dict:
+        return self.config_of(self.denoiser_name)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @lru_cache  # noqa: B019
     def identity(self, part: str) -> str:
@@ -104,6 +132,11 @@ class Family(ABC):
             blob = path.resolve()  # the Hub's cache names large files by their sha256
             digest.update(blob.name.encode() if len(blob.name) == 64 else path.read_bytes())
         return digest.hexdigest()
+
+    def denoise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+        """`predict` from the text encoders' outputs, in the base's precision."""
+        condition = {name: value.to(self.dtype) for name, value in self.condition(text).items()}
+        return self.predict(denoiser, x_t.to(self.dtype), t, condition)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -116,45 +149,42 @@ class Family(ABC):
         z = posterior.mean + posterior.std * rng.normal(posterior.mean.shape)
         return (z - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config["scaling_factor"]
 
-    def tokenize(self, prompt: str) -> dict[str, Tensor]:
-        """{"input_ids": (L,)}, padded and cut to the tokenizer's length."""
-        tokenizer = self.pipe.tokenizer
-        ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-        return {"input_ids": torch.tensor(ids.input_ids)}
+    def tokenize(self, name: str, prompt: str) -> Tensor:
+        """Token ids (L,) of the text encoder `name`, padded and cut to its length."""
+        tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
+        length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
+        return torch.tensor(tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids)
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Condition:
-        """The condition of one prompt, without the batch axis."""
-        tokens = {name: ids[None].to(self.device) for name, ids in self.tokenize(prompt).items()}
-        return {name: value[0] for name, value in self.encode_tokens(tokens).items()}
+    def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
+        """`encode_text` of one prompt, without the batch axis."""
+        outputs = self.encode_text(name, self.tokenize(name, prompt)[None].to(self.device))
+        return {key: value[0] for key, value in outputs.items()}
 
-    def add_lora(self, config: LoraConfig, train_text_encoder: bool) -> None:
+    def add_lora(self, config: LoraConfig, text_encoders: Sequence[str]) -> None:
         """Freeze everything and put LoRA layers in, float32 whatever the base's precision."""
-        add_adapter(self.denoiser, config, self.targets(config.target_modules))
-        for encoder in self.text_encoders if train_text_encoder else ():
-            add_adapter(encoder, config, list(self.text_targets))
-
-    def targets(self, wanted: str | list[str]) -> str | list[str]:
-        """A preset's module names; lists and regexes pass."""
-        if wanted == "all-linear":
-            return [name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear)]
-        presets = {"attention": [*self.attention], "attention+mlp": [*self.attention, *self.mlp]}
-        return presets.get(wanted, wanted) if isinstance(wanted, str) else wanted
+        presets = {"attention": self.attention, "attention+mlp": (*self.attention, *self.mlp)}
+        add_adapter(self.denoiser, config, presets)
+        text = config.model_copy(update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None})
+        for name in text_encoders:
+            add_adapter(getattr(self.pipe, name), text)
 
     @torch.no_grad()
-    def sample(self, prompt: str, validation: ValidationConfig, seed: int, size: int, encoder=None) -> Image.Image:
-        """One picture of `size` pixels from the loaded pipeline; `encoder` supplies prompts encoded before."""
-        if encoder is None:
-            text = {"prompt": prompt, "negative_prompt": validation.negative_prompt}
-        else:
-            pair = [encoder.condition(p) for p in (prompt, validation.negative_prompt)]
-            text = self.pipeline_inputs(*({k: v[None].to(self.device) for k, v in c.items()} for c in pair))
+    def sample(self, prompt: str, validation: ValidationConfig, seed: int, size: int, encode=None) -> Image.Image:
+        """One picture of `size` pixels from the loaded pipeline; `encode` may replace `encode_prompt`."""
+        conditions = []
+        for words in (prompt, validation.negative_prompt):
+            text = {}
+            for name in self.text_encoder_names:
+                text |= (encode or self.encode_prompt)(name, words)
+            text = {key: value[None].to(self.device) for key, value in text.items()}
+            conditions.append(self.condition(text))
         vae, half = self.pipe.vae, self.dtype != torch.float32
         if half:
             vae.to(self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             picture = self.pipe(
-                **text,
+                **self.pipeline_inputs(*conditions),
                 height=size,
                 width=size,
                 num_inference_steps=validation.num_inference_steps,

@@ -2,7 +2,6 @@
 
 from diffusers import StableDiffusionPipeline
 
-from ..config import ObjectiveConfig
 from ..objectives import DDPM
 from .base import Family
 
@@ -12,13 +11,18 @@ class SD15(Family):
     denoiser_name = "unet"
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     mlp = ("ff.net.0.proj", "ff.net.2")
+    middle = 500
 
-    def make_objective(self, config: ObjectiveConfig) -> DDPM:
-        scheduler = self.scheduler
-        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type, **config.model_dump())
+    def make_objective(self, config, resolution):
+        scheduler, options = self.scheduler, config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
+        kind = scheduler.config.prediction_type
+        return DDPM(scheduler.alphas_cumprod, kind, **options, stratified=config.stratified)
 
-    def encode_tokens(self, tokens):
-        return {"encoder_hidden_states": self.pipe.text_encoder(tokens["input_ids"])[0]}  # (B, 77, 768)
+    def encode_text(self, name, ids):
+        return {name: self.pipe.text_encoder(ids)[0]}  # (B, 77, 768)
+
+    def condition(self, text):
+        return {"encoder_hidden_states": text["text_encoder"]}
 
     def predict(self, denoiser, x_t, t, condition):
         return denoiser(x_t, t, **condition, return_dict=False)[0]

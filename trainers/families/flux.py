@@ -1,0 +1,53 @@
+"""Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP for the prompt and a T5 for its words."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+
+from .. import UserError
+from .base import Family
+
+
+class Flux(Family):
+    pipeline = FluxPipeline
+    t5_encoder, t5_tokens = "text_encoder_2", 512
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    mlp = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+
+    def __init__(self, model, device="cpu", dtype=torch.float32):
+        super().__init__(model, device, dtype)
+        self.guidance = model.guidance_scale if self.denoiser_config["guidance_embeds"] else None
+        if self.guidance is None and not model.allow_schnell:
+            raise UserError(
+                f"model.pretrained_model_name_or_path: {model.pretrained_model_name_or_path} has no guidance "
+                "embedding, as Flux.1-schnell. It was distilled to few steps, which training undoes: train on "
+                "Flux.1-dev, or set model.allow_schnell=true"
+            )
+
+    def encode_text(self, name, ids):
+        output = getattr(self.pipe, name)(ids)
+        return {name: output.last_hidden_state if name == self.t5_encoder else output.pooler_output}
+
+    def condition(self, text):
+        return {"encoder_hidden_states": text[self.t5_encoder], "pooled_projections": text["text_encoder"]}
+
+    def predict(self, denoiser, x_t, t, condition):
+        h, w = (side // 2 for side in x_t.shape[-2:])
+        tokens = F.pixel_unshuffle(x_t, 2).flatten(2).mT  # (B, hw, 4C), within a token (c, dy, dx)
+        zero, y, x = (torch.arange(n, device=t.device) for n in (1, h, w))
+        v = denoiser(
+            tokens,
+            timestep=t,  # the transformer multiplies by 1000 itself
+            img_ids=torch.cartesian_prod(zero, y, x).to(x_t.dtype),  # (hw, 3)
+            txt_ids=x_t.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
+            guidance=None if self.guidance is None else torch.full_like(t, self.guidance),
+            **condition,
+            return_dict=False,
+        )[0]
+        return F.pixel_shuffle(v.mT.unflatten(2, (h, w)), 2)
+
+    def pipeline_inputs(self, condition, negative):
+        return {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "pooled_prompt_embeds": condition["pooled_projections"],
+        }

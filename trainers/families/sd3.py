@@ -1,0 +1,45 @@
+"""Stable Diffusion 3 and 3.5: a multimodal transformer, two CLIPs and a T5 (Esser et al. 2024)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+
+from .base import Family
+
+
+class SD3(Family):
+    pipeline = StableDiffusion3Pipeline
+    clip_encoders = ("text_encoder", "text_encoder_2")
+    t5_encoder, t5_tokens = "text_encoder_3", 256
+    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    mlp = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+    def encode_text(self, name, ids):
+        encoder = getattr(self.pipe, name)
+        if name == self.t5_encoder:
+            return {name: encoder(ids)[0]}  # (B, L, 4096)
+        output = encoder(ids, output_hidden_states=True)
+        return {name: output.hidden_states[-2], f"{name}_pooled": output.text_embeds}  # (B, 77, C), (B, C)
+
+    def condition(self, text):
+        clip = torch.cat([text[name] for name in self.clip_encoders], -1)  # (B, 77, 768 + 1280)
+        width = self.denoiser_config["joint_attention_dim"]
+        clip = F.pad(clip, (0, width - clip.shape[-1]))
+        t5 = text.get(self.t5_encoder)
+        if t5 is None:  # left out, as the pipeline allows
+            t5 = clip.new_zeros(len(clip), self.max_sequence_length, width)
+        return {
+            "encoder_hidden_states": torch.cat([clip, t5], 1),  # (B, 77 + L, 4096)
+            "pooled_projections": torch.cat([text[f"{name}_pooled"] for name in self.clip_encoders], -1),  # (B, 2048)
+        }
+
+    def predict(self, denoiser, x_t, t, condition):
+        return denoiser(x_t, timestep=1000 * t, **condition, return_dict=False)[0]
+
+    def pipeline_inputs(self, condition, negative):
+        return {
+            "prompt_embeds": condition["encoder_hidden_states"],
+            "pooled_prompt_embeds": condition["pooled_projections"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+            "negative_pooled_prompt_embeds": negative["pooled_projections"],
+        }
