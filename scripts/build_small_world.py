@@ -1,6 +1,6 @@
-"""Make the small world from nothing: pictures, judge, autoencoder, tokenizer, the SD1.5 base, and the shipped assets.
+"""Make the small world from nothing: pictures, judge, autoencoder, tokenizers, three bases, and the shipped assets.
 
-python scripts/build_small_world.py            (everything, about an hour and a half on two cores)
+python scripts/build_small_world.py            (everything, some hours on two cores)
 python scripts/build_small_world.py judge vae  (some stages)
 """
 
@@ -9,27 +9,58 @@ import io
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from trainers import small_world
 from trainers.config import OptimizerConfig, TrainConfig, load
 from trainers.draws import Draws, mix
+from trainers.families import FAMILIES
 from trainers.judge import Judge
 from trainers.loop import Player, train
 from trainers.optim import EMA, make_optimizer, make_rate
 from trainers.run import run
-from trainers.small_world import caption, draw, is_subject, plain_thing, rich_thing, subject_images
+from trainers.small_world import (
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    caption,
+    draw,
+    is_subject,
+    plain_thing,
+    rich_thing,
+    subject_images,
+)
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
 TOKENS = 16
+FLOW = [f"model.max_sequence_length={TOKENS}", "objective.debiased=false", "train.train_batch_size=24"]
 
 
 class Fitting:
@@ -176,22 +207,54 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
-def make_untrained(folder: Path, vae: AutoencoderKL) -> None:
-    """The pipeline before its training: a U-Net that attends at 16 and 8 pixels, and a two-layer CLIP text encoder."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        projection_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+def make_t5_tokenizer() -> T5Tokenizer:
+    """A piece for each word of the captions; unknown words are spelt in letters."""
+    words = sorted({"a", "photo", "of", *COLOURS, *CLASSES, *" ".join(BACKGROUNDS).split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0), *((f"▁{word}", -2.0) for word in words)]
+    pieces += [(letter, -8.0) for letter in map(chr, range(33, 127))]
+    return T5Tokenizer(vocab=list(dict(pieces).items()), extra_ids=0, model_max_length=512)
+
+
+def make_clip(tokenizer: CLIPTokenizer, width: int, kind=CLIPTextModel) -> CLIPTextModel:
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
+
+
+def make_t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=32,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def make_sd15(folder: Path, vae: AutoencoderKL) -> None:
+    """A U-Net that attends at 16 and 8 pixels, and a two-layer CLIP text encoder."""
+    tokenizer = make_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=small_world.SIZE // 2,
         block_out_channels=(32, 64, 96),
@@ -215,7 +278,7 @@ def make_untrained(folder: Path, vae: AutoencoderKL) -> None:
     )
     StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text),
+        text_encoder=make_clip(tokenizer, 64),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
@@ -225,11 +288,90 @@ def make_untrained(folder: Path, vae: AutoencoderKL) -> None:
     ).save_pretrained(folder)
 
 
-def make_base(folder: Path, assets: Path, judge: Path) -> None:
-    """Train the base with the toolkit's own trainer, and ship it in half precision with the judge and the subject."""
-    run(load("configs/small_world_base.yaml", [f"output_dir={folder}"]))
-    base = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float16)
-    base.save_pretrained(assets / "sd15")
+def make_sd3(folder: Path, vae: AutoencoderKL) -> None:
+    """Four joint blocks, the first with a second attention as in SD3.5-medium."""
+    clip, t5 = make_tokenizer(), make_t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=small_world.SIZE // 2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=24,
+        num_attention_heads=3,
+        joint_attention_dim=48,
+        caption_projection_dim=72,
+        pooled_projection_dim=48,
+        pos_embed_max_size=small_world.SIZE // 4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=make_clip(clip, 24, CLIPTextModelWithProjection),
+        tokenizer=clip,
+        text_encoder_2=make_clip(clip, 24, CLIPTextModelWithProjection),
+        tokenizer_2=clip,
+        text_encoder_3=make_t5(t5, 48),
+        tokenizer_3=t5,
+    ).save_pretrained(folder)
+
+
+def make_flux(folder: Path, vae: AutoencoderKL) -> None:
+    """Two double and three single blocks, with a guidance embedding as Flux.1-dev."""
+    clip, t5 = make_tokenizer(), make_t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=24,
+        num_attention_heads=3,
+        joint_attention_dim=48,
+        pooled_projection_dim=48,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 10, 10),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    FluxPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=make_clip(clip, 48),
+        tokenizer=clip,
+        text_encoder_2=make_t5(t5, 48),
+        tokenizer_2=t5,
+    ).save_pretrained(folder)
+
+
+def make_untrained(family: str, folder: Path, vae: AutoencoderKL) -> None:
+    """The pipeline before its training. The flows' autoencoder also shifts its latents, as SD3's and Flux.1's do."""
+    torch.manual_seed(0)
+    if family != "sd15":
+        plain, _ = drawings(512, 5, plain_thing, 0.35)
+        with torch.no_grad():
+            latents = vae.encode(pixels(plain)).latent_dist.mean
+        scale, shift = round(1 / latents.std().item(), 4), round(latents.mean().item(), 4)
+        vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}[family](folder, vae)
+
+
+def make_family(family: str, work: Path, assets: Path) -> None:
+    if not (work / f"untrained_{family}").exists():
+        make_untrained(family, work / f"untrained_{family}", AutoencoderKL.from_pretrained(work / "vae"))
+    make_base(family, work, assets)
+
+
+def make_base(family: str, work: Path, assets: Path) -> None:
+    """Train a base with the toolkit's own trainer, and ship it in half precision with the judge and the subject."""
+    overrides = [] if family == "sd15" else FLOW
+    places = [f"model.pretrained_model_name_or_path={work}/untrained_{family}", f"output_dir={work}/base_{family}"]
+    settings = load("configs/small_world_base.yaml", [f"model.family={family}", *places, *overrides])
+    run(settings)
+    pipeline = FAMILIES[family].pipeline.from_pretrained(settings.output_dir / "pipeline", dtype=torch.float16)
+    pipeline.save_pretrained(assets / family)
+    judge = work / "judge"
     shutil.copytree(judge, assets / "judge", dirs_exist_ok=True)
     (assets / "star").mkdir(exist_ok=True)
     for i, picture in enumerate(subject_images(5, small_world.TRAINING_SEED)):
@@ -238,7 +380,7 @@ def make_base(folder: Path, assets: Path, judge: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", help="any of: judge vae pictures untrained base; all by default")
+    parser.add_argument("stages", nargs="*", help="any of: judge vae pictures sd15 sd3 flux; all by default")
     parser.add_argument("--assets", type=Path, default=small_world.ASSETS, help="where the finished world goes")
     arguments = parser.parse_args()
     work = Path("runs/small_world")
@@ -247,9 +389,9 @@ def main() -> None:
         "judge": lambda: make_judge(work / "judge"),
         "vae": lambda: make_autoencoder(work / "vae"),
         "pictures": lambda: make_pictures(work / "pictures.parquet"),
-        "untrained": lambda: make_untrained(work / "untrained", AutoencoderKL.from_pretrained(work / "vae")),
-        "base": lambda: make_base(work / "base", arguments.assets, work / "judge"),
     }
+    for family in FAMILIES:
+        stages[family] = partial(make_family, family, work, arguments.assets)
     for name in arguments.stages or stages:
         torch.manual_seed(0)
         stages[name]()
