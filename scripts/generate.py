@@ -41,6 +41,7 @@ def main() -> None:
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
         family.pipe.load_lora_weights(arguments.weights)
+    family.compress()
     write_samples(family, config, arguments.out)
     print(arguments.out / "grid.png")
 

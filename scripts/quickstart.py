@@ -1,6 +1,6 @@
 """Train a LoRA on the small world, then show and judge what it learned: a table, a picture, and an exit status.
 
-python scripts/quickstart.py [section.key=value ...]
+python scripts/quickstart.py [CONFIG] [section.key=value ...]        (CONFIG: configs/quickstart.yaml)
 """
 
 import sys
@@ -10,7 +10,8 @@ from trainers.config import load
 
 
 def main() -> int:
-    config = load("configs/quickstart.yaml", sys.argv[1:])
+    path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
+    config = load(path, sys.argv[1:])
     silence()
     from trainers.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
     from trainers.run import run
@@ -18,8 +19,8 @@ def main() -> int:
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
     judge = load_judge()
-    base = measure(load_pipeline(), judge)
-    tuned = measure(load_pipeline(config.output_dir), judge, base)
+    base = measure(load_pipeline(config, lora=False), judge, config)
+    tuned = measure(load_pipeline(config, lora=True), judge, config, base)
     passed = gate(tuned.figures, prior=config.data.prior)
     print(table(base.figures, tuned.figures, passed))
     picture = config.output_dir / "before_after.png"

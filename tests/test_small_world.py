@@ -51,7 +51,8 @@ def test_the_judge_tells_the_subject_from_a_plain_star():
 
 
 def test_the_base_draws_what_it_is_told():
-    figures = measure(load_pipeline(), load_judge()).figures
+    config = load("configs/quickstart.yaml")
+    figures = measure(load_pipeline(config, lora=False), load_judge(), config).figures
     assert min(figures[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85
     assert figures["class_star"] >= 0.85
     assert figures["leak"] <= 0.1
@@ -65,8 +66,8 @@ def figures_of(tmp_path, *overrides):
     config = load("configs/quickstart.yaml", [f"output_dir={tmp_path}/run", "tracking.report_to=[]", *overrides])
     run(config)
     judge = load_judge()
-    base = measure(load_pipeline(), judge)
-    tuned = measure(load_pipeline(tmp_path / "run"), judge, base)
+    base = measure(load_pipeline(config, lora=False), judge, config)
+    tuned = measure(load_pipeline(config, lora=True), judge, config, base)
     passed = gate(tuned.figures, config.data.prior)
     print(table(base.figures, tuned.figures, passed), flush=True)
     return passed

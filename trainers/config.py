@@ -38,6 +38,9 @@ class ModelConfig(Section):
     )
     revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")
     variant: str | None = field(None, "Weight file variant, such as fp16.")
+    quantization: Literal["none", "nf4", "int8", "fp8"] = field(
+        "none", "Keep the frozen base in 8 or 4 bits; LoRA on top stays float32 (QLoRA)."
+    )
     text_encoder_3: Literal["load"] | None = field("load", "SD3: null leaves the T5 out, as the pipeline allows.")
     max_sequence_length: PositiveInt | None = field(
         None, "Tokens that the T5 reads; null means the pipeline's own number (SD3: 256, Flux.1: 512)."
@@ -217,6 +220,12 @@ class Config(Section):
             for name in names.split() if self.model.family not in families.split() else ():
                 if getattr(values, name) != type(values).model_fields[name].default:
                     yield f"{section}.{name}", f"means nothing to {self.model.family}, only to {families}: remove it"
+        if self.model.quantization != "none" and self.lora is None:
+            yield "model.quantization", "a quantised base cannot train all its weights: give lora, or drop this"
+        if self.model.quantization == "fp8" and self.model.family == "sd15":
+            yield "model.quantization", "fp8 is for transformers; the U-Net of SD1.5 trains with nf4 or int8"
+        elif self.model.quantization == "fp8" and not self.train.gradient_checkpointing:
+            yield "model.quantization", "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
         if self.objective.debiased and self.objective.snr_gamma:
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
         if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
@@ -231,6 +240,7 @@ class Config(Section):
             except re.error as error:
                 yield "lora.target_modules", f"not a valid regex: {error}"
         wanted = {
+            "model.quantization": {"nf4": "bitsandbytes", "int8": "bitsandbytes"},
             "optimizer.name": {
                 "adamw_8bit": "bitsandbytes",
                 "paged_adamw_8bit": "bitsandbytes",
@@ -239,7 +249,8 @@ class Config(Section):
             "tracking.report_to": {name: name for name in ("tensorboard", "wandb", "trackio")},
         }
         for path, packages in wanted.items():
-            for name in [optimizer.name] if path == "optimizer.name" else self.tracking.report_to:
+            value = getattr(getattr(self, path.split(".")[0]), path.split(".")[1])
+            for name in [value] if isinstance(value, str) else value:
                 if name in packages and importlib.util.find_spec(packages[name]) is None:
                     yield path, f"{name} needs a package that is not installed: pip install {packages[name]}"
 

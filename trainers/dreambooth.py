@@ -50,6 +50,7 @@ class DreamBooth:
             family.add_lora(config.lora, encoder.train)
         else:
             self.module.requires_grad_(True)
+        family.compress()
         if config.train.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
         rate = config.optimizer.learning_rate
@@ -153,6 +154,7 @@ def make_class_images(encoder: CachedEncoder, config: Config, folder: Path, acce
     if mine := wanted[rank::world]:
         folder.mkdir(parents=True, exist_ok=True)
         family.load("vae", family.denoiser_name, *encoder.live)
+        family.compress()
         for path in tqdm(mine, "class pictures", disable=not accelerator.is_main_process):
             number = int(path.stem.removeprefix("class-"))
             prompt = data.class_prompts[number % len(data.class_prompts)]

@@ -97,6 +97,7 @@ def prove(config: Config, encoder: CachedEncoder, expected: Tensor, prompt: str)
     if config.lora:
         fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
         check_keys(fresh, (fresh.denoiser_name, *encoder.train), folder / WEIGHT_NAME)
+    fresh.compress()
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
         return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)

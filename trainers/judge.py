@@ -5,17 +5,26 @@ The judge has seen every pattern and face, and never gives a training signal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, StableDiffusionPipeline
+from diffusers import (
+    ConfigMixin,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from .config import Config
+from .families import FAMILIES
 from .small_world import (
     ASSETS,
     BACKGROUNDS,
@@ -32,8 +41,6 @@ from .small_world import (
     subject,
     subject_images,
 )
-
-SAMPLING_STEPS, GUIDANCE = 12, 2.0
 
 # The gate: figure -> (least, most) that passes. A LoRA trained with prior preservation must meet PRIOR; one trained
 # without it must meet CONTRAST, which shows that it is the prior that preserves.
@@ -93,41 +100,67 @@ def load_judge() -> Judge:
     return Judge.from_pretrained(ASSETS / "judge").float().eval()
 
 
-def load_pipeline(lora: Path | None = None) -> StableDiffusionPipeline:
-    """The small world's base, with the LoRA of a run folder."""
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "sd15", dtype=torch.float32)
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
+def load_pipeline(config: Config, lora: bool) -> DiffusionPipeline:
+    """The run's base, with its LoRA if wanted, by diffusers alone."""
+    pipeline = DiffusionPipeline.from_pretrained(config.model.pretrained_model_name_or_path, dtype=torch.float32)
+    if lora:
+        pipeline.load_lora_weights(config.output_dir)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
-def held_out_loss(pipeline: StableDiffusionPipeline, draws: int = 12) -> float:
-    """The training loss on 20 held-out pictures of the subject, at fixed times and noise, in diffusers' own terms."""
+def held_out_loss(pipeline: DiffusionPipeline, length: dict[str, int], draws: int = 12) -> float:
+    """The training loss on 20 held-out pictures of the subject, at fixed times and noise, in diffusers' own terms.
+
+    length: {"max_sequence_length": L} where a T5 reads the prompt.
+    """
     pictures = np.stack([np.asarray(picture) for picture in subject_images(20, HELD_OUT_SEED)])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    x0 = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
-    text = pipeline.encode_prompt(INSTANCE_PROMPT, "cpu", len(x0), False)[0]
-    scheduler, rng = DDPMScheduler.from_config(pipeline.scheduler.config), torch.Generator().manual_seed(0)
-    total = 0.0
+    x0 = pipeline.vae.encode(pixels).latent_dist.mode() - (pipeline.vae.config.shift_factor or 0)
+    x0, rng, total = x0 * pipeline.vae.config.scaling_factor, torch.Generator().manual_seed(0), 0.0
     for _ in range(draws):
         eps, t = torch.randn(x0.shape, generator=rng), torch.randint(1000, (len(x0),), generator=rng)
-        epsilon = scheduler.config.prediction_type == "epsilon"
-        target = eps if epsilon else scheduler.get_velocity(x0, eps, t)
-        prediction = pipeline.unet(scheduler.add_noise(x0, eps, t), t, text).sample
+        if isinstance(pipeline, StableDiffusionPipeline):
+            scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+            target = scheduler.get_velocity(x0, eps, t)
+            text = pipeline.encode_prompt(INSTANCE_PROMPT, "cpu", len(x0), False)[0]
+            prediction = pipeline.unet(scheduler.add_noise(x0, eps, t), t, text).sample
+        else:
+            sigma, target = t[:, None, None, None] / 1000, eps - x0
+            prediction = velocity(pipeline, (1 - sigma) * x0 + sigma * eps, t, length)
         total += F.mse_loss(prediction, target).item() / draws
     return total
 
 
-def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
-    """One picture per prompt. Each has a generator of its own, so that a picture does not depend on its neighbours."""
-    generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    return pipeline(prompts, SIZE, SIZE, SAMPLING_STEPS, guidance_scale=GUIDANCE, generator=generators).images
+def velocity(pipeline: DiffusionPipeline, x_t: Tensor, t: Tensor, length: dict[str, int]) -> Tensor:
+    """SD3's or Flux.1's, for latents x_t at t (B,) in 0..1000, under the instance prompt."""
+    n, channels, h, w = x_t.shape
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        encode = partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
+        text, _, pooled, _ = encode(INSTANCE_PROMPT, num_images_per_prompt=n, **length)
+        return pipeline.transformer(x_t, text, pooled, t).sample
+    text, pooled, text_ids = pipeline.encode_prompt(INSTANCE_PROMPT, num_images_per_prompt=n, **length)
+    v = pipeline.transformer(
+        pipeline._pack_latents(x_t, n, channels, h, w),
+        text,
+        pooled,
+        t / 1000,
+        pipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", x_t.dtype),
+        text_ids,
+        torch.ones(n),
+    ).sample
+    factor = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(v, h * factor, w * factor, factor)
 
 
 def measure(
-    pipeline: StableDiffusionPipeline, judge: Judge, base: Measurement | None = None, n: int = 24, seed: int = 0
+    pipeline: DiffusionPipeline,
+    judge: Judge,
+    config: Config,
+    base: Measurement | None = None,
+    n: int = 24,
+    seed: int = 0,
 ) -> Measurement:
     """Samples four rows of n pictures and lets the judge read them. Most figures are rates, 0..1:
 
@@ -148,13 +181,28 @@ def measure(
         "class": [CLASS_PROMPT] * n,
         "other": [f"a photo of a {thing.colour} {thing.shape} {thing.background}" for thing in others],
     }
-    pictures = {row: sample(pipeline, prompts, seed + i) for i, (row, prompts) in enumerate(rows.items())}
+    family, validation = FAMILIES[config.model.family], config.validation
+    length = {"max_sequence_length": config.model.max_sequence_length or family.t5_tokens} if family.t5_encoder else {}
+
+    def sample(prompts: list[str], first: int) -> list[Image.Image]:
+        """Each picture has a generator of its own, so that it does not depend on its neighbours."""
+        return pipeline(
+            prompts,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.guidance_scale,
+            generator=[torch.Generator().manual_seed(first + i) for i in range(n)],
+            **length,
+        ).images
+
+    pictures = {row: sample(prompts, 1000 * (seed + i)) for i, (row, prompts) in enumerate(rows.items())}
     read = {row: judge.read(images) for row, images in pictures.items()}
 
     labels, features = read["subject"]
     figures = subject_figures(labels)
     figures["cosine"] = float((features @ judge.read(subject_images(20, HELD_OUT_SEED))[1].T).mean())
-    figures["loss"] = held_out_loss(pipeline)
+    figures["loss"] = held_out_loss(pipeline, length)
     figures["loss_ratio"] = figures["loss"] / base.figures["loss"] if base else 1.0
     figures["cosine_gain"] = figures["cosine"] - base.figures["cosine"] if base else 0.0
     asked = torch.tensor([subject(place).labels()[2] for place in places])

@@ -22,6 +22,7 @@ from ..config import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
 from ..draws import Draws
 from ..lora import add_adapter
 from ..objectives import Flow, Objective, resolution_shift
+from ..quantize import load_quantized
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
 
@@ -42,6 +43,7 @@ class Family(ABC):
         """Finds or downloads the base model. Raises: UserError when it cannot be had."""
         self.device, self.dtype = torch.device(device), dtype
         self.variant, self.folder = model.variant, find(self.pipeline, model)
+        self.quantization = model.quantization
         self.parts = {k: v for k, v in self.pipeline.load_config(self.folder).items() if isinstance(v, list) and v[0]}
         if model.text_encoder_3 is None:
             self.parts = {name: value for name, value in self.parts.items() if not name.endswith("_3")}
@@ -80,15 +82,30 @@ class Family(ABC):
         """Hold a pipeline with these heavy components only; scheduler and tokenizers always come along."""
         light = ("scheduler", *(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names))
         every = [part for part, value in self.pipeline.load_config(self.folder).items() if isinstance(value, list)]
-        absent = {part: None for part in every if part not in (*names, *light)}
-        if "safety_checker" in absent:
-            absent["requires_safety_checker"] = False
-        self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **absent)
+        given = {part: None for part in every if part not in (*names, *light)}
+        if "safety_checker" in given:
+            given["requires_safety_checker"] = False
+        placed = self.quantization in ("nf4", "int8")
+        if placed and self.denoiser_name in names:
+            kind = getattr(diffusers, self.parts[self.denoiser_name][1])
+            place = (kind, self.folder, self.denoiser_name, self.variant)
+            given[self.denoiser_name] = load_quantized(*place, self.dtype, self.quantization)
+        self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **given)
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
-            getattr(self.pipe, name).to(self.device).requires_grad_(False).eval()
+            module = getattr(self.pipe, name).requires_grad_(False).eval()
+            if not (placed and name == self.denoiser_name):
+                module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
+
+    def compress(self) -> None:
+        """With fp8: from now on the denoiser's weights are 8 bits wide but while their layer computes; LoRA's are not.
+
+        What a layer saves for the backward pass is gone by then, so only checkpointed blocks can train.
+        """
+        if self.quantization == "fp8":
+            self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
 
     def release(self) -> None:
         self.pipe = None
