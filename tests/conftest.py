@@ -65,14 +65,14 @@ def make_clip(kind=CLIPTextModel, width: int = 16) -> CLIPTextModel:
     )
 
 
-def make_t5(width: int = 32) -> T5EncoderModel:
+def make_t5(width: int = 32, inner: int = 32, layers: int = 1) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(make_t5_tokenizer()),
             d_model=width,
             d_kv=8,
-            d_ff=32,
-            num_layers=1,
+            d_ff=inner,
+            num_layers=layers,
             num_heads=2,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",

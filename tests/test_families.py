@@ -33,6 +33,7 @@ from trainers import UserError, dreambooth
 from trainers.cache import CachedEncoder
 from trainers.config import LoraConfig
 from trainers.draws import Draws
+from trainers.export import lora_state
 from trainers.families import FAMILIES, Family
 from trainers.lora import targets
 from trainers.objectives import DDPM, Flow
@@ -220,7 +221,7 @@ def test_an_autoencoder_that_tells_no_scale_has_diffusers_default(settings, base
     torch.testing.assert_close(family.latents(moments, Draws(0, 0, [0])), 0.18215 * moments[:, :4])
 
 
-# Training
+# Steps
 
 
 def velocity(pipe, x_t, t, prompts):
@@ -303,113 +304,7 @@ def test_a_cached_prompt_tells_how_much_of_it_a_t5_read(settings, tmp_path, name
     assert changed == {part: part == ten.family.t5_encoder for part in ten.family.text_encoder_names}
 
 
-@pytest.mark.parametrize("name", FLOWS)
-def test_three_steps_and_three_more_equal_six(settings, tmp_path, name):
-    overrides = ("train.ema_decay=0.9", "lora.dropout=0.1", TEXT, f"data.cache_dir={tmp_path}/cache")
-    straight = settings(*overrides, f"output_dir={tmp_path}/straight", family=name)
-    parts = settings(*overrides, f"output_dir={tmp_path}/parts", family=name)
-    run(straight)
-    run(parts.model_copy(update={"train": parts.train.model_copy(update={"max_train_steps": 3})}))
-    run(parts)
-    assert losses(straight) == losses(parts)
-    assert lora(straight).keys() == lora(parts).keys()
-    assert all(torch.equal(lora(straight)[key], lora(parts)[key]) for key in lora(straight))
-
-
-@pytest.mark.parametrize("name", FLOWS)
-def test_accumulation_equals_one_batch(settings, tmp_path, name):
-    shared = (*PRIOR, f"data.class_data_dir={tmp_path}/class", f"data.cache_dir={tmp_path}/cache")
-    one = settings("train.train_batch_size=2", *shared, f"output_dir={tmp_path}/one", family=name)
-    parts = ("train.train_batch_size=1", "train.gradient_accumulation_steps=2")
-    two = settings(*parts, *shared, f"output_dir={tmp_path}/two", family=name)
-    run(one)
-    run(two)
-    torch.testing.assert_close(losses(one), losses(two), rtol=1e-5, atol=0)
-    torch.testing.assert_close(lora(one), lora(two), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", FLOWS)
-def test_a_bfloat16_run_ends_with_weights_that_reload(settings, monkeypatch, name):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    final = settings(*PRIOR, TEXT, "validation.prompts=[a b c]", "train.max_train_steps=2", family=name)
-    run(final)
-    assert all(tensor.dtype == torch.float32 for tensor in lora(final).values())
-
-
-# Memory
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """For each load: the parts that were still in memory before it, and those that it brought."""
-    seen, parts, load = [], [], Family.load
-
-    def noted(family, *names):
-        gc.collect()
-        alive = {name for name, part in parts if part() is not None}
-        load(family, *names)
-        parts.extend((name, weakref.ref(getattr(family.pipe, name))) for name in names)
-        seen.append((alive, set(names)))
-
-    monkeypatch.setattr(Family, "load", noted)
-    return seen
-
-
-ONCE = ("data.class_prompt=c", "data.num_class_images=1", "validation.prompts=[a b c]", "train.max_train_steps=1")
-
-
-@pytest.mark.parametrize("text", [(), (TEXT,)], ids=["denoiser", "and text encoders"])
-@pytest.mark.parametrize("name", ALL)
-def test_no_text_encoder_is_in_memory_with_the_denoiser_unless_it_trains(settings, loads, name, text):
-    """From the class pictures to the last sample; and the encoders come one at a time."""
-    config = settings(*ONCE, *text, family=name)
-    run(config)
-    family = FAMILIES[name](config.model)
-    frozen = set(family.text_encoder_names) - set(family.clip_encoders if text else ())
-    for alive, brought in loads:
-        assert not (family.denoiser_name in alive | brought and frozen & (alive | brought)), loads
-        assert family.denoiser_name in brought or (len(brought) == 1 and not alive), loads
-    assert sum(family.denoiser_name in brought for _, brought in loads) == 3  # class pictures, training, proof
-    assert frozen <= {part for _, brought in loads for part in brought}
-
-
-def test_the_trained_model_is_freed_before_the_fresh_one_loads(settings, loads):
-    run(settings(*ONCE, TEXT, family="sd3"))
-    alive, brought = loads[-1]
-    assert "transformer" in brought
-    assert not alive
-
-
-def test_a_t5_that_is_left_out_is_never_loaded(settings, loads):
-    run(settings("model.text_encoder_3=null", "data.cache=false", "train.max_train_steps=1", family="sd3"))
-    assert {"text_encoder", "text_encoder_2"} <= set.union(*(brought for _, brought in loads))
-    assert not any("text_encoder_3" in brought for _, brought in loads)
-
-
-# The written file
-
-
-def test_the_final_samples_are_reproduced_by_plain_diffusers(settings, bases, tmp_path):
-    """And they are not what the base draws."""
-    script = ["import torch", "from diffusers import DiffusionPipeline"]
-    finals = {}
-    for name in FLOWS:
-        overrides = (*PRIOR, TEXT, "lora.alpha=5", "validation.prompts=[a b c]", f"output_dir={tmp_path}/{name}")
-        finals[name] = settings(*overrides, family=name)
-        run(finals[name])
-        script += [f"pipe = DiffusionPipeline.from_pretrained({str(bases[name])!r})"]
-        for kind in ("base", "lora"):
-            script += [f"pipe.load_lora_weights({str(finals[name].output_dir)!r})"] if kind == "lora" else []
-            script += [
-                "image = pipe('a b c', height=16, width=16, num_inference_steps=2, guidance_scale=2,"
-                f" max_sequence_length={LENGTH}, generator=torch.Generator().manual_seed(0)).images[0]",
-                f"image.save({str(tmp_path / f'{name}-{kind}.png')!r})",
-            ]
-    subprocess.run([sys.executable, "-c", "\n".join(script)], check=True, capture_output=True)
-    for name, final in finals.items():
-        ours = Image.open(final.output_dir / "samples/final/00-0.png")
-        assert ours.tobytes() == Image.open(tmp_path / f"{name}-lora.png").tobytes(), name
-        assert ImageChops.difference(ours, Image.open(tmp_path / f"{name}-base.png")).getbbox(), name
+# LoRA
 
 
 def under(block, *layers):
@@ -441,25 +336,6 @@ MLP = {
     "flux": under("transformer_blocks.0", *FORWARD, *CONTEXT)
     | set().union(*(under(f"single_transformer_blocks.{i}", "proj_mlp", "proj_out") for i in (0, 1))),
 }
-
-
-@pytest.mark.parametrize("name", FLOWS)
-def test_the_file_has_peft_names_and_clips_keep_their_level(settings, tmp_path, name):
-    """ComfyUI and kohya's readers know CLIP by `text_model.`, which transformers 5 dropped from one of its classes."""
-    task, _, _ = dreambooth.build(
-        settings(TEXT, "lora.target_modules=attention+mlp", family=name), Accelerator(cpu=True)
-    )
-    task.save(tmp_path)
-    layers = {f"transformer.{layer}" for layer in ATTENTION[name] | MLP[name]}
-    for encoder in ("text_encoder", "text_encoder_2") if name == "sd3" else ("text_encoder",):
-        for i in (0, 1):
-            block = f"{encoder}.text_model.encoder.layers.{i}.self_attn"
-            layers |= under(block, "q_proj", "k_proj", "v_proj", "out_proj")
-    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
-
-
-# LoRA targets
 
 
 @pytest.fixture
@@ -521,15 +397,20 @@ def test_wishes_take_these_layers_and_no_others(adapted, name, overrides, layers
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [("false", 5 / 2), ("true", 5 / 2**0.5)])
-def test_the_update_is_scaled_by_alpha_over_rank(settings, rslora, scale):
+def test_the_update_is_scaled_by_alpha_over_rank_and_written_as_b_a(settings, rslora, scale):
     config = settings("lora.alpha=5", f"lora.use_rslora={rslora}", family="sd3")
     family = whole(config)
     family.add_lora(config.lora, family.clip_encoders)
     for part in ("transformer", *family.clip_encoders):
-        layers = [layer for layer in getattr(family.pipe, part).modules() if isinstance(layer, BaseTunerLayer)]
-        a, b, x = layers[0].lora_A["default"], layers[0].lora_B["default"], torch.randn(3, layers[0].in_features)
+        modules = getattr(family.pipe, part).named_modules()
+        name, layer = next((name, module) for name, module in modules if isinstance(module, BaseTunerLayer))
+        a, b, x = layer.lora_A["default"], layer.lora_B["default"], torch.randn(3, layer.in_features)
         nn.init.normal_(b.weight)
-        torch.testing.assert_close(layers[0](x), layers[0].base_layer(x) + scale * b(a(x)), msg=part)
+        update = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(update, scale * b(a(x)), rtol=1e-4, atol=1e-4, msg=part)
+        written = lora_state(getattr(family.pipe, part))
+        product = written[f"{name}.lora_B.weight"] @ written[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(update, x @ product.T, rtol=1e-4, atol=1e-4, msg=part)
 
 
 def test_a_blocks_name_is_not_the_beginning_of_anothers():
@@ -560,25 +441,23 @@ def test_an_unmet_wish_is_told_with_names_that_are_near_and_their_counts(adapted
         adapted(name, *overrides)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_file_has_peft_names_and_clips_keep_their_level(settings, tmp_path, name):
+    """ComfyUI and kohya's readers know CLIP by `text_model.`, which transformers 5 dropped from one of its classes."""
+    task, _, _ = dreambooth.build(
+        settings(TEXT, "lora.target_modules=attention+mlp", family=name), Accelerator(cpu=True)
+    )
+    task.save(tmp_path)
+    layers = {f"transformer.{layer}" for layer in ATTENTION[name] | MLP[name]}
+    for encoder in ("text_encoder", "text_encoder_2") if name == "sd3" else ("text_encoder",):
+        for i in (0, 1):
+            block = f"{encoder}.text_model.encoder.layers.{i}.self_attn"
+            layers |= under(block, "q_proj", "k_proj", "v_proj", "out_proj")
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert set(file.keys()) == {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
+
+
 # What does not fit
-
-
-def test_schnell_trains_only_on_request(settings, tmp_path):
-    pipe = make_flux(guidance_embeds=False)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    pipe.save_pretrained(tmp_path / "schnell")
-    base = f"model.pretrained_model_name_or_path={tmp_path / 'schnell'}"
-    with pytest.raises(UserError, match=r"schnell.*model\.allow_schnell=true"):
-        run(settings(base, family="flux"))
-    config = settings(base, "model.allow_schnell=true", "train.max_train_steps=2", family="flux")
-    run(config)
-    family = whole(config)
-    x_t, t, v = pipeline_steps(FluxPipeline.from_pretrained(tmp_path / "schnell"), "flux", 16, 16)
-    with torch.no_grad():
-        ours = family.predict(family.denoiser, x_t, t, conditioned(family, "a b c", "a b c"))
-    torch.testing.assert_close(ours, v)
-    assert family.make_objective(config.objective, 16).shift == 1.0
-
 
 REFUSED = [
     ("sd15", "objective.shift=2", r"objective\.shift: .*sd3 flux"),
@@ -602,3 +481,129 @@ def test_what_means_nothing_to_a_family_is_refused(settings, name, override, mes
 
 def test_sizes_that_only_flux_and_sd3_cannot_cut_are_fine_for_sd15(settings):
     assert settings("data.resolution=24").data.resolution == 24
+
+
+# Memory
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """For each load: the parts that were still in memory before it, and those that it brought."""
+    seen, parts, load = [], [], Family.load
+
+    def noted(family, *names):
+        gc.collect()
+        alive = {name for name, part in parts if part() is not None}
+        load(family, *names)
+        parts.extend((name, weakref.ref(getattr(family.pipe, name))) for name in names)
+        seen.append((alive, set(names)))
+
+    monkeypatch.setattr(Family, "load", noted)
+    return seen
+
+
+ONCE = ("data.class_prompt=c", "data.num_class_images=1", "validation.prompts=[a b c]", "train.max_train_steps=1")
+
+
+@pytest.mark.parametrize("text", [(), (TEXT,)], ids=["denoiser", "and text encoders"])
+@pytest.mark.parametrize("name", ALL)
+def test_no_text_encoder_is_in_memory_with_the_denoiser_unless_it_trains(settings, loads, name, text):
+    """From the class pictures to the last sample; and the encoders come one at a time."""
+    config = settings(*ONCE, *text, family=name)
+    run(config)
+    family = FAMILIES[name](config.model)
+    frozen = set(family.text_encoder_names) - set(family.clip_encoders if text else ())
+    for alive, brought in loads:
+        assert not (family.denoiser_name in alive | brought and frozen & (alive | brought)), loads
+        assert family.denoiser_name in brought or (len(brought) == 1 and not alive), loads
+    assert sum(family.denoiser_name in brought for _, brought in loads) == 3  # class pictures, training, proof
+    assert frozen <= {part for _, brought in loads for part in brought}
+
+
+def test_the_trained_model_is_freed_before_the_fresh_one_loads(settings, loads):
+    run(settings(*ONCE, TEXT, family="sd3"))
+    alive, brought = loads[-1]
+    assert "transformer" in brought
+    assert not alive
+
+
+def test_a_t5_that_is_left_out_is_never_loaded(settings, loads):
+    run(settings("model.text_encoder_3=null", "data.cache=false", "train.max_train_steps=1", family="sd3"))
+    assert {"text_encoder", "text_encoder_2"} <= set.union(*(brought for _, brought in loads))
+    assert not any("text_encoder_3" in brought for _, brought in loads)
+
+
+# Runs
+
+
+def test_schnell_trains_only_on_request(settings, tmp_path):
+    pipe = make_flux(guidance_embeds=False)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe.save_pretrained(tmp_path / "schnell")
+    base = f"model.pretrained_model_name_or_path={tmp_path / 'schnell'}"
+    with pytest.raises(UserError, match=r"schnell.*model\.allow_schnell=true"):
+        run(settings(base, family="flux"))
+    config = settings(base, "model.allow_schnell=true", "train.max_train_steps=2", family="flux")
+    run(config)
+    family = whole(config)
+    x_t, t, v = pipeline_steps(FluxPipeline.from_pretrained(tmp_path / "schnell"), "flux", 16, 16)
+    with torch.no_grad():
+        ours = family.predict(family.denoiser, x_t, t, conditioned(family, "a b c", "a b c"))
+    torch.testing.assert_close(ours, v)
+    assert family.make_objective(config.objective, 16).shift == 1.0
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_three_steps_and_three_more_equal_six(settings, tmp_path, name):
+    overrides = ("train.ema_decay=0.9", "lora.dropout=0.1", TEXT, f"data.cache_dir={tmp_path}/cache")
+    straight = settings(*overrides, f"output_dir={tmp_path}/straight", family=name)
+    parts = settings(*overrides, f"output_dir={tmp_path}/parts", family=name)
+    run(straight)
+    run(parts.model_copy(update={"train": parts.train.model_copy(update={"max_train_steps": 3})}))
+    run(parts)
+    assert losses(straight) == losses(parts)
+    assert lora(straight).keys() == lora(parts).keys()
+    assert all(torch.equal(lora(straight)[key], lora(parts)[key]) for key in lora(straight))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_accumulation_equals_one_batch(settings, tmp_path, name):
+    shared = (*PRIOR, f"data.class_data_dir={tmp_path}/class", f"data.cache_dir={tmp_path}/cache")
+    one = settings("train.train_batch_size=2", *shared, f"output_dir={tmp_path}/one", family=name)
+    parts = ("train.train_batch_size=1", "train.gradient_accumulation_steps=2")
+    two = settings(*parts, *shared, f"output_dir={tmp_path}/two", family=name)
+    run(one)
+    run(two)
+    torch.testing.assert_close(losses(one), losses(two), rtol=1e-5, atol=0)
+    torch.testing.assert_close(lora(one), lora(two), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_bfloat16_run_ends_with_weights_that_reload(settings, monkeypatch, name):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    final = settings(*PRIOR, TEXT, "validation.prompts=[a b c]", "train.max_train_steps=2", family=name)
+    run(final)
+    assert all(tensor.dtype == torch.float32 for tensor in lora(final).values())
+
+
+def test_the_final_samples_are_reproduced_by_plain_diffusers(settings, bases, tmp_path):
+    """And they are not what the base draws."""
+    script = ["import torch", "from diffusers import DiffusionPipeline"]
+    finals = {}
+    for name in FLOWS:
+        overrides = (*PRIOR, TEXT, "lora.alpha=5", "validation.prompts=[a b c]", f"output_dir={tmp_path}/{name}")
+        finals[name] = settings(*overrides, family=name)
+        run(finals[name])
+        script += [f"pipe = DiffusionPipeline.from_pretrained({str(bases[name])!r})"]
+        for kind in ("base", "lora"):
+            script += [f"pipe.load_lora_weights({str(finals[name].output_dir)!r})"] if kind == "lora" else []
+            script += [
+                "image = pipe('a b c', height=16, width=16, num_inference_steps=2, guidance_scale=2,"
+                f" max_sequence_length={LENGTH}, generator=torch.Generator().manual_seed(0)).images[0]",
+                f"image.save({str(tmp_path / f'{name}-{kind}.png')!r})",
+            ]
+    subprocess.run([sys.executable, "-c", "\n".join(script)], check=True, capture_output=True)
+    for name, final in finals.items():
+        ours = Image.open(final.output_dir / "samples/final/00-0.png")
+        assert ours.tobytes() == Image.open(tmp_path / f"{name}-lora.png").tobytes(), name
+        assert ImageChops.difference(ours, Image.open(tmp_path / f"{name}-base.png")).getbbox(), name

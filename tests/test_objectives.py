@@ -305,6 +305,7 @@ def test_sigma_sqrt_undoes_preconditioning():
         ("sigma_sqrt", lambda t: 1 / t**2),
         ("cosmap", lambda t: 2 / (math.pi * (1 - 2 * t + 2 * t**2))),
     ],
+    ids=["none", "sigma_sqrt", "cosmap"],
 )
 def test_flow_weights_equal_the_papers(weighting, closed_form, precondition):
     times = torch.linspace(0.01, 0.99, 99)

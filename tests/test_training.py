@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from conftest import make_flux, make_t5
+from diffusers import DDPMScheduler, FluxTransformer2DModel, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
@@ -306,3 +308,33 @@ def test_unknown_target_modules_name_what_exists(settings):
 def test_a_missing_base_model_is_the_users_mistake(settings):
     with pytest.raises(UserError, match="pretrained_model_name_or_path"):
         run(settings("model.pretrained_model_name_or_path=nobody/nothing"))
+
+
+def weight(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 2**30
+
+
+@pytest.mark.slow
+def test_encoders_and_denoiser_are_never_in_memory_together(settings, tmp_path):
+    """A Flux.1 whose T5 outweighs its transformer, 2.5 GiB in all: the peak of a whole run is below their sum."""
+    pipe = make_flux()
+    pipe.text_encoder_2 = make_t5(width=32, layers=110, inner=32768)
+    wide = {"attention_head_dim": 192, "num_attention_heads": 4, "axes_dims_rope": (64, 64, 64)}
+    deep = {"num_layers": 8, "num_single_layers": 16}
+    pipe.register_modules(transformer=FluxTransformer2DModel.from_config(pipe.transformer.config | wide | deep))
+    pipe.save_pretrained(tmp_path / "large")
+    encoders = sum(weight(tmp_path / "large" / name) for name in ("text_encoder", "text_encoder_2"))
+    denoiser = weight(tmp_path / "large" / "transformer")
+    del pipe
+    large = settings(
+        f"model.pretrained_model_name_or_path={tmp_path}/large", *PRIOR, "validation.prompts=[a b c]", family="flux"
+    )
+    (tmp_path / "large.yaml").write_text(config.dump(large))
+    process, peak = subprocess.Popen(command(tmp_path / "large.yaml"), cwd=ROOT, env=environment()), 0.0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max(peak, *(int(kib) / 2**20 for kib in re.findall(r"VmHWM:\s+(\d+)", status)), 0.0)
+        time.sleep(0.1)
+    print(f"encoders {encoders:.2f} GiB, denoiser {denoiser:.2f} GiB, peak of the run {peak:.2f} GiB")
+    assert process.returncode == 0
+    assert peak < encoders + denoiser

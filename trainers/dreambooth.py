@@ -84,14 +84,18 @@ class DreamBooth:
         else:
             export.save_pipeline(self.family, self.encoder.train, folder / "pipeline")
 
+    def probe(self, prompt: str) -> Tensor:
+        text = self.encoder.text(prompt)
+        plain = self.accelerator.unwrap_model(self.players["denoiser"].module, keep_fp32_wrapper=False)
+        return export.probe(self.family, self.config.data.resolution, text, plain)
+
     def finish(self) -> None:
         """Save, prove that the file reloads, sample from it, write the card. The trained model is freed on the way."""
         config, family, prompt = self.config, self.family, self.batches.pools[0][0].caption
         with averaged(self):
             self.module.eval()
             self.save(config.output_dir)
-            plain = self.accelerator.unwrap_model(self.players["denoiser"].module, keep_fp32_wrapper=False)
-            expected = export.probe(family, config.data.resolution, self.encoder.text(prompt), plain)
+            expected = self.probe(prompt)
         self.players.clear()
         del self.module
         self.accelerator.free_memory()

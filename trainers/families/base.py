@@ -147,7 +147,12 @@ class Family(ABC):
         for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
             digest.update(path.name.encode())
             blob = path.resolve()  # the Hub's cache names large files by their sha256
-            digest.update(blob.name.encode() if len(blob.name) == 64 else path.read_bytes())
+            if len(blob.name) == 64:
+                digest.update(blob.name.encode())
+                continue
+            with open(path, "rb") as file:
+                while piece := file.read(2**24):
+                    digest.update(piece)
         return digest.hexdigest()
 
     def denoise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:

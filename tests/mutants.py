@@ -1,0 +1,306 @@
+"""Break one line of the toolkit at a time, and see which test notices.
+
+python tests/mutants.py          (every fault)
+python tests/mutants.py shift t5 (those whose file or name has one of these words)
+
+Exit status 1: the tests fail without a fault, a fault survives, or its line is no longer there.
+"""
+
+import gc
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {  # a file under trainers/, or its folder, to the tests that should notice
+    "objectives.py": ["test_objectives.py"],
+    "draws.py": ["test_objectives.py"],
+    "data.py": ["test_data.py", "test_families.py"],
+    "families": ["test_families.py"],
+    "lora.py": ["test_families.py"],
+    "dreambooth.py": ["test_families.py"],
+    "cache.py": ["test_cache.py", "test_families.py"],
+    "export.py": ["test_families.py"],
+    "config.py": ["test_config.py", "test_families.py"],
+}
+FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
+    # Objectives
+    ("objectives.py", "target's sign", "return eps - x0", "return x0 - eps"),
+    ("objectives.py", "signal and noise swapped", "(1 - t) * x0 + t * eps", "t * x0 + (1 - t) * eps"),
+    ("objectives.py", "logit mean's sign", "self.logit_mean + self.logit_std", "-self.logit_mean + self.logit_std"),
+    ("objectives.py", "logit std lost", "self.logit_std * torch.special", "torch.special"),
+    ("objectives.py", "mode's u lost", "square() - 1 + u)", "square() - 1)"),
+    ("objectives.py", "cosmap without half of pi", "torch.tan(torch.pi / 2 * u)", "torch.tan(torch.pi / 4 * u)"),
+    (
+        "objectives.py",
+        "shift inverted",
+        "self.shift * t / (1 + (self.shift - 1) * t)",
+        "t / (self.shift - (self.shift - 1) * t)",
+    ),
+    ("objectives.py", "ends not cut", ".clamp(1e-4, 1 - 1e-6)", ""),
+    ("objectives.py", "precondition by t, not t^2", "scale = t.square() if", "scale = t if"),
+    ("objectives.py", "sigma_sqrt by 1 / t", "return scale / t.square()", "return scale / t"),
+    ("objectives.py", "cosmap weight's square", "(1 - 2 * t + 2 * t.square())", "(1 - 2 * t + t.square())"),
+    ("objectives.py", "cosmap weight forgets precondition", "return scale * 2 / (torch.pi", "return 2 / (torch.pi"),
+    ("objectives.py", "static shift not told", 'return scheduler["shift"]', "return 1.0"),
+    ("objectives.py", "dynamic shift's origin", 'slope * (tokens - scheduler["base_image_seq_len"])', "slope * tokens"),
+    ("objectives.py", "dynamic shift without exp", "return math.exp(scheduler", "return 1.0 * (scheduler"),
+    ("objectives.py", "min-SNR of v without + 1", "else snr + 1", "else snr"),
+    ("objectives.py", "min-SNR as a maximum", "max=self.snr_gamma) / scale", "max=1e9) / scale"),
+    ("objectives.py", "debiased without root", "snr.clamp(min=1e-3).sqrt() / scale", "snr.clamp(min=1e-3) / scale"),
+    ("objectives.py", "v's sign", "return signal * eps - noise * x0", "return noise * x0 - signal * eps"),
+    # Draws
+    ("draws.py", "a row's stream by its place", "for row in rows]", "for row in range(len(rows))]"),
+    ("draws.py", "pools in the same parts", 'self.step, pool, "strata"', 'self.step, "strata"'),
+    ("draws.py", "parts in order", "self.count)[place]", "self.count)[place] * 0 + place"),
+    # Families
+    (
+        "families/base.py",
+        "latents' scale divides",
+        '* self.vae_config["scaling_factor"]',
+        '/ self.vae_config["scaling_factor"]',
+    ),
+    (
+        "families/base.py",
+        "latents' shift added",
+        '(z - (self.vae_config.get("shift',
+        '(z + (self.vae_config.get("shift',
+    ),
+    ("families/base.py", "posterior's variance for its std", "posterior.std * rng", "posterior.var * rng"),
+    (
+        "families/base.py",
+        "defaults of config files lost",
+        "return kind.from_config(kind.load_config(self.folder, subfolder=part)).config",
+        "return kind.load_config(self.folder, subfolder=part) | {'scaling_factor': 1.0}",
+    ),
+    ("families/base.py", "a latent for a token", "// self.vae_factor // 2) ** 2", "// self.vae_factor) ** 2"),
+    (
+        "families/base.py",
+        "shift: none is auto",
+        '"none": 1.0}',
+        '"none": resolution_shift(self.scheduler.config, tokens)}',
+    ),
+    (
+        "families/base.py",
+        "max_sequence_length ignored",
+        "model.max_sequence_length or self.t5_tokens",
+        "self.t5_tokens",
+    ),
+    (
+        "families/base.py",
+        "T5 reads what its tokenizer can",
+        "self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length",
+        "tokenizer.model_max_length",
+    ),
+    ("families/base.py", "a T5 that is left out loads", "if model.text_encoder_3 is None:", "if False:"),
+    ("families/base.py", "LoRA lacks out_proj of the text encoders", '"v_proj", "out_proj"]', '"v_proj"]'),
+    ("families/flux.py", "t multiplied by 1000", "timestep=t,", "timestep=1000 * t,"),
+    (
+        "families/flux.py",
+        "token order (dy, dx, c)",
+        "F.pixel_unshuffle(x_t, 2).flatten(2).mT",
+        "F.pixel_unshuffle(x_t, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2).flatten(2).mT",
+    ),
+    (
+        "families/flux.py",
+        "rows and columns swapped",
+        "cartesian_prod(zero, y, x)",
+        "cartesian_prod(zero, y, x)[:, [0, 2, 1]]",
+    ),
+    ("families/flux.py", "text ids not zero", "txt_ids=x_t.new_zeros(", "txt_ids=x_t.new_ones("),
+    ("families/flux.py", "guidance dropped", "torch.full_like(t, self.guidance)", "torch.zeros_like(t)"),
+    ("families/flux.py", "pooled text of the first token", "output.pooler_output", "output.last_hidden_state[:, 0]"),
+    ("families/flux.py", "schnell unasked", "if self.guidance is None and not model.allow_schnell:", "if False:"),
+    ("families/flux.py", "preset lacks proj_mlp", '"ff_context.net.2", "proj_mlp", ', '"ff_context.net.2", '),
+    ("families/sd3.py", "t not multiplied by 1000", "timestep=1000 * t", "timestep=t"),
+    ("families/sd3.py", "CLIP's last layer", "output.hidden_states[-2]", "output.hidden_states[-1]"),
+    (
+        "families/sd3.py",
+        "pooled order swapped",
+        'text[f"{name}_pooled"] for name in self.clip_encoders]',
+        'text[f"{name}_pooled"] for name in self.clip_encoders[::-1]]',
+    ),
+    (
+        "families/sd3.py",
+        "CLIP order swapped",
+        "text[name] for name in self.clip_encoders]",
+        "text[name] for name in self.clip_encoders[::-1]]",
+    ),
+    ("families/sd3.py", "T5 before CLIP", "torch.cat([clip, t5], 1)", "torch.cat([t5, clip], 1)"),
+    ("families/sd3.py", "CLIP padded on the left", "(0, width - clip.shape[-1])", "(width - clip.shape[-1], 0)"),
+    (
+        "families/sd3.py",
+        "no room for a T5 left out",
+        "(len(clip), self.max_sequence_length, width)",
+        "(len(clip), 0, width)",
+    ),
+    (
+        "families/sd3.py",
+        "guided away from the prompt",
+        'negative["pooled_projections"]',
+        'condition["pooled_projections"]',
+    ),
+    ("families/sd15.py", "noise_offset lost", '"debiased", "noise_offset"}', '"debiased"}'),
+    # Steps
+    (
+        "dreambooth.py",
+        "objective's weight lost",
+        'batch["weight"] * self.objective.weight(t) * error',
+        'batch["weight"] * error',
+    ),
+    ("dreambooth.py", "pictures' weight lost", 'batch["weight"] * self.objective', "0.5 * self.objective"),
+    ("dreambooth.py", "no new noise", "eps = self.objective.noise(x0, rng)", "eps = x0.roll(1)"),
+    (
+        "dreambooth.py",
+        "T5 trains beside the denoiser",
+        "family.load(*names, *encoder.live)",
+        "family.load(*names, *family.text_encoder_names)",
+    ),
+    (
+        "dreambooth.py",
+        "T5 draws class pictures",
+        'family.load("vae", family.denoiser_name, *encoder.live)',
+        'family.load("vae", family.denoiser_name, *family.text_encoder_names)',
+    ),
+    ("data.py", "prior weight lost", "[1.0, self.config.prior_loss_weight]", "[1.0, 1.0]"),
+    ("data.py", "captions never dropped", '"" if dropped else picture.caption', "picture.caption"),
+    (
+        "cache.py",
+        "T5's length not in the key",
+        "self.family.max_sequence_length if name == self.family.t5_encoder else None",
+        "None",
+    ),
+    ("cache.py", "encoders stay in memory", "family.release()", "pass"),
+    # LoRA and its file
+    ("lora.py", "alpha ignored", "lora_alpha=config.alpha or config.rank", "lora_alpha=config.rank"),
+    ("lora.py", "a regex matches anywhere", "re.fullmatch(wanted, name)", "re.search(wanted, name)"),
+    ("lora.py", "a preset reaches beyond the blocks", 'if "blocks." in name and ends(', "if ends("),
+    (
+        "lora.py",
+        "all-linear takes convolutions",
+        "for name in layers if isinstance(module.get_submodule(name), nn.Linear)",
+        "for name in layers",
+    ),
+    (
+        "lora.py",
+        "blocks by the beginning of a name",
+        'name.startswith(tuple(f"{block}." for block in blocks))',
+        "name.startswith(tuple(blocks))",
+    ),
+    (
+        "lora.py",
+        "near names without suffixes",
+        '(".".join(parts[i:]), ".".join(parts[: i + 1]))',
+        '(".".join(parts[: i + 1]),)',
+    ),
+    ("export.py", "LoRA's scale not folded", 'tensor * scale if ".lora_B" in name else tensor', "tensor"),
+    ("export.py", "scale of rslora forgotten", "config.r**0.5 if config.use_rslora else config.r", "config.r"),
+    ("export.py", "CLIP's level lost", '"text_model." if isinstance', '"" if isinstance'),
+    # What does not fit
+    (
+        "config.py",
+        "Flux.1 takes text_encoder_3",
+        '("sd3", "model", "text_encoder_3")',
+        '("sd3 flux", "model", "text_encoder_3")',
+    ),
+    ("config.py", "flows take multiples of 8", "data.resolution % (16 if flow else 8)", "data.resolution % 8"),
+]
+LIBRARIES = [  # imported once, and inherited by every child
+    "accelerate",
+    "datasets",
+    "peft",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
+]
+
+
+class FirstFailure:
+    """A pytest plugin."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed and not self.name:
+            self.name = report.nodeid.removeprefix("tests/")
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def judge(root: Path, tests: list[str], answer: Connection) -> None:
+    """In a child: the name of the first failing test of the copy in `root`, or "" when all pass."""
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(root)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    import trainers
+
+    assert Path(trainers.__file__).is_relative_to(root), trainers.__file__
+    first = FirstFailure()
+    status = pytest.main(["-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)], [first])
+    answer.send(first.name or ("" if status == 0 else f"pytest ended with {status!r}"))
+
+
+def first_failure(root: Path, tests: list[str]) -> str:
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=judge, args=(root, tests, theirs))
+    child.start()
+    theirs.close()
+    name = ours.recv()
+    child.join()
+    return name
+
+
+def tests_of(file: str) -> list[str]:
+    return TESTS.get(file) or TESTS[file.partition("/")[0]]
+
+
+def main(words: list[str]) -> int:
+    faults = [fault for fault in FAULTS if not words or any(word in " ".join(fault[:2]) for word in words)]
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # two faults of one length within one second would share their bytecode
+    gc.freeze()
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve() / "copy"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+        needed = sorted({test for file, *_ in faults for test in tests_of(file)})
+        if failed := first_failure(root, needed):
+            print(f"without any fault, {failed} fails")
+            return 1
+        for file, name, old, new in faults:
+            path, start = root / "trainers" / file, time.perf_counter()
+            text = path.read_text()
+            if text.count(old) != 1:
+                verdict = f"NOT APPLIED: its text is there {text.count(old)} times"
+            else:
+                path.write_text(text.replace(old, new))
+                failed = first_failure(root, tests_of(file))
+                path.write_text(text)
+                verdict = f"caught by {failed}" if failed else "SURVIVED"
+            bad += not verdict.startswith("caught")
+            print(f"{file:17} {name:40} {time.perf_counter() - start:4.0f} s  {verdict}", flush=True)
+    print(f"{len(faults) - bad} of {len(faults)} caught")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
