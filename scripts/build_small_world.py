@@ -60,6 +60,7 @@ from trainers.small_world import (
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
 TOKENS = 16
+STEPS = {"sd15": 8000, "sd3": 5000, "flux": 6000}
 FLOW = [f"model.max_sequence_length={TOKENS}", "objective.debiased=false", "train.train_batch_size=24"]
 
 
@@ -365,9 +366,10 @@ def make_family(family: str, work: Path, assets: Path) -> None:
 
 def make_base(family: str, work: Path, assets: Path) -> None:
     """Train a base with the toolkit's own trainer, and ship it in half precision with the judge and the subject."""
-    overrides = [] if family == "sd15" else FLOW
+    overrides = [] if family == "sd15" else [*FLOW]
     places = [f"model.pretrained_model_name_or_path={work}/untrained_{family}", f"output_dir={work}/base_{family}"]
-    settings = load("configs/small_world_base.yaml", [f"model.family={family}", *places, *overrides])
+    overrides += [f"model.family={family}", f"train.max_train_steps={STEPS[family]}"]
+    settings = load("configs/small_world_base.yaml", [*places, *overrides])
     run(settings)
     pipeline = FAMILIES[family].pipeline.from_pretrained(settings.output_dir / "pipeline", dtype=torch.float16)
     pipeline.save_pretrained(assets / family)

@@ -174,6 +174,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         'family.load("vae", family.denoiser_name, *encoder.live)',
         'family.load("vae", family.denoiser_name, *family.text_encoder_names)',
     ),
+    ("dreambooth.py", "trained model kept", "self.players.clear()", "pass"),
     ("data.py", "prior weight lost", "[1.0, self.config.prior_loss_weight]", "[1.0, 1.0]"),
     ("data.py", "captions never dropped", '"" if dropped else picture.caption', "picture.caption"),
     (
