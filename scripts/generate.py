@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="a run folder or a LoRA .safetensors file")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--base", help="base model; a run folder knows its own")
+    parser.add_argument("--resolution", type=int, help="side in pixels; a run has its own, a file 512")
     parser.add_argument("--num-images", type=int, help="pictures per prompt")
     parser.add_argument("--seed", type=int, help="picture i starts from the noise of seed + i")
     parser.add_argument("--steps", type=int, dest="num_inference_steps", help="sampler steps")
@@ -35,6 +36,8 @@ def main() -> None:
     chosen = {k: getattr(arguments, k) for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")}
     chosen = {"prompts": arguments.prompt} | {k: v for k, v in chosen.items() if v is not None}
     config = config.model_copy(update={"validation": config.validation.model_copy(update=chosen)})
+    if arguments.resolution:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"resolution": arguments.resolution})})
     gpu = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
     family = FAMILIES[config.model.family](config.model, device, torch.bfloat16 if gpu else torch.float32)
@@ -52,13 +55,29 @@ def settings(weights: Path, base: str | None) -> Config:
         config, _ = validate(parse((weights / "config.yaml").read_text()))  # its data may be gone
         base = base or (None if config.lora else str(weights / "pipeline"))
     elif weights.is_file() and base:
-        config = Config()
+        config = Config(model=ModelConfig(family=family_of(base)))
     else:
         raise UserError(f"{weights} is neither a run folder nor a LoRA file; a file needs --base MODEL beside it")
     if base:
         model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
-        config = config.model_copy(update={"model": ModelConfig(family=config.model.family, **model)})
+        config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     return config
+
+
+def family_of(base: str) -> str:
+    """The family of a base model, by its pipeline's class."""
+    from diffusers import DiffusionPipeline
+
+    from trainers.families import FAMILIES
+
+    try:
+        kind = DiffusionPipeline.load_config(base)["_class_name"]
+    except OSError as error:
+        raise UserError(f"--base {base}: no pipeline there ({error})") from None
+    for name, family in FAMILIES.items():
+        if family.pipeline.__name__ == kind:
+            return name
+    raise UserError(f"--base {base} is a {kind}, which no family here uses")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from trainers import data, dreambooth, objectives
+from trainers import data, objectives
 from trainers.config import load
+from trainers.families import FAMILIES, Family
 from trainers.judge import gate, load_judge, load_pipeline, measure, table
 from trainers.run import run
 from trainers.small_world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
+
+CONFIGS = {
+    "sd15": "configs/quickstart.yaml",
+    "sd3": "configs/quickstart_sd35.yaml",
+    "flux": "configs/quickstart_flux.yaml",
+}
 
 
 def test_drawings_depend_on_their_seed_only():
@@ -29,7 +36,9 @@ def test_the_world_is_small():
     def size(part):
         return sum(path.stat().st_size for path in (ASSETS / part).rglob("*") if path.is_file())
 
-    assert size("sd15") <= 5e6
+    bases = {family: size(family) for family in FAMILIES}
+    assert max(bases.values()) <= 5e6
+    assert sum(bases.values()) <= 9e6
     assert size("judge") < 1e6
 
 
@@ -50,8 +59,9 @@ def test_the_judge_tells_the_subject_from_a_plain_star():
     assert (held_out @ trained.T).mean() > 0.8 > 0.3 > (held_out @ plain.T).mean()
 
 
-def test_the_base_draws_what_it_is_told():
-    config = load("configs/quickstart.yaml")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_base_draws_what_it_is_told(family):
+    config = load(CONFIGS[family])
     figures = measure(load_pipeline(config, lora=False), load_judge(), config).figures
     assert min(figures[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85
     assert figures["class_star"] >= 0.85
@@ -62,41 +72,42 @@ def test_the_base_draws_what_it_is_told():
 # Trainings of minutes, by hand: pytest -m slow -s ---------------------------------------------------------------------
 
 
-def figures_of(tmp_path, *overrides):
-    config = load("configs/quickstart.yaml", [f"output_dir={tmp_path}/run", "tracking.report_to=[]", *overrides])
+def figures_of(family, folder, *overrides):
+    config = load(CONFIGS[family], [f"output_dir={folder}/run", "tracking.report_to=[]", *overrides])
     run(config)
     judge = load_judge()
     base = measure(load_pipeline(config, lora=False), judge, config)
     tuned = measure(load_pipeline(config, lora=True), judge, config, base)
     passed = gate(tuned.figures, config.data.prior)
-    print(table(base.figures, tuned.figures, passed), flush=True)
+    print(f"\n{family} {overrides}\n{table(base.figures, tuned.figures, passed)}", flush=True)
     return passed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_the_quickstart_learns_and_preserves(tmp_path, seed):
-    assert all(figures_of(tmp_path, f"seed={seed}").values())
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_quickstart_learns_and_preserves(tmp_path, family, seed):
+    assert all(figures_of(family, tmp_path, f"seed={seed}").values())
 
 
 @pytest.mark.slow
-def test_without_the_prior_the_class_is_lost(tmp_path):
-    assert all(figures_of(tmp_path, "data.num_class_images=0", "data.class_prompt=null").values())
+@pytest.mark.parametrize("family", CONFIGS)
+def test_without_the_prior_the_class_is_lost(tmp_path, family):
+    assert all(figures_of(family, tmp_path, "data.num_class_images=0", "data.class_prompt=null").values())
 
 
-def flip_the_target(monkeypatch):
-    target = objectives.DDPM.target
-    monkeypatch.setattr(objectives.DDPM, "target", lambda self, *args: -target(self, *args))
+def flip_the_target(family, monkeypatch):
+    kind = objectives.DDPM if family == "sd15" else objectives.Flow
+    target = kind.target
+    monkeypatch.setattr(kind, "target", lambda self, *args: -target(self, *args))
 
 
-def forget_the_scale(monkeypatch):
-    latents = dreambooth.Family.latents
-    monkeypatch.setattr(
-        dreambooth.Family, "latents", lambda self, *args: latents(self, *args) / self.vae_config["scaling_factor"]
-    )
+def forget_the_scale(family, monkeypatch):
+    latents = Family.latents
+    monkeypatch.setattr(Family, "latents", lambda self, *args: latents(self, *args) / self.vae_config["scaling_factor"])
 
 
-def shuffle_the_captions(monkeypatch):
+def shuffle_the_captions(family, monkeypatch):
     collate = data.Batches.collate
 
     def shuffled(self, step, visits):
@@ -107,11 +118,23 @@ def shuffle_the_captions(monkeypatch):
     monkeypatch.setattr(data.Batches, "collate", shuffled)
 
 
+def divide_the_time_twice(family, monkeypatch):
+    denoise = Family.denoise
+    monkeypatch.setattr(Family, "denoise", lambda self, net, x_t, t, text: denoise(self, net, x_t, t / 1000, text))
+
+
+def stand_still(family, monkeypatch):
+    """A learning rate of zero, for which a few steps will do."""
+    return ["optimizer.learning_rate=0", "train.max_train_steps=30"]
+
+
+DAMAGES = [flip_the_target, forget_the_scale, shuffle_the_captions, stand_still]
+BROKEN = [(family, damage) for family in CONFIGS for damage in DAMAGES]
+BROKEN += [(family, divide_the_time_twice) for family in ("sd3", "flux")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [flip_the_target, forget_the_scale, shuffle_the_captions, None])
-def test_a_broken_trainer_falls_below_the_line(tmp_path, monkeypatch, damage):
-    """None is a learning rate of zero, for which a few steps will do."""
-    overrides = [] if damage else ["optimizer.learning_rate=0", "train.max_train_steps=30"]
-    if damage:
-        damage(monkeypatch)
-    assert not all(figures_of(tmp_path, *overrides).values())
+@pytest.mark.parametrize(("family", "damage"), BROKEN)
+def test_a_broken_trainer_falls_below_the_line(tmp_path, monkeypatch, family, damage):
+    overrides = damage(family, monkeypatch) or []
+    assert not all(figures_of(family, tmp_path, *overrides).values())
