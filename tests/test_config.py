@@ -145,6 +145,8 @@ def test_null_lora_loads_equal(settings, written):
         "optimizer.lr_warmup_steps": ["optimizer.lr_warmup_steps=5"],
         "optimizer.text_encoder_lr": ["optimizer.text_encoder_lr=1e-5"],
         "lora.target_modules": ["lora.target_modules='(to_q'"],
+        "lora.use_dora": ["lora.use_dora=true", "train.train_text_encoder=true"],
+        "lora.blocks": ["lora.blocks=[]"],
     }.items(),
 )
 def test_every_rule_between_fields_fires_alone(settings, path, overrides):
@@ -158,6 +160,7 @@ def test_every_rule_between_fields_fires_alone(settings, path, overrides):
         ("optimizer.name", "optimizer.name=adamw_8bit", "bitsandbytes"),
         ("optimizer.name", "optimizer.name=paged_adamw_8bit", "bitsandbytes"),
         ("optimizer.name", "optimizer.name=prodigy", "prodigyopt"),
+        ("model.quantization", "model.quantization=nf4", "bitsandbytes"),
         ("tracking.report_to", "tracking.report_to=[tensorboard]", "tensorboard"),
         ("tracking.report_to", "tracking.report_to=[wandb]", "wandb"),
         ("tracking.report_to", "tracking.report_to=[trackio]", "trackio"),

@@ -56,7 +56,7 @@ class LoraConfig(Section):
     target_modules: str | list[str] = field(
         "attention", "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex."
     )
-    blocks: list[str] | None = field(None, "Only layers in these blocks, such as [transformer_blocks.3].")
+    blocks: list[str] | None = field(None, "Only layers in these blocks, such as [transformer_blocks.3].", min_length=1)
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field("gaussian", "How lora_A starts.")
     use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
@@ -234,6 +234,8 @@ class Config(Section):
             yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
         if optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
             yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
+        if self.lora and self.lora.use_dora and self.train.train_text_encoder:
+            yield "lora.use_dora", "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
         if isinstance(self.lora and self.lora.target_modules, str):
             try:
                 re.compile(self.lora.target_modules)

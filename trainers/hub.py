@@ -33,14 +33,16 @@ def write_card(config: Config, difference: float, pictures: int) -> None:
             {"text": p, "output": {"url": f"samples/final/{i:02d}-0.png"}} for i, p in enumerate(validation.prompts)
         ],
     }
+    size, length = data.resolution, config.model.max_sequence_length
     load = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{base if lora else "PATH_OR_REPO/pipeline"}")',
         *(['pipe.load_lora_weights("PATH_OR_REPO")'] if lora else []),
-        f"image = pipe({prompt!r}, num_inference_steps={validation.num_inference_steps}, "
-        f"guidance_scale={validation.guidance_scale}, generator=torch.manual_seed({validation.seed})).images[0]",
+        f"image = pipe({prompt!r}, height={size}, width={size}, {f'max_sequence_length={length}, ' if length else ''}"
+        f"num_inference_steps={validation.num_inference_steps}, guidance_scale={validation.guidance_scale}, "
+        f"generator=torch.manual_seed({validation.seed})).images[0]",
     ]
     what = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     kept = ", ".join(repr(prompt) for prompt in data.class_prompts)
