@@ -39,13 +39,14 @@ from transformers import (
 )
 
 from trainers import small_world
-from trainers.config import OptimizerConfig, TrainConfig, load
+from trainers.config import load
 from trainers.draws import Draws, mix
 from trainers.families import FAMILIES
 from trainers.judge import Judge
 from trainers.loop import Player, train
 from trainers.optim import EMA, make_optimizer, make_rate
 from trainers.run import run
+from trainers.sections import OptimizerConfig, TrainConfig
 from trainers.small_world import (
     BACKGROUNDS,
     CLASSES,

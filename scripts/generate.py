@@ -10,7 +10,8 @@ from pathlib import Path
 
 from trainers import UserError
 from trainers.cli import exit_status, silence
-from trainers.config import Config, ModelConfig, parse, validate
+from trainers.config import parse, validate
+from trainers.sections import Config, ModelConfig
 
 
 def main() -> None:

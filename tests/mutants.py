@@ -33,7 +33,7 @@ TESTS = {  # a file under trainers/, or its folder, to the tests that should not
     "dreambooth.py": ["test_families.py"],
     "cache.py": ["test_cache.py", "test_families.py"],
     "export.py": ["test_families.py"],
-    "config.py": ["test_config.py", "test_families.py"],
+    "sections.py": ["test_config.py", "test_families.py"],
 }
 FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     # Objectives
@@ -211,12 +211,12 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("export.py", "CLIP's level lost", '"text_model." if isinstance', '"" if isinstance'),
     # What does not fit
     (
-        "config.py",
+        "sections.py",
         "Flux.1 takes text_encoder_3",
         '("sd3", "model", "text_encoder_3")',
         '("sd3 flux", "model", "text_encoder_3")',
     ),
-    ("config.py", "flows take multiples of 8", "data.resolution % (16 if flow else 8)", "data.resolution % 8"),
+    ("sections.py", "flows take multiples of 8", "data.resolution % (16 if flow else 8)", "data.resolution % 8"),
 ]
 LIBRARIES = [  # imported once, and inherited by every child
     "accelerate",

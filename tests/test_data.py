@@ -11,15 +11,16 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from trainers import UserError, config
+from trainers import UserError
 from trainers.data import Batches, Picture, View, class_pictures, instance_pictures, view
 from trainers.draws import permutation
+from trainers.sections import DataConfig
 
 GREY = np.add.outer(np.arange(0, 128, 16), np.arange(0, 128, 16)).astype(np.uint8)  # (8, 8)
 
 
 def data(folder=None, **keys):
-    return config.DataConfig(**{"instance_data_dir": folder, "instance_prompt": "prompt", **keys})
+    return DataConfig(**{"instance_data_dir": folder, "instance_prompt": "prompt", **keys})
 
 
 @pytest.fixture

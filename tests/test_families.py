@@ -31,7 +31,6 @@ from torch import nn
 
 from trainers import UserError, dreambooth
 from trainers.cache import CachedEncoder
-from trainers.config import LoraConfig
 from trainers.draws import Draws
 from trainers.export import lora_state
 from trainers.families import FAMILIES, Family
@@ -39,6 +38,7 @@ from trainers.lora import targets
 from trainers.objectives import DDPM, Flow
 from trainers.optim import trained_parameters
 from trainers.run import run
+from trainers.sections import LoraConfig
 
 FLOWS = ("sd3", "flux")
 ALL = ("sd15", *FLOWS)

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from safetensors.torch import load, save
 
 from . import UserError
-from .config import Config
 from .loop import Task
 from .optim import trained_parameters
+from .sections import Config
 
 IRRELEVANT = {  # what may change between two parts of a run
     "": {"output_dir"},

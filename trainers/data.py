@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import UserError
-from .config import DataConfig
 from .draws import Draws, mix, permutation
+from .sections import DataConfig
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from . import export, hub
 from .cache import CachedEncoder
-from .config import Config
 from .data import Batches, class_pictures, image_files, instance_pictures, view
 from .draws import Draws, mix
 from .families import FAMILIES, Family
 from .loop import Player
 from .observers import averaged, write_grid
 from .optim import EMA, make_optimizer, trained_parameters
+from .sections import Config
 
 
 class Denoiser(nn.Module):

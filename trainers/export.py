@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from .cache import CachedEncoder
-from .config import Config
 from .families import FAMILIES, Family
+from .sections import Config
 
 Encode = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name and a prompt to its outputs
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

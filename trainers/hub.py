@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from . import UserError
-from .config import Config
 from .export import WEIGHT_NAME
+from .sections import Config
 
 SHARED = ["README.md", "config.yaml", WEIGHT_NAME, "pipeline/**", "samples/final/*"]  # never checkpoints or caches
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")

@@ -23,8 +23,8 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .config import Config
 from .families import FAMILIES
+from .sections import Config
 from .small_world import (
     ASSETS,
     BACKGROUNDS,

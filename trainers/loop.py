@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .config import TrainConfig
 from .draws import Draws, mix
 from .optim import EMA
+from .sections import TrainConfig
 
 
 @dataclass

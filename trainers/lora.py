@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftConfig
 from torch import nn
 
 from . import UserError
-from .config import LoraConfig
+from .sections import LoraConfig
 
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 Presets = Mapping[str, Sequence[str]]  # a preset's name to the endings of module names within blocks

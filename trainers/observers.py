@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from . import Interrupted
 from .checkpoint import save_checkpoint
-from .config import Config
 from .loop import Means, Task
+from .sections import Config
 
 
 class NonFiniteLossError(RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .config import OptimizerConfig
+from .sections import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:

@@ -14,11 +14,12 @@ from .checkpoint import relevant, resume
 from .loop import train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
+from .sections import Config
 
 TASKS = {"dreambooth": dreambooth.build}
 
 
-def run(settings: config.Config) -> None:
+def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
     hub.check_login(settings)
     accelerator = make_accelerator(settings)
@@ -45,7 +46,7 @@ def run(settings: config.Config) -> None:
     accelerator.end_training()
 
 
-def make_accelerator(settings: config.Config) -> Accelerator:
+def make_accelerator(settings: Config) -> Accelerator:
     """Raises: UserError when the launcher was asked for more processes than it started."""
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),

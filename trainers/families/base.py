@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..config import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
 from ..draws import Draws
 from ..lora import add_adapter
 from ..objectives import Flow, Objective, resolution_shift
 from ..quantize import load_quantized
+from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
 

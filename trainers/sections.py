@@ -1,0 +1,250 @@
+"""The sections of a config as frozen, typed models: every key with its default, help and limits, and the rules between.
+
+This module imports neither torch nor diffusers, so that a typo is reported in a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def field(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default, description=help, **limits)
+
+
+class ModelConfig(Section):
+    family: Literal["sd15", "sd3", "flux"] = field("sd15", "Which architecture the base model has.")
+    pretrained_model_name_or_path: str = field(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Hub repository or local folder in the diffusers layout."
+    )
+    revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")
+    variant: str | None = field(None, "Weight file variant, such as fp16.")
+    quantization: Literal["none", "nf4", "int8", "fp8"] = field(
+        "none", "Keep the frozen base in 8 or 4 bits; LoRA on top stays float32 (QLoRA)."
+    )
+    text_encoder_3: Literal["load"] | None = field("load", "SD3: null leaves the T5 out, as the pipeline allows.")
+    max_sequence_length: PositiveInt | None = field(
+        None, "Tokens that the T5 reads; null means the pipeline's own number (SD3: 256, Flux.1: 512)."
+    )
+    guidance_scale: float = field(1.0, "Flux.1-dev: the guidance that the model is told while it trains.", ge=0)
+    allow_schnell: bool = field(False, "Flux.1-schnell: train it although training undoes its distillation.")
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = field(16, "Inner width of the low-rank update.")
+    alpha: PositiveFloat | None = field(None, "The update is scaled by alpha / rank; null means alpha = rank.")
+    dropout: float = field(0.0, "Dropout on the input of each LoRA layer.", ge=0, lt=1)
+    target_modules: str | list[str] = field(
+        "attention", "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex."
+    )
+    blocks: list[str] | None = field(None, "Only layers in these blocks, such as [transformer_blocks.3].", min_length=1)
+    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field("gaussian", "How lora_A starts.")
+    use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
+    use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+
+class DataConfig(Section):
+    instance_data_dir: Path | None = field(None, "Folder with the pictures to learn.")
+    dataset_name: str | None = field(None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file.")
+    dataset_split: str = field("train", "Split of dataset_name.")
+    image_column: str = field("image", "Column of dataset_name that holds the pictures.")
+    caption_column: str | None = field(None, "Column of dataset_name (or metadata.jsonl) that holds the captions.")
+    instance_prompt: str | None = field(None, "Caption of every picture that has none of its own.")
+    class_data_dir: Path | None = field(None, "Folder of class pictures; null means OUTPUT_DIR/class_images.")
+    class_prompt: str | list[str] | None = field(
+        None, "What must be kept: 'a photo of a dog', or several prompts that the class pictures take in turn."
+    )
+    num_class_images: NonNegativeInt = field(0, "Class pictures wanted; the base model makes those missing.")
+    prior_loss_weight: float = field(1.0, "Weight of the prior-preservation loss.", ge=0)
+    resolution: PositiveInt = field(512, "Side of the training pictures in pixels; a multiple of 8.")
+    center_crop: bool = field(True, "Crop at the centre; false crops at random.")
+    random_flip: bool = field(False, "Mirror half of the pictures.")
+    caption_dropout: float = field(0.0, "Share of captions that are replaced by the empty prompt.", ge=0, le=1)
+    cache: bool = field(True, "Encode pictures and prompts once, and free the encoders; false encodes at each step.")
+    cache_dir: Path | None = field(None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache.")
+    cache_variants: PositiveInt = field(4, "Random crops and flips kept for each picture.")
+    skip_corrupt: bool = field(False, "Leave unreadable pictures out with a warning instead of stopping.")
+
+    @property
+    def prior(self) -> bool:
+        return self.num_class_images > 0
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """Class picture i shows the prompt i modulo their number."""
+        return [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or []
+
+    @property
+    def variants(self) -> int:
+        return self.cache_variants if self.random_flip or not self.center_crop else 1
+
+
+class ObjectiveConfig(Section):
+    stratified: bool = field(True, "Spread the times of each global batch evenly over the schedule.")
+    snr_gamma: PositiveFloat | None = field(None, "SD1.5: min-SNR weighting (Hang et al. 2023); 5 is usual.")
+    debiased: bool = field(False, "SD1.5: weight by 1 / sqrt(SNR) (Yu et al. 2023).")
+    noise_offset: float = field(
+        0.0, "SD1.5: adds a constant per channel to the noise, for darker and lighter pictures.", ge=0
+    )
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = field(
+        "logit_normal", "SD3, Flux.1: how often each time is trained (Esser et al. 2024)."
+    )
+    logit_mean: float = field(0.0, "Of logit_normal; t = 1 is noise: a value from the diffusers scripts changes sign.")
+    logit_std: PositiveFloat = field(1.0, "Of logit_normal.")
+    mode_scale: float = field(1.29, "Of mode.")
+    shift: Literal["auto", "none"] | PositiveFloat = field(
+        "auto", "SD3, Flux.1: towards noise, for large pictures; auto does as the model's own scheduler."
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = field("none", "SD3, Flux.1: weight of the loss at each time.")
+    precondition: bool = field(False, "SD3, Flux.1: the loss of x0 instead of v, as the diffusers script for SD3.")
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
+    learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
+    text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
+    betas: tuple[Share, Share] = field((0.9, 0.999), "Adam's running averages.")
+    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
+    eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = field("constant", "Learning rate over the steps.")
+    lr_warmup_steps: NonNegativeInt = field(0, "Steps of linear warm-up.")
+    lr_num_cycles: PositiveInt = field(1, "Restarts of cosine_with_restarts.")
+    lr_power: PositiveFloat = field(1.0, "Power of polynomial.")
+
+
+class TrainConfig(Section):
+    max_train_steps: PositiveInt = field(800, "Optimiser steps.")
+    train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
+    gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
+    gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
+    max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
+    train_text_encoder: bool = field(False, "Train the text encoder too.")
+    ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
+
+
+class CheckpointConfig(Section):
+    checkpointing_steps: PositiveInt = field(500, "Steps between checkpoints; the last step is always saved.")
+    checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
+    resume_from_checkpoint: str | None = field("latest", "latest, the path of a checkpoint, or null to begin anew.")
+
+
+class ValidationConfig(Section):
+    prompts: list[str] = field([], "Prompts to sample.")
+    negative_prompt: str = field("", "Negative prompt of the samples.")
+    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
+    num_images: PositiveInt = field(1, "Pictures per prompt.")
+    num_inference_steps: PositiveInt = field(30, "Sampler steps.")
+    guidance_scale: float = field(7.5, "Classifier-free guidance.", ge=0)
+    seed: int = field(0, "Picture i of a prompt starts from the noise of seed + i.")
+
+
+class TrackingConfig(Section):
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        ["tensorboard"], "Trackers; metrics.jsonl is always written."
+    )
+    project_name: str = field("diffusion-trainers", "Project in the tracker.")
+    log_every: PositiveInt = field(10, "Steps between log lines.")
+
+
+class HubConfig(Section):
+    push_to_hub: bool = field(False, "Upload the result when the run ends.")
+    hub_model_id: str | None = field(None, "USER/NAME of the repository; null means the output folder's name.")
+    private: bool = field(False, "Create the repository as private.")
+
+
+ONLY_FOR = [  # families, section, keys
+    ("sd15", "objective", "snr_gamma debiased noise_offset"),
+    ("sd3 flux", "objective", "density logit_mean logit_std mode_scale shift weighting precondition"),
+    ("sd3 flux", "model", "max_sequence_length"),
+    ("sd3", "model", "text_encoder_3"),
+    ("flux", "model", "guidance_scale allow_schnell"),
+]
+
+
+class Config(Section):
+    kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/dreambooth"), "The run folder: everything that the run writes.")
+    seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig | None = field(LoraConfig(), "LoRA settings; null trains all weights.")
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    hub: HubConfig = HubConfig()
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """Rules that one field's type cannot state, as (path, message)."""
+        data, optimizer = self.data, self.optimizer
+        if data.instance_data_dir is None and data.dataset_name is None:
+            yield "data.instance_data_dir", "no pictures: give a folder here, or data.dataset_name"
+        if data.instance_data_dir is not None and data.dataset_name is not None:
+            yield "data.dataset_name", "two sources of pictures: drop this or data.instance_data_dir"
+        if data.instance_data_dir is not None and not data.instance_data_dir.is_dir():
+            yield "data.instance_data_dir", f"no such folder: {data.instance_data_dir}"
+        if data.class_data_dir is not None and data.num_class_images == 0:
+            yield "data.class_data_dir", "class pictures without data.num_class_images: say how many to use"
+        if data.prior and not data.class_prompt:
+            yield "data.class_prompt", "prior preservation (data.num_class_images > 0) needs a class prompt"
+        if data.class_prompt and not data.prior:
+            yield "data.num_class_images", "a class prompt without class pictures: say how many to use, 100 is usual"
+        flow = self.model.family != "sd15"
+        if data.resolution % (16 if flow else 8):
+            yield "data.resolution", f"must be a multiple of {16 if flow else 8}, not {data.resolution}"
+        for families, section, names in ONLY_FOR:
+            values = getattr(self, section)
+            for name in names.split() if self.model.family not in families.split() else ():
+                if getattr(values, name) != type(values).model_fields[name].default:
+                    yield f"{section}.{name}", f"means nothing to {self.model.family}, only to {families}: remove it"
+        if self.model.quantization != "none" and self.lora is None:
+            yield "model.quantization", "a quantised base cannot train all its weights: give lora, or drop this"
+        if self.model.quantization == "fp8" and self.model.family == "sd15":
+            yield "model.quantization", "fp8 is for transformers; the U-Net of SD1.5 trains with nf4 or int8"
+        elif self.model.quantization == "fp8" and not self.train.gradient_checkpointing:
+            yield "model.quantization", "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
+        if self.objective.debiased and self.objective.snr_gamma:
+            yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
+        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
+            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
+        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
+            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
+        if optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
+            yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
+        if self.lora and self.lora.use_dora and self.train.train_text_encoder:
+            yield "lora.use_dora", "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
+        if isinstance(self.lora and self.lora.target_modules, str):
+            try:
+                re.compile(self.lora.target_modules)
+            except re.error as error:
+                yield "lora.target_modules", f"not a valid regex: {error}"
+        wanted = {
+            "model.quantization": {"nf4": "bitsandbytes", "int8": "bitsandbytes"},
+            "optimizer.name": {
+                "adamw_8bit": "bitsandbytes",
+                "paged_adamw_8bit": "bitsandbytes",
+                "prodigy": "prodigyopt",
+            },
+            "tracking.report_to": {name: name for name in ("tensorboard", "wandb", "trackio")},
+        }
+        for path, packages in wanted.items():
+            value = getattr(getattr(self, path.split(".")[0]), path.split(".")[1])
+            for name in [value] if isinstance(value, str) else value:
+                if name in packages and importlib.util.find_spec(packages[name]) is None:
+                    yield path, f"{name} needs a package that is not installed: pip install {packages[name]}"
