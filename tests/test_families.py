@@ -521,6 +521,14 @@ def test_a_t5_that_is_left_out_is_never_loaded(settings, loads):
 # Runs
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_base_of_another_family_is_refused(settings, bases, name):
+    other = {"sd15": "sd3", "sd3": "flux", "flux": "sd15"}[name]
+    wrong = settings(f"model.pretrained_model_name_or_path={bases[other]}", family=name)
+    with pytest.raises(UserError, match=FAMILIES[other].pipeline.__name__):
+        run(wrong)
+
+
 def test_schnell_trains_only_on_request(settings, tmp_path):
     pipe = make_flux(guidance_embeds=False)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)

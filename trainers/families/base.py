@@ -44,7 +44,13 @@ class Family(ABC):
         self.device, self.dtype = torch.device(device), dtype
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization = model.quantization
-        self.parts = {k: v for k, v in self.pipeline.load_config(self.folder).items() if isinstance(v, list) and v[0]}
+        index = self.pipeline.load_config(self.folder)
+        if index["_class_name"] != self.pipeline.__name__:
+            raise UserError(
+                f"model.family: {model.pretrained_model_name_or_path} is a {index['_class_name']}, and {model.family} "
+                f"trains a {self.pipeline.__name__}: change the one or the other"
+            )
+        self.parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
         if model.text_encoder_3 is None:
             self.parts = {name: value for name, value in self.parts.items() if not name.endswith("_3")}
         self.text_encoder_names = sorted(name for name in self.parts if name.startswith("text_encoder"))
