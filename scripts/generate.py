@@ -11,7 +11,7 @@ from pathlib import Path
 from trainers import UserError
 from trainers.cli import exit_status, silence
 from trainers.config import parse, validate
-from trainers.sections import Config, ModelConfig
+from trainers.sections import DreamBoothConfig, ModelConfig
 
 
 def main() -> None:
@@ -50,13 +50,13 @@ def main() -> None:
     print(arguments.out / "grid.png")
 
 
-def settings(weights: Path, base: str | None) -> Config:
+def settings(weights: Path, base: str | None) -> DreamBoothConfig:
     """The run's own config, or the defaults for a bare LoRA file on `base`."""
     if (weights / "config.yaml").is_file():
         config, _ = validate(parse((weights / "config.yaml").read_text()))  # its data may be gone
         base = base or (None if config.lora else str(weights / "pipeline"))
     elif weights.is_file() and base:
-        config = Config(model=ModelConfig(family=family_of(base)))
+        config = DreamBoothConfig(model=ModelConfig(family=family_of(base)))
     else:
         raise UserError(f"{weights} is neither a run folder nor a LoRA file; a file needs --base MODEL beside it")
     if base:

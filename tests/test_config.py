@@ -180,7 +180,8 @@ def test_the_schema_file_is_the_current_schema():
 
 def test_every_key_has_a_help_text():
     sections = json.loads(config.schema())["$defs"].values()
-    assert [key for s in sections for key, fact in s["properties"].items() if not fact.get("description")] == []
+    bare = [key for s in sections for key, fact in s["properties"].items() if not {"description", "$ref"} & fact.keys()]
+    assert bare == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -36,7 +36,7 @@ IRRELEVANT = {  # what may change between two parts of a run
 
 def relevant(config: Config, world: int, data: str) -> dict[str, object]:
     """What must be equal for a resumed run to be the same run, by path."""
-    facts: dict[str, object] = {"data": data, "data.prior": config.data.prior}
+    facts: dict[str, object] = {"data": data}
     facts["global batch"] = config.train.train_batch_size * config.train.gradient_accumulation_steps * world
     for name, value in config.model_dump(mode="json").items():
         skipped = IRRELEVANT.get(name, set())

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from . import UserError
-from .sections import Config
+from .sections import KINDS, Config, DreamBoothConfig
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
 
@@ -99,37 +102,45 @@ def apply(tree: dict, override: str) -> str | None:
 def validate(tree: dict) -> tuple[Config, list[str]]:
     """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be checked."""
     messages: dict[str, str] = {}
+    kind = tree.get("kind", "dreambooth")
+    if kind not in KINDS:
+        messages["kind"] = f"kind: {one_of(kind, KINDS)}"
+        tree.pop("kind")
+    model = KINDS.get(kind, DreamBoothConfig)
     while True:
         try:
-            config = Config.model_validate(tree)
+            config = model.model_validate(tree)
             break
         except ValidationError as error:
             for problem in error.errors():
                 location = [str(part) for part in problem["loc"][:2]]  # a section and its key
-                messages.setdefault(".".join(location), describe(problem, location))
+                messages.setdefault(".".join(location), describe(problem, location, model))
                 remove(tree, location)
     for path, message in config.mistakes():
         messages.setdefault(path, f"{path}: {message}")
     return config, list(messages.values())
 
 
-def describe(problem: Any, location: list[str]) -> str:
+def describe(problem: Any, location: list[str], model: type[Config]) -> str:
     path, seen = ".".join(location), problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key{nearest(location)}"
+        return f"{path}: unknown key{nearest(location, model)}"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        close = get_close_matches(str(seen), choices, 1, 0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{path}: {seen!r} is not one of {', '.join(choices)}{hint}"
+        return f"{path}: {one_of(seen, choices)}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{path}: {message}, not {seen!r}"
 
 
-def nearest(location: list[str]) -> str:
+def one_of(seen: Any, choices: Iterable[str]) -> str:
+    close = get_close_matches(str(seen), choices, 1, 0.5)
+    return f"{seen!r} is not one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def nearest(location: list[str], model: type[Config]) -> str:
     """'; did you mean ...?' with the config's most similar path, looking in the same section first."""
     *section, key = location
-    paths = known_paths()
+    paths = known_paths(model)
     siblings = [p.split(".")[-1] for p in paths if p.split(".")[:-1] == section]
     if close := get_close_matches(key, siblings, 1, 0.6):
         return f"; did you mean {'.'.join([*section, close[0]])}?"
@@ -139,9 +150,9 @@ def nearest(location: list[str]) -> str:
     return next((f"; did you mean {p}?" for p in paths if close and p.split(".")[-1] == close[0]), "")
 
 
-def known_paths() -> list[str]:
+def known_paths(model: type[Config]) -> list[str]:
     paths = []
-    for name, value in Config().model_dump().items():
+    for name, value in model().model_dump().items():
         paths += [name, *(f"{name}.{key}" for key in value)] if isinstance(value, dict) else [name]
     return paths
 
@@ -162,7 +173,8 @@ def dump(config: Config) -> str:
 
 
 def schema() -> str:
-    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+    """One schema for every kind of trainer; editors choose by `kind`."""
+    return json.dumps(TypeAdapter(reduce(or_, KINDS.values())).json_schema(), indent=2) + "\n"
 
 
 if __name__ == "__main__":

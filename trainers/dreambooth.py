@@ -18,7 +18,7 @@ from .families import FAMILIES, Family
 from .loop import Player
 from .observers import averaged, write_grid
 from .optim import EMA, make_optimizer, trained_parameters
-from .sections import Config
+from .sections import DreamBoothConfig
 
 
 class Denoiser(nn.Module):
@@ -40,7 +40,9 @@ class Denoiser(nn.Module):
 class DreamBooth:
     """The task of the loop; see `losses` for its mathematics."""
 
-    def __init__(self, family: Family, encoder: CachedEncoder, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, family: Family, encoder: CachedEncoder, config: DreamBoothConfig, accelerator: Accelerator
+    ) -> None:
         """The family holds its denoiser, and the text encoders if they train."""
         self.family, self.encoder, self.config, self.accelerator = family, encoder, config, accelerator
         self.objective = family.make_objective(config.objective, config.data.resolution)
@@ -73,9 +75,10 @@ class DreamBooth:
 
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
-        self.module.eval()
-        write_samples(self.family, self.config, folder, self.encoder.outputs)
-        self.module.train()
+        if self.config.validation.prompts:
+            self.module.eval()
+            write_samples(self.family, self.config, folder, self.encoder.outputs)
+            self.module.train()
 
     def save(self, folder: Path) -> None:
         """LoRA weights, or the whole pipeline when all weights train."""
@@ -107,7 +110,7 @@ class DreamBooth:
         hub.write_card(config, difference, len(self.batches.pools[0]))
 
 
-def build(config: Config, accelerator: Accelerator) -> tuple[DreamBooth, Batches, str]:
+def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBooth, Batches, str]:
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
     data = config.data
     pools = [instance_pictures(data)]
@@ -146,7 +149,7 @@ def build(config: Config, accelerator: Accelerator) -> tuple[DreamBooth, Batches
     return task, task.batches, digest
 
 
-def make_class_images(encoder: CachedEncoder, config: Config, folder: Path, accelerator: Accelerator) -> None:
+def make_class_images(encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator) -> None:
     """Generate the class pictures that the folder lacks, shared among the processes; picture i has noise i."""
     family, data, rank, world = encoder.family, config.data, accelerator.process_index, accelerator.num_processes
     lacking = data.num_class_images - len(image_files(folder))
@@ -171,7 +174,7 @@ def make_class_images(encoder: CachedEncoder, config: Config, folder: Path, acce
     accelerator.wait_for_everyone()
 
 
-def write_samples(family: Family, config: Config, folder: Path, encode: Callable | None = None) -> None:
+def write_samples(family: Family, config: DreamBoothConfig, folder: Path, encode: Callable | None = None) -> None:
     """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled grid.png."""
     validation, rows = config.validation, []
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 
 from .cache import CachedEncoder
 from .families import FAMILIES, Family
-from .sections import Config
+from .sections import DreamBoothConfig
 
 Encode = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name and a prompt to its outputs
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -84,7 +84,9 @@ def probe(family: Family, resolution: int, text: dict[str, Tensor], denoise: Cal
         return denoise(x_t, t, text).float()
 
 
-def prove(config: Config, encoder: CachedEncoder, expected: Tensor, prompt: str) -> tuple[Family, Encode, float]:
+def prove(
+    config: DreamBoothConfig, encoder: CachedEncoder, expected: Tensor, prompt: str
+) -> tuple[Family, Encode, float]:
     """Load the exported file into a fresh base as any user would, and compare it with the training's last state.
 
     Returns the fresh family, how it encodes prompts, and the relative difference of the outputs. Raises: ExportError.

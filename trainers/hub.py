@@ -11,13 +11,13 @@ from huggingface_hub import HfApi, get_token
 
 from . import UserError
 from .export import WEIGHT_NAME
-from .sections import Config
+from .sections import Config, DreamBoothConfig
 
 SHARED = ["README.md", "config.yaml", WEIGHT_NAME, "pipeline/**", "samples/final/*"]  # never checkpoints or caches
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def write_card(config: Config, difference: float, pictures: int) -> None:
+def write_card(config: DreamBoothConfig, difference: float, pictures: int) -> None:
     """README.md of the run folder. difference: the reload proof's figure; pictures: how many were learnt from."""
     base, lora, train = config.model.pretrained_model_name_or_path, config.lora, config.train
     data, validation = config.data, config.validation

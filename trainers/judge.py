@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .families import FAMILIES
-from .sections import Config
+from .sections import DreamBoothConfig
 from .small_world import (
     ASSETS,
     BACKGROUNDS,
@@ -44,7 +44,7 @@ from .small_world import (
 
 # The gate: figure -> (least, most) that passes. A LoRA trained with prior preservation must meet PRIOR; one trained
 # without it must meet CONTRAST, which shows that it is the prior that preserves.
-LEARN = {"loss_ratio": (0.0, 0.85), "cosine_gain": (0.35, 2.0), "attributes": (0.45, 1.0)}
+LEARN = {"loss_ratio": (0.0, 0.75), "cosine_gain": (0.60, 2.0), "attributes": (0.75, 1.0)}
 PRIOR = {"leak": (0.0, 0.25), "class_star": (0.75, 1.0), "drift": (0.0, 0.60)}
 CONTRAST = {"leak": (0.75, 1.0), "drift": (0.80, 2.0)}
 
@@ -100,7 +100,7 @@ def load_judge() -> Judge:
     return Judge.from_pretrained(ASSETS / "judge").float().eval()
 
 
-def load_pipeline(config: Config, lora: bool) -> DiffusionPipeline:
+def load_pipeline(config: DreamBoothConfig, lora: bool) -> DiffusionPipeline:
     """The run's base, with its LoRA if wanted, by diffusers alone."""
     pipeline = DiffusionPipeline.from_pretrained(config.model.pretrained_model_name_or_path, dtype=torch.float32)
     if lora:
@@ -157,7 +157,7 @@ def velocity(pipeline: DiffusionPipeline, x_t: Tensor, t: Tensor, length: dict[s
 def measure(
     pipeline: DiffusionPipeline,
     judge: Judge,
-    config: Config,
+    config: DreamBoothConfig,
     base: Measurement | None = None,
     n: int = 24,
     seed: int = 0,

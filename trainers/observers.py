@@ -86,13 +86,13 @@ class Sample:
         self.task, self.config, self.accelerator = task, config, accelerator
 
     def __call__(self, step: int, means: Means) -> None:
-        validation = self.config.validation
-        if not validation.prompts or step % validation.validation_steps or not self.accelerator.is_main_process:
+        if step % self.config.validation.validation_steps or not self.accelerator.is_main_process:
             return
         folder = self.config.output_dir / "samples" / f"step-{step:06d}"
         with averaged(self.task):
             self.task.sample(folder)
-        track_pictures(self.accelerator, folder, step)
+        if (folder / "grid.png").exists():
+            track_pictures(self.accelerator, folder, step)
 
 
 class averaged:  # noqa: N801

@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from . import UserError, config, dreambooth, hub
+from . import UserError, autoencoder, config, dreambooth, hub
 from .checkpoint import relevant, resume
 from .loop import train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
 from .sections import Config
 
-TASKS = {"dreambooth": dreambooth.build}
+TASKS = {"dreambooth": dreambooth.build, "autoencoder": autoencoder.build}
 
 
 def run(settings: Config) -> None:

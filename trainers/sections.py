@@ -130,10 +130,13 @@ class TrainConfig(Section):
     max_train_steps: PositiveInt = field(800, "Optimiser steps.")
     train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
     gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
-    gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
     max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
-    train_text_encoder: bool = field(False, "Train the text encoder too.")
     ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
+
+
+class DreamBoothTrainConfig(TrainConfig):
+    gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
+    train_text_encoder: bool = field(False, "Train the text encoder too.")
 
 
 class CheckpointConfig(Section):
@@ -143,9 +146,12 @@ class CheckpointConfig(Section):
 
 
 class ValidationConfig(Section):
+    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
+
+
+class PromptsConfig(ValidationConfig):
     prompts: list[str] = field([], "Prompts to sample.")
     negative_prompt: str = field("", "Negative prompt of the samples.")
-    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
     num_images: PositiveInt = field(1, "Pictures per prompt.")
     num_inference_steps: PositiveInt = field(30, "Sampler steps.")
     guidance_scale: float = field(7.5, "Classifier-free guidance.", ge=0)
@@ -176,13 +182,11 @@ ONLY_FOR = [  # families, section, keys
 
 
 class Config(Section):
-    kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/dreambooth"), "The run folder: everything that the run writes.")
+    """What every trainer has."""
+
+    kind: str = field("", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/run"), "The run folder: everything that the run writes.")
     seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig | None = field(LoraConfig(), "LoRA settings; null trains all weights.")
-    data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -192,7 +196,35 @@ class Config(Section):
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """Rules that one field's type cannot state, as (path, message)."""
-        data, optimizer = self.data, self.optimizer
+        optimizer = self.optimizer
+        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
+            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
+        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
+            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
+        packages = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+        yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
+        for tracker in self.tracking.report_to:
+            yield from missing("tracking.report_to", tracker, tracker)
+
+
+def missing(path: str, wish: str, package: str | None) -> Iterator[tuple[str, str]]:
+    if package and importlib.util.find_spec(package) is None:
+        yield path, f"{wish} needs a package that is not installed: pip install {package}"
+
+
+class DreamBoothConfig(Config):
+    kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/dreambooth"), "The run folder: everything that the run writes.")
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig | None = field(LoraConfig(), "LoRA settings; null trains all weights.")
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: DreamBoothTrainConfig = DreamBoothTrainConfig()
+    validation: PromptsConfig = PromptsConfig()
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        yield from super().mistakes()
+        data, model = self.data, self.model
         if data.instance_data_dir is None and data.dataset_name is None:
             yield "data.instance_data_dir", "no pictures: give a folder here, or data.dataset_name"
         if data.instance_data_dir is not None and data.dataset_name is not None:
@@ -205,27 +237,25 @@ class Config(Section):
             yield "data.class_prompt", "prior preservation (data.num_class_images > 0) needs a class prompt"
         if data.class_prompt and not data.prior:
             yield "data.num_class_images", "a class prompt without class pictures: say how many to use, 100 is usual"
-        flow = self.model.family != "sd15"
+        flow = model.family != "sd15"
         if data.resolution % (16 if flow else 8):
             yield "data.resolution", f"must be a multiple of {16 if flow else 8}, not {data.resolution}"
         for families, section, names in ONLY_FOR:
             values = getattr(self, section)
-            for name in names.split() if self.model.family not in families.split() else ():
+            for name in names.split() if model.family not in families.split() else ():
                 if getattr(values, name) != type(values).model_fields[name].default:
-                    yield f"{section}.{name}", f"means nothing to {self.model.family}, only to {families}: remove it"
-        if self.model.quantization != "none" and self.lora is None:
+                    yield f"{section}.{name}", f"means nothing to {model.family}, only to {families}: remove it"
+        if model.quantization in ("nf4", "int8"):
+            yield from missing("model.quantization", model.quantization, "bitsandbytes")
+        if model.quantization != "none" and self.lora is None:
             yield "model.quantization", "a quantised base cannot train all its weights: give lora, or drop this"
-        if self.model.quantization == "fp8" and self.model.family == "sd15":
+        if model.quantization == "fp8" and model.family == "sd15":
             yield "model.quantization", "fp8 is for transformers; the U-Net of SD1.5 trains with nf4 or int8"
-        elif self.model.quantization == "fp8" and not self.train.gradient_checkpointing:
+        elif model.quantization == "fp8" and not self.train.gradient_checkpointing:
             yield "model.quantization", "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
         if self.objective.debiased and self.objective.snr_gamma:
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
-        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
-            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
-        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
-            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
-        if optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
+        if self.optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
             yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
         if self.lora and self.lora.use_dora and self.train.train_text_encoder:
             yield "lora.use_dora", "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
@@ -234,17 +264,44 @@ class Config(Section):
                 re.compile(self.lora.target_modules)
             except re.error as error:
                 yield "lora.target_modules", f"not a valid regex: {error}"
-        wanted = {
-            "model.quantization": {"nf4": "bitsandbytes", "int8": "bitsandbytes"},
-            "optimizer.name": {
-                "adamw_8bit": "bitsandbytes",
-                "paged_adamw_8bit": "bitsandbytes",
-                "prodigy": "prodigyopt",
-            },
-            "tracking.report_to": {name: name for name in ("tensorboard", "wandb", "trackio")},
-        }
-        for path, packages in wanted.items():
-            value = getattr(getattr(self, path.split(".")[0]), path.split(".")[1])
-            for name in [value] if isinstance(value, str) else value:
-                if name in packages and importlib.util.find_spec(packages[name]) is None:
-                    yield path, f"{name} needs a package that is not installed: pip install {packages[name]}"
+
+
+class ImagesConfig(Section):
+    image_dir: Path | None = field(None, "Folder with pictures; nothing is held out.")
+    dataset_name: str | None = field(None, "Instead: a `datasets` Hub name, or a local folder of SPLIT.parquet files.")
+    train_split: str = field("train", "Split to learn from.")
+    test_split: str | None = field("test", "Split to measure on; null measures nothing.")
+    image_column: str = field("image", "Column that holds the pictures.")
+    label_column: str | None = field(None, "Column that holds the classes, as numbers.")
+    only_label: int | None = field(None, "Learn from this class only.")
+    resolution: PositiveInt = field(28, "Side of the pictures in pixels; others are resized.")
+    channels: Literal[1, 3] = field(1, "1 for grey, 3 for colour.")
+
+
+class AutoencoderModelConfig(Section):
+    latent_dim: PositiveInt = field(32, "Numbers in the code of a picture.")
+    width: PositiveInt = field(32, "Channels of the first level; doubled at each further one.", multiple_of=8)
+
+
+class AutoencoderConfig(Config):
+    kind: Literal["autoencoder"] = field("autoencoder", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/autoencoder"), "The run folder: everything that the run writes.")
+    use: Literal["reconstruct", "denoise", "anomaly"] = field("reconstruct", "What the model is for.")
+    noise: float = field(0.3, "denoise: standard deviation of the noise; pictures are in 0..1.", ge=0)
+    model: AutoencoderModelConfig = AutoencoderModelConfig()
+    data: ImagesConfig = ImagesConfig()
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        yield from super().mistakes()
+        data = self.data
+        if (data.image_dir is None) == (data.dataset_name is None):
+            yield "data.dataset_name", "give one source of pictures: this or data.image_dir"
+        if data.image_dir is not None and not data.image_dir.is_dir():
+            yield "data.image_dir", f"no such folder: {data.image_dir}"
+        if data.only_label is not None and data.label_column is None:
+            yield "data.only_label", "a class without data.label_column"
+        if self.use == "anomaly" and data.only_label is None:
+            yield "data.only_label", "anomaly detection learns one class: say which"
+
+
+KINDS: dict[str, type[Config]] = {"dreambooth": DreamBoothConfig, "autoencoder": AutoencoderConfig}

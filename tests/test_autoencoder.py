@@ -1,0 +1,137 @@
+"""An autoencoder run on a small set: it learns, measures, resumes to the bit, and loads again by one call."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from trainers import UserError, config
+from trainers.images import load_images
+from trainers.nets import ConvAutoencoder
+from trainers.run import run
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory):
+    """Folder of train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else 1."""
+    folder, rng = tmp_path_factory.mktemp("bars"), np.random.default_rng(0)
+    for split, count in (("train", 120), ("test", 40)):
+        rows = {"image": [], "label": []}
+        for i in range(count):
+            picture, at, buffer = np.zeros((16, 16), np.uint8), rng.integers(0, 6) + 8 * (i % 2), io.BytesIO()
+            picture[at : at + 2] = rng.integers(150, 255)
+            Image.fromarray(picture).save(buffer, "png")
+            rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+            rows["label"].append(i % 2)
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def settings(bars, tmp_path):
+    """A function: overrides -> Config of a short run."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+kind: autoencoder
+output_dir: {tmp_path}/run
+model: {{latent_dim: 4, width: 8}}
+data: {{dataset_name: {bars}, label_column: label, resolution: 16}}
+optimizer: {{learning_rate: 3e-3}}
+train: {{max_train_steps: 60, train_batch_size: 16}}
+checkpoint: {{checkpointing_steps: 10}}
+tracking: {{report_to: [], log_every: 10}}
+"""
+    )
+    return lambda *overrides: config.load(path, overrides)
+
+
+def weights(settings):
+    return ConvAutoencoder.from_pretrained(settings.output_dir / "model").state_dict()
+
+
+def losses(settings):
+    rows = (settings.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["autoencoder_loss"] for row in rows]
+
+
+def figures(settings):
+    return json.loads((settings.output_dir / "figures.json").read_text())
+
+
+@pytest.mark.parametrize("use", ["reconstruct", "denoise"])
+def test_it_comes_nearer_to_the_picture_than_what_it_is_shown_or_their_mean(settings, bars, use):
+    final = settings(f"use={use}", "noise=0.3", "train.max_train_steps=300", "train.ema_decay=0.9")
+    run(final)
+    test = load_images(final.data, "test")
+    x = (test.pixels.float() / 255 - test.pixels.float().mean(0) / 255).square().mean()
+    assert figures(final)["psnr"] > float(-10 * torch.log10(x))
+    assert figures(final)["linear_probe"] > 0.8
+    assert (final.output_dir / "samples/final/grid.png").exists()
+
+
+def test_the_written_auroc_is_that_of_the_saved_model(settings):
+    final = settings("use=anomaly", "data.only_label=0", "train.max_train_steps=300")
+    run(final)
+    model, test = (
+        ConvAutoencoder.from_pretrained(final.output_dir / "model"),
+        load_images(final.data.model_copy(update={"only_label": None}), "test"),
+    )
+    x = test.floats(torch.arange(len(test)))
+    with torch.no_grad():
+        error = ((model(x).clamp(-1, 1) - x) / 2).square().mean(dim=(1, 2, 3))
+    assert figures(final)["auroc"] == pytest.approx(roc_auc_score(test.labels == 1, error))
+    assert figures(final)["auroc"] > 0.8
+
+
+def test_stopping_and_going_on_equals_one_run(settings, tmp_path):
+    overrides = ("use=denoise", "optimizer.lr_scheduler=constant", "train.ema_decay=0.9")
+    whole = settings(*overrides, f"output_dir={tmp_path}/whole")
+    parts = settings(*overrides, f"output_dir={tmp_path}/parts")
+    run(whole)
+    run(parts.model_copy(update={"train": parts.train.model_copy(update={"max_train_steps": 30})}))
+    run(parts)
+    assert all(torch.equal(weights(whole)[name], weights(parts)[name]) for name in weights(whole))
+    assert figures(whole) == figures(parts)
+
+
+def test_accumulation_equals_one_batch(settings, tmp_path):
+    few = ("train.max_train_steps=5", "use=denoise", "tracking.log_every=1")
+    one = settings(*few, f"output_dir={tmp_path}/one")
+    four = settings(
+        *few, "train.train_batch_size=4", "train.gradient_accumulation_steps=4", f"output_dir={tmp_path}/four"
+    )
+    run(one)
+    run(four)
+    torch.testing.assert_close(losses(one), losses(four), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("use=anomaly", "data.only_label"),
+        ("data.label_column=null", "data.only_label"),
+        ("data.image_dir=/no/folder", "data.image_dir"),
+        ("kind=autoencodr", "did you mean autoencoder"),
+        ("model.latent_dims=3", "did you mean model.latent_dim"),
+    ],
+)
+def test_mistakes_in_the_config_are_named(settings, override, message):
+    more = ["data.only_label=1"] if override == "data.label_column=null" else []
+    with pytest.raises(UserError, match=message):
+        settings(override, *more)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("data.only_label=7", "no pictures with the label 7"), ("data.test_split=tests", "split 'tests'")],
+)
+def test_data_that_is_not_there_is_named(settings, override, message):
+    with pytest.raises(UserError, match=message):
+        run(settings(override))
