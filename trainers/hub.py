@@ -13,7 +13,15 @@ from . import UserError
 from .export import WEIGHT_NAME
 from .sections import Config, DreamBoothConfig
 
-SHARED = ["README.md", "config.yaml", WEIGHT_NAME, "pipeline/**", "samples/final/*"]  # never checkpoints or caches
+SHARED = [
+    "README.md",
+    "config.yaml",
+    WEIGHT_NAME,
+    "pipeline/**",
+    "model/**",
+    "figures.json",
+    "samples/final/*",
+]  # never checkpoints or caches
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
