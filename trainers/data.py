@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import UserError
-from .draws import Draws, mix, permutation
+from .draws import Draws, micro_batches, mix, visited
 from .sections import DataConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -49,9 +52,7 @@ class Picture:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return image.convert("RGB")
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(
-                f"{self.name} is not a readable picture ({error}): mend or remove it, or set data.skip_corrupt=true"
-            ) from None
+            raise UserError(f"{self.name} is not a readable picture ({error}): mend or remove it") from None
 
 
 def instance_pictures(config: DataConfig) -> list[Picture]:
@@ -122,34 +123,44 @@ def read_metadata(path: Path, column: str | None) -> dict[str, str]:
 
 
 def from_dataset(config: DataConfig) -> list[Picture]:
-    """Rows of a Hub data set, a local folder that `datasets` can read, or a .parquet file."""
-    import datasets
-
-    name = config.dataset_name
-    try:
-        if name.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files={config.dataset_split: name}, split=config.dataset_split)
-        else:
-            rows = datasets.load_dataset(name, split=config.dataset_split)
-    except Exception as error:
-        raise UserError(f"data.dataset_name: cannot load {name!r} ({error})") from error
-    for path, column in (("image_column", config.image_column), ("caption_column", config.caption_column)):
-        if column is not None and column not in rows.column_names:
-            raise UserError(f"data.{path}: {name} has no column {column!r}, it has {', '.join(rows.column_names)}")
+    """Each row is read when it is wanted, for such a set may be large."""
     if config.caption_column is None and config.instance_prompt is None:
         raise UserError("no captions: set data.caption_column or data.instance_prompt")
-    rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+    name, column = config.dataset_name, config.image_column
+    rows = open_dataset(name, config.dataset_split, {"image_column": column, "caption_column": config.caption_column})
     captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
-
-    def reader(i: int) -> Callable[[], bytes]:
-        def read() -> bytes:
-            image = rows[i][config.image_column] or {"bytes": b""}  # a row without a picture is a broken one
-            return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-        return read
-
     captions = [config.instance_prompt if caption is None else caption for caption in captions]
-    return captioned([Picture(f"{name}[{i}]", reader(i), caption) for i, caption in enumerate(captions)])
+
+    def read(i: int) -> bytes:
+        return encoded(rows[i][column])
+
+    return captioned([Picture(f"{name}[{i}]", partial(read, i), caption) for i, caption in enumerate(captions)])
+
+
+def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datasets.Dataset:
+    """A Hub data set, a local folder that `datasets` can read, or a .parquet file, its pictures left encoded.
+
+    columns: keys of the config and the columns that they name, if any, the picture's first. Raises: UserError.
+    """
+    import datasets
+
+    try:
+        if name.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files={split: name}, split=split)
+        else:
+            rows = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise UserError(f"data.dataset_name: cannot load {name!r}, split {split!r} ({error})") from error
+    for key, column in columns.items():
+        if column is not None and column not in rows.column_names:
+            raise UserError(f"data.{key}: {name} has no column {column!r}, it has {', '.join(rows.column_names)}")
+    return rows.cast_column(next(iter(columns.values())), datasets.Image(decode=False))
+
+
+def encoded(image: dict | None) -> bytes:
+    """A data set's undecoded picture; a row without one gives no bytes, which is a broken picture."""
+    image = image or {"bytes": b""}
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def readable(pictures: list[Picture], skip_corrupt: bool, place: str) -> list[Picture]:
@@ -165,7 +176,7 @@ def readable(pictures: list[Picture], skip_corrupt: bool, place: str) -> list[Pi
         errors = list(pool.map(broken, pictures))
     for error in filter(None, errors):
         if not skip_corrupt:
-            raise error
+            raise UserError(f"{error}, or set data.skip_corrupt=true")
         warnings.warn(f"skipped: {error}", stacklevel=2)
     kept = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not kept:
@@ -238,9 +249,7 @@ class Batches:
 
     def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
         total = self.batch_size * self.accumulation * self.world
-        for micro in range(self.accumulation):
-            first = (micro * self.world + self.rank) * self.batch_size
-            rows = range(first, first + self.batch_size)
+        for rows in micro_batches(self.batch_size, self.accumulation, self.rank, self.world):
             visits = [(p, total * p + row, step * total + row) for p in range(len(self.pools)) for row in rows]
             draws = Draws(self.seed, step, [row for _, row, _ in visits], self.device, total)
             yield self.collate(step, visits), draws
@@ -249,9 +258,7 @@ class Batches:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
         moments, texts = [], []
         for pool, row, position in visits:
-            epoch, place = divmod(position, len(self.pools[pool]))
-            order = permutation(mix(self.seed, pool, epoch, "order"), len(self.pools[pool]))
-            picture = self.pools[pool][order[place]]
+            picture = self.pools[pool][visited(self.seed, position, len(self.pools[pool]), pool)]
             r = random.Random(mix(self.seed, step, row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))

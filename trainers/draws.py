@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -46,6 +46,19 @@ class Draws:
     def stratum(self, row: int) -> int:
         pool, place = divmod(row, self.count)
         return permutation(mix(self.seed, self.step, pool, "strata"), self.count)[place]
+
+
+def micro_batches(size: int, accumulation: int, rank: int, world: int) -> Iterator[range]:
+    """One process's rows of a global batch of `size` x `accumulation` x `world`, a micro-batch at a time."""
+    for micro in range(accumulation):
+        first = (micro * world + rank) * size
+        yield range(first, first + size)
+
+
+def visited(seed: int, position: int, count: int, *pool: int) -> int:
+    """Which of `count` samples stands at `position` of an endless walk that is shuffled anew in each epoch."""
+    epoch, place = divmod(position, count)
+    return permutation(mix(seed, *pool, epoch, "order"), count)[place]
 
 
 @lru_cache(maxsize=8)
