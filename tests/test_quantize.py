@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from safetensors.torch import load_file
+from test_training import first_gradients, lora
 from torch import nn
 
 from trainers import UserError, dreambooth
@@ -20,10 +20,6 @@ CASES += [("sd3", "fp8"), ("flux", "fp8")]
 
 def quantised(settings, family, how, *overrides):
     return settings(*(FP8 if how == "fp8" else [f"model.quantization={how}"]), *overrides, family=family)
-
-
-def lora(config):
-    return load_file(config.output_dir / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
@@ -46,14 +42,7 @@ def test_the_base_is_small_and_lora_is_float32(settings, family, how):
 @pytest.mark.parametrize(("family", "how"), CASES)
 def test_gradients_are_near_those_on_the_whole_base(settings, family, how):
     def gradients(config):
-        task, batches, _ = dreambooth.build(config, Accelerator(cpu=True))
-        torch.manual_seed(5)
-        for parameter in trained_parameters(task.module).values():
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-        batch, rng = next(iter(batches(0)))
-        ((_, loss),) = task.losses(batch, rng)
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in trained_parameters(task.module).values()])
+        return torch.cat([gradient.flatten() for gradient in first_gradients(config)[-1].values()])
 
     small, whole = gradients(quantised(settings, family, how)), gradients(settings(family=family))
     assert not torch.equal(small, whole)

@@ -52,20 +52,20 @@ class Autoencoder:
         return (x + 2 * self.config.noise * rng.normal(x.shape)).clamp(-1, 1)
 
     @torch.no_grad()
-    def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        """What is shown, what comes out, and the codes, for some rows; the noise of a row is always the same."""
+    def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some rows, what is shown of them, what comes out, and the codes; the noise of a row is always the same."""
         module, device = self.module.eval(), self.accelerator.device
-        seen = self.spoil(images.floats(torch.tensor(rows, device=device)), Draws(self.config.seed, -1, rows, device))
+        x = images.floats(torch.tensor(rows, device=device))
+        seen = self.spoil(x, Draws(self.config.seed, -1, rows, device))
         codes = module.encode(seen)
         out = module.decode(codes)
         module.train()
-        return seen, out, codes
+        return x, seen, out, codes
 
     def sample(self, folder: Path) -> None:
         images = self.train if self.test is None else self.test
         rows = range(min(SHOWN, len(images)))
-        seen, out, _ = self.apply(images, rows)
-        true = images.floats(torch.tensor(rows, device=self.accelerator.device))
+        true, seen, out, _ = self.apply(images, rows)
         shown = [("true", true), *([("shown", seen)] if self.config.use == "denoise" else []), ("made", out)]
         write_grid([(title, pictures(x)) for title, x in shown], folder / "grid.png", tile=64)
 
@@ -86,11 +86,10 @@ class Autoencoder:
     def measure(self) -> dict[str, float]:
         """On the test split, `psnr`: of what comes out, dB, pictures in 0..1; `linear_probe`: accuracy of a linear
         reader of the codes; for anomalies `auroc`: of the squared error, the learnt class against all others."""
-        truth, error, codes = [], [], []
+        error, codes = [], []
         for first in range(0, len(self.test), 1000):
             rows = range(first, min(first + 1000, len(self.test)))
-            _, out, code = self.apply(self.test, rows)
-            x = self.test.floats(torch.tensor(rows, device=out.device))
+            x, _, out, code = self.apply(self.test, rows)
             error.append(((out.clamp(-1, 1) - x) / 2).square().mean(dim=(1, 2, 3)).cpu())
             codes.append(code.cpu())
         error, truth = torch.cat(error), self.test.labels.cpu()
@@ -111,7 +110,7 @@ class Autoencoder:
         from sklearn.preprocessing import StandardScaler
 
         count = min(most, len(self.train))
-        known = [self.apply(self.train, range(i, min(i + 1000, count)))[2].cpu() for i in range(0, count, 1000)]
+        known = [self.apply(self.train, range(i, min(i + 1000, count)))[3].cpu() for i in range(0, count, 1000)]
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
         reader.fit(torch.cat(known).numpy(), self.train.labels[:count].cpu().numpy())
         return float(reader.score(codes.numpy(), truth.numpy()))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .data import Picture, View
 from .families import Family
+from .families.base import tokenizer_of
 
 
 class Cache:
@@ -110,7 +111,7 @@ class CachedEncoder:
         return key_of(image=picture.digest, view=asdict(view), encoder=self.family.identity("vae"))
 
     def prompt_key(self, name: str, prompt: str) -> str:
-        parts = [self.family.identity(part) for part in (name, name.replace("text_encoder", "tokenizer"))]
+        parts = [self.family.identity(part) for part in (name, tokenizer_of(name))]
         length = self.family.max_sequence_length if name == self.family.t5_encoder else None
         return key_of(prompt=prompt, encoder=parts, length=length)
 
@@ -126,9 +127,10 @@ class CachedEncoder:
             if name not in self.train:
                 work[name] = [(self.prompt_key(name, p), partial(family.encode_prompt, name, p)) for p in prompts]
         rank, world = accelerator.process_index, accelerator.num_processes
-        for share in (slice(rank, None, world), slice(None)):  # the second pass finds work only on unshared disks
+        for own in (True, False):  # the other processes' share is missing on unshared disks only
             for part, jobs in work.items():
-                if missing := {key: job for key, job in jobs[share] if self.cache._read(key) is None}:
+                share = [job for i, job in enumerate(jobs) if (i % world == rank) == own]
+                if missing := {key: job for key, job in share if self.cache._read(key) is None}:
                     family.load(part)
                     for key, job in tqdm(missing.items(), f"encoding: {part}", disable=not accelerator.is_main_process):
                         self.cache.write(key, job())

@@ -102,7 +102,7 @@ def apply(tree: dict, override: str) -> str | None:
 def validate(tree: dict) -> tuple[Config, list[str]]:
     """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be checked."""
     messages: dict[str, str] = {}
-    kind = tree.get("kind", "dreambooth")
+    kind = str(tree.get("kind", "dreambooth"))
     if kind not in KINDS:
         messages["kind"] = f"kind: {one_of(kind, KINDS)}"
         tree.pop("kind")

@@ -119,28 +119,33 @@ def held_out_loss(pipeline: DiffusionPipeline, length: dict[str, int], draws: in
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     x0 = pipeline.vae.encode(pixels).latent_dist.mode() - (pipeline.vae.config.shift_factor or 0)
     x0, rng, total = x0 * pipeline.vae.config.scaling_factor, torch.Generator().manual_seed(0), 0.0
+    encode = partial(pipeline.encode_prompt, INSTANCE_PROMPT, device="cpu", num_images_per_prompt=len(x0), **length)
+    if isinstance(pipeline, StableDiffusionPipeline):
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        text = encode(do_classifier_free_guidance=False)[0]
+    elif isinstance(pipeline, StableDiffusion3Pipeline):
+        text = encode(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
+    else:
+        text = encode()
     for _ in range(draws):
         eps, t = torch.randn(x0.shape, generator=rng), torch.randint(1000, (len(x0),), generator=rng)
         if isinstance(pipeline, StableDiffusionPipeline):
-            scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
             target = scheduler.get_velocity(x0, eps, t)
-            text = pipeline.encode_prompt(INSTANCE_PROMPT, "cpu", len(x0), False)[0]
             prediction = pipeline.unet(scheduler.add_noise(x0, eps, t), t, text).sample
         else:
             sigma, target = t[:, None, None, None] / 1000, eps - x0
-            prediction = velocity(pipeline, (1 - sigma) * x0 + sigma * eps, t, length)
+            prediction = velocity(pipeline, (1 - sigma) * x0 + sigma * eps, t, text)
         total += F.mse_loss(prediction, target).item() / draws
     return total
 
 
-def velocity(pipeline: DiffusionPipeline, x_t: Tensor, t: Tensor, length: dict[str, int]) -> Tensor:
-    """SD3's or Flux.1's, for latents x_t at t (B,) in 0..1000, under the instance prompt."""
+def velocity(pipeline: DiffusionPipeline, x_t: Tensor, t: Tensor, encoded: tuple[Tensor, ...]) -> Tensor:
+    """SD3's or Flux.1's, for latents x_t at t (B,) in 0..1000; encoded: what the pipeline makes of the prompt."""
     n, channels, h, w = x_t.shape
     if isinstance(pipeline, StableDiffusion3Pipeline):
-        encode = partial(pipeline.encode_prompt, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
-        text, _, pooled, _ = encode(INSTANCE_PROMPT, num_images_per_prompt=n, **length)
+        text, _, pooled, _ = encoded
         return pipeline.transformer(x_t, text, pooled, t).sample
-    text, pooled, text_ids = pipeline.encode_prompt(INSTANCE_PROMPT, num_images_per_prompt=n, **length)
+    text, pooled, text_ids = encoded
     v = pipeline.transformer(
         pipeline._pack_latents(x_t, n, channels, h, w),
         text,

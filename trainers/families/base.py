@@ -86,7 +86,7 @@ class Family(ABC):
 
     def load(self, *names: str) -> None:
         """Hold a pipeline with these heavy components only; scheduler and tokenizers always come along."""
-        light = ("scheduler", *(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names))
+        light = ("scheduler", *map(tokenizer_of, self.text_encoder_names))
         every = [part for part, value in self.pipeline.load_config(self.folder).items() if isinstance(value, list)]
         given = {part: None for part in every if part not in (*names, *light)}
         if "safety_checker" in given:
@@ -179,7 +179,7 @@ class Family(ABC):
 
     def tokenize(self, name: str, prompt: str) -> Tensor:
         """Token ids (L,) of the text encoder `name`, padded and cut to its length."""
-        tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"))
+        tokenizer = getattr(self.pipe, tokenizer_of(name))
         length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
         return torch.tensor(tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids)
 
@@ -222,6 +222,10 @@ class Family(ABC):
         if half:
             vae.float()
         return picture
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def find(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
