@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from . import UserError
 from .loop import Task
-from .optim import trained_parameters
+from .optim import trained_state
 from .sections import Config
 
 IRRELEVANT = {  # what may change between two parts of a run
@@ -54,7 +54,7 @@ def save_checkpoint(root: Path, step: int, task: Task, accelerator: Accelerator,
     if accelerator.is_main_process:
         files = {}
         for name, player in task.players.items():
-            trained = trained_parameters(accelerator.unwrap_model(player.module))
+            trained = trained_state(accelerator.unwrap_model(player.module))
             tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
             files[f"{name}.safetensors"] = save(tensors)
             buffer = io.BytesIO()
@@ -137,7 +137,7 @@ def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator,
             f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir"
         )
     for name, player in task.players.items():
-        trained = trained_parameters(accelerator.unwrap_model(player.module))
+        trained = trained_state(accelerator.unwrap_model(player.module))
         with torch.no_grad():
             for key, tensor in load(files[f"{name}.safetensors"]).items():
                 trained[key].copy_(tensor)

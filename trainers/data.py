@@ -41,6 +41,12 @@ class Picture:
     def digest(self) -> str:
         return hashlib.sha256(self.read()).hexdigest()
 
+    @property
+    def grey(self) -> bool:
+        """Whether it is stored without colours."""
+        with Image.open(io.BytesIO(self.read())) as image:
+            return image.mode in ("1", "L", "LA", "I", "I;16", "F")
+
     def decode(self) -> Image.Image:
         """RGB, upright (EXIF), on white where it was transparent. Raises: UserError naming a broken file."""
         try:

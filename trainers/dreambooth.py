@@ -15,9 +15,9 @@ from .cache import CachedEncoder
 from .data import Batches, class_pictures, image_files, instance_pictures, view
 from .draws import Draws, mix
 from .families import FAMILIES, Family
-from .loop import Player
+from .loop import make_player
 from .observers import averaged, write_grid
-from .optim import EMA, make_optimizer, trained_parameters
+from .optim import trained_parameters
 from .sections import DreamBoothConfig
 
 
@@ -59,9 +59,9 @@ class DreamBooth:
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
         parts = [(self.module.denoiser, rate), (self.module.text_encoders, text_rate)]
         groups = [{"params": list(trained_parameters(part).values()), "lr": lr} for part, lr in parts]
-        optimizer = make_optimizer(config.optimizer, [group for group in groups if group["params"]])
-        ema = EMA(self.module, config.train.ema_decay) if config.train.ema_decay else None
-        self.players = {"denoiser": Player(*accelerator.prepare(self.module, optimizer), ema)}
+        groups = [group for group in groups if group["params"]]
+        player = make_player(self.module, groups, config.optimizer, config.train.ema_decay, accelerator)
+        self.players, self.observers = {"denoiser": player}, ()
 
     def losses(self, batch: dict, rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """batch: moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,), see `data.Batches`."""

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 
 from . import UserError
 from .export import WEIGHT_NAME
-from .sections import Config, DreamBoothConfig
+from .sections import Config, DreamBoothConfig, ScratchConfig
 
 SHARED = [
     "README.md",
@@ -64,18 +64,56 @@ def write_card(config: DreamBoothConfig, difference: float, pictures: int) -> No
         "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "Seed": config.seed,
         "Reload proof": f"the saved file, loaded into a fresh base, differs by {difference:.1e} (relative L2)",
-        "Versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "Versions": versions(),
     }
-    parts = [
-        "---\n" + yaml.safe_dump(header, sort_keys=False) + "---",
-        f"# {config.output_dir.name}",
-        f"Prompt with `{prompt}`." if prompt else "",
-        "![samples](samples/final/grid.png)" if validation.prompts else "",
-        "```python\n" + "\n".join(load) + "\n```",
-        "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()),
-        "Made with diffusion-trainers; `config.yaml` holds every setting.",
-    ]
-    (config.output_dir / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    write(
+        config.output_dir,
+        header,
+        [
+            f"Prompt with `{prompt}`." if prompt else "",
+            "![samples](samples/final/grid.png)" if validation.prompts else "",
+            code(load),
+            table(facts),
+        ],
+    )
+
+
+def write_model_card(
+    config: ScratchConfig, tag: str, use: list[str], pictures: int, figures: dict[str, float | str]
+) -> None:
+    """README.md of a model from nothing. tag: the Hub's name of its task; use: lines that load it and use it."""
+    header = {"library_name": "diffusers", "pipeline_tag": tag, "tags": [config.kind, "diffusion-trainers"]}
+    data, train = config.data, config.train
+    if data.dataset_name and not Path(data.dataset_name).exists():
+        header["datasets"] = [data.dataset_name]
+    facts = {
+        "Trained": f"{config.kind}, {' '.join(f'{k} {v}' for k, v in config.model.model_dump().items())}",
+        "Pictures": f"{pictures}, {data.resolution} pixels, {'grey' if data.channels == 1 else 'colour'}",
+        "Steps": f"{train.max_train_steps} of {train.train_batch_size} x {train.gradient_accumulation_steps} pictures",
+        "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+        "Seed": config.seed,
+        **{f"Held out: {k}": f"{v:.4f}" if isinstance(v, float) else v for k, v in figures.items()},
+        "Versions": versions(),
+    }
+    write(config.output_dir, header, ["![samples](samples/final/grid.png)", code(use), table(facts)])
+
+
+def write(folder: Path, header: dict, parts: list[str]) -> None:
+    text = ["---\n" + yaml.safe_dump(header, sort_keys=False) + "---", f"# {folder.name}", *parts]
+    text += ["Made with diffusion-trainers; `config.yaml` holds every setting."]
+    (folder / "README.md").write_text("\n\n".join(filter(None, text)) + "\n")
+
+
+def code(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def table(facts: dict) -> str:
+    return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
 
 
 def check_login(config: Config) -> None:

@@ -1,89 +1,207 @@
-"""Small pictures, decoded once and kept on the device as uint8; their batches are a function of (seed, step)."""
+"""Small pictures and pairs as uint8, decoded once and kept on the device; batches are a function of (seed, step)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from . import UserError
+from .augment import augment
 from .data import Picture, encoded, image_files, open_dataset
-from .draws import Draws, micro_batches, visited
-from .sections import ImagesConfig
+from .draws import Draws, micro_batches, mix, visited
+from .sections import ImagesConfig, PairsConfig
+
+Reader = Callable[[Picture], Image.Image]
 
 
 @dataclass(frozen=True)
-class Images:
-    """pixels (N, C, S, S) uint8; labels (N,) int64, all -1 where there are none."""
+class Sample:
+    """A picture, what belongs to it in a data set of pairs, and its class, -1 where there is none."""
 
-    pixels: Tensor
-    labels: Tensor
+    picture: Picture
+    target: Picture | None = None
+    label: int = -1
+
+
+class Images:
+    """(C, H, W) uint8 pictures, those of a pair one above the other; labels (N,) int64."""
+
+    def __init__(self, samples: Sequence[Sample], decode: Callable[[Sample], Tensor], keep: bool, device) -> None:
+        """keep: decode all now, into one tensor (N, C, H, W) if they are of one size. Raises: UserError."""
+        self.samples, self.decode, self.device = samples, decode, device
+        self.labels = torch.tensor([sample.label for sample in samples], device=device)
+        self.pixels: Tensor | list[Tensor] | None = None
+        if keep:
+            pixels = [decode(sample).to(device) for sample in tqdm(samples, "decoding", leave=False, delay=2)]
+            self.pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.decode(self.samples[row]).to(self.device) if self.pixels is None else self.pixels[row]
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """(B, C, S, S) of pictures of one size."""
+        if isinstance(self.pixels, Tensor):
+            return self.pixels[torch.tensor(rows, device=self.device)]
+        return torch.stack([self[row] for row in rows])
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.pixels.cpu().numpy().data).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def floats(self, rows: Tensor) -> Tensor:
-        """(B, C, S, S) in [-1, 1]."""
-        return self.pixels[rows].float() / 127.5 - 1
-
-    def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device))
+        """Of the files' contents."""
+        parts = [part for sample in self.samples for part in (sample.picture, sample.target) if part]
+        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
 
 
-def load_images(config: ImagesConfig, split: str) -> Images:
-    """Raises: UserError for a source that cannot be read or holds nothing, naming the split and the picture."""
+def floats(pixels: Tensor) -> Tensor:
+    """uint8 to [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def pictures(x: Tensor) -> list[Image.Image]:
+    """(B, 1 or 3, H, W) in [-1, 1] to RGB."""
+    array = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(np.broadcast_to(a, (*a.shape[:2], 3)).copy()) for a in array]
+
+
+def load_images(config: ImagesConfig, device, held_out: bool = False, target: Reader | None = None) -> Images | None:
+    """What is learnt from, or what is held out to measure on (None where nothing is).
+
+    target: how the second of a pair is read. Raises: UserError for a source that cannot be read or is empty.
+    """
+    source = f"data: {config.image_dir or config.dataset_name}"
     if config.image_dir is not None:
-        found = [Picture(str(path), path.read_bytes, "") for path in image_files(config.image_dir)]
-        labels = [None] * len(found)
+        if held_out and config.folds is None:
+            return None
+        samples = from_pairs(config) if target else [Sample(found(path)) for path in image_files(config.image_dir)]
+        if config.folds is not None:
+            samples = [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
+            source += f", fold {config.fold} of {config.folds}"
     else:
-        name, columns = config.dataset_name, {"image_column": config.image_column, "label_column": config.label_column}
-        rows = open_dataset(name, split, columns)
-        labels = rows[config.label_column] if config.label_column else [None] * len(rows)
-        cells = enumerate(rows[config.image_column])
-        found = [Picture(f"{name} {split}[{i}]", partial(encoded, cell), "") for i, cell in cells]
-    labels = [-1 if label is None else label for label in labels]
-    kept = [i for i, label in enumerate(labels) if config.only_label is None or label == config.only_label]
-    if not kept:
-        wish = "" if config.only_label is None else f" with the label {config.only_label}"
-        raise UserError(f"data: {config.image_dir or config.dataset_name} has no pictures{wish} in {split!r}")
-    pixels = np.stack([fit(found[i].decode(), config) for i in kept])
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([labels[i] for i in kept]))
+        split = config.test_split if held_out else config.train_split
+        if split is None:
+            return None
+        samples = from_dataset(config, split, target is not None)
+        source += f", split {split!r}"
+    if config.only_label is not None and not held_out:
+        samples = [sample for sample in samples if sample.label == config.only_label]
+        source += f", label {config.only_label}"
+    if not samples:
+        raise UserError(f"{source}: there is no picture")
+    return Images(samples, partial(decode, config=config, target=target), config.in_memory, device)
 
 
-def fit(image: Image.Image, config: ImagesConfig) -> np.ndarray:
-    """(resolution, resolution, channels) uint8."""
-    side = config.resolution
-    image = image.convert("L" if config.channels == 1 else "RGB")
-    if image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(side, side, config.channels)
+def found(path: Path) -> Picture:
+    return Picture(str(path), path.read_bytes, "")
+
+
+def from_pairs(config: PairsConfig) -> list[Sample]:
+    """Raises: UserError naming pictures and targets that have no partner."""
+    by_end: dict[str, dict[str, Path]] = {config.image_suffix: {}, config.target_suffix: {}}
+    for path in image_files(config.image_dir):
+        for end, paths in by_end.items():
+            if path.stem.endswith(end):
+                paths[path.stem.removesuffix(end)] = path
+    images, targets = by_end.values()
+    if alone := sorted(images.keys() ^ targets.keys()):
+        lacking = config.target_suffix if alone[0] in images else config.image_suffix
+        raise UserError(
+            f"data.image_dir: {len(alone)} pictures have no partner, such as {alone[0]!r}: there is no "
+            f"{alone[0]}{lacking}.* in {config.image_dir}. Pairs are named *{config.image_suffix}.* and "
+            f"*{config.target_suffix}.*"
+        )
+    return [Sample(found(path), found(targets[name])) for name, path in sorted(images.items())]
+
+
+def from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[Sample]:
+    columns = {"image_column": config.image_column}
+    if pairs:
+        columns["target_column"] = config.target_column
+    rows = open_dataset(config.dataset_name, split, columns | {"label_column": config.label_column})
+    labels = rows[config.label_column] if config.label_column else [None] * len(rows)
+
+    def read(i: int, column: str) -> bytes:
+        return encoded(rows[i][column])
+
+    def picture(i: int, column: str) -> Picture:
+        return Picture(f"{config.dataset_name} {split}[{i}] {column}", partial(read, i, column), "")
+
+    return [
+        Sample(*(picture(i, column) for column in columns.values()), label=-1 if label is None else label)
+        for i, label in enumerate(labels)
+    ]
+
+
+def decode(sample: Sample, config: ImagesConfig, target: Reader | None) -> Tensor:
+    """(C, H, W) uint8, the target's channels last; masks (mode P) are resized by the nearest pixel.
+
+    Raises: UserError when the two have not one size.
+    """
+    images = [sample.picture.decode().convert("L" if config.channels == 1 else "RGB")]
+    if target is not None:
+        images.append(target(sample.target))
+        if images[0].size != images[1].size:
+            sizes = " and ".join("{} x {}".format(*image.size) for image in images)
+            raise UserError(f"{sample.picture.name} and {sample.target.name} are not of one size: {sizes}")
+    if config.side is not None:
+        size = (config.side, config.side)
+        images = [image if image.size == size else image.resize(size, Image.Resampling.LANCZOS) for image in images]
+    arrays = [np.array(image) for image in images]
+    return torch.cat([torch.from_numpy(a).reshape(*a.shape[:2], -1).permute(2, 0, 1) for a in arrays]).contiguous()
 
 
 @dataclass
 class Batches:
-    """The micro-batches of each step for one process: {"x": (B, C, S, S) in [-1, 1], "label": (B,)}."""
+    """The micro-batches of each step for one process: {"pixels": (B, C, S, S) uint8, "label": (B,)}.
+
+    masks: how many of the last channels are masks.
+    """
 
     images: Images
+    config: ImagesConfig
     seed: int
     batch_size: int
     accumulation: int = 1
     rank: int = 0
     world: int = 1
+    masks: int = 0
 
     def __call__(self, step: int) -> Iterator[tuple[dict[str, Tensor], Draws]]:
         total = self.batch_size * self.accumulation * self.world
-        count, device = len(self.images), self.images.pixels.device
         for rows in micro_batches(self.batch_size, self.accumulation, self.rank, self.world):
-            chosen = torch.tensor([visited(self.seed, step * total + row, count) for row in rows], device=device)
-            batch = {"x": self.images.floats(chosen), "label": self.images.labels[chosen]}
-            yield batch, Draws(self.seed, step, rows, device, total)
+            chosen = [visited(self.seed, step * total + row, len(self.images)) for row in rows]
+            if self.config.side is None:
+                pixels = torch.stack([self.crop(step, row, i) for row, i in zip(rows, chosen, strict=True)])
+            else:
+                pixels = self.images.take(chosen)
+            rng = Draws(self.seed, step, rows, self.images.device, total)
+            labels = self.images.labels[torch.tensor(chosen, device=self.images.device)]
+            yield {"pixels": augment(pixels, self.config, rng, self.masks), "label": labels}, rng
+
+    def crop(self, step: int, row: int, chosen: int) -> Tensor:
+        """(C, S, S) at a random place; what is smaller is mirrored at its edges."""
+        side, r = self.config.resolution, random.Random(mix(self.seed, step, row, "crop"))
+        pixels = mirrored(self.images[chosen][None], side, side)[0]
+        top, left = (r.randrange(length - side + 1) for length in pixels.shape[1:])
+        return pixels[:, top : top + side, left : left + side]
+
+
+def mirrored(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W), made at least `height` by `width` by mirroring at the lower and the right edge."""
+    while x.shape[-2] < height or x.shape[-1] < width:
+        down = min(max(0, height - x.shape[-2]), x.shape[-2])
+        right = min(max(0, width - x.shape[-1]), x.shape[-1])
+        x = torch.cat([x, x.flip(-2)[..., :down, :]], -2)
+        x = torch.cat([x, x.flip(-1)[..., :right]], -1)
+    return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .draws import Draws, mix
-from .optim import EMA
-from .sections import TrainConfig
+from .optim import EMA, make_optimizer
+from .sections import OptimizerConfig, TrainConfig
 
 
 @dataclass
@@ -25,8 +25,17 @@ class Player:
     ema: EMA | None = None
 
 
+def make_player(
+    module: nn.Module, groups: list[dict], optimizer: OptimizerConfig, ema_decay: float | None, accelerator: Accelerator
+) -> Player:
+    """groups: the optimiser's parameters, each {"params": [...], "lr": peak rate}."""
+    average = EMA(module, ema_decay) if ema_decay else None
+    return Player(*accelerator.prepare(module, make_optimizer(optimizer, groups)), average)
+
+
 class Task(Protocol):
     players: dict[str, Player]
+    observers: Sequence[Observer]  # the task's own; called before the others, they may add to the means
 
     def losses(self, batch: Any, rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """Yield (player, scalar loss); when resumed, that player's optimiser has stepped."""

@@ -8,6 +8,7 @@ import resource
 import signal
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Log:
         train = config.train
         self.batch = train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
         self.sums: Means = {}
+        self.counts: Counter[str] = Counter()  # a player may step less often than others
         self.since, self.last = start, time.perf_counter()
         shown = accelerator.is_main_process
         self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
@@ -46,14 +48,15 @@ class Log:
     def __call__(self, step: int, means: Means) -> None:
         for name, value in means.items():
             self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] += 1
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
         steps, now = step - self.since, time.perf_counter()
-        values = {k: self.accelerator.reduce(v / steps, "mean").item() for k, v in sorted(self.sums.items())}
+        values = {k: self.accelerator.reduce(v / self.counts[k], "mean").item() for k, v in sorted(self.sums.items())}
         values["learning_rate"] = self.config.optimizer.learning_rate * self.rate(step - 1)
         values["images_per_second"] = steps * self.batch / (now - self.last)
         values["peak_memory_gib"] = peak_memory()
-        self.sums, self.since, self.last = {}, step, now
+        self.sums, self.counts, self.since, self.last = {}, Counter(), step, now
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise NonFiniteLossError(

@@ -9,14 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from . import UserError, autoencoder, config, dreambooth, hub
+from . import UserError, config, dreambooth, hub
+from .autoencoder import Autoencoder
 from .checkpoint import relevant, resume
+from .gan import Gan
 from .loop import train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
 from .sections import Config
+from .unet import UNetTask
 
-TASKS = {"dreambooth": dreambooth.build, "autoencoder": autoencoder.build}
+TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan": Gan.build, "unet": UNetTask.build}
 
 
 def run(settings: Config) -> None:
@@ -34,7 +37,12 @@ def run(settings: Config) -> None:
         accelerator.init_trackers(settings.tracking.project_name)
     rate = make_rate(settings.optimizer, settings.train.max_train_steps)
     log = Log(settings, accelerator, rate, start)
-    observers = [log, Sample(task, settings, accelerator), Checkpoint(task, settings, accelerator, facts)]
+    observers = [
+        *task.observers,
+        log,
+        Sample(task, settings, accelerator),
+        Checkpoint(task, settings, accelerator, facts),
+    ]
     train(task, batches, settings.train, settings.seed, accelerator, rate, observers, start)
     log.bar.close()
     if accelerator.is_main_process:

@@ -22,7 +22,7 @@ from ..draws import Draws
 from ..lora import add_adapter
 from ..objectives import Flow, Objective, resolution_shift
 from ..quantize import load_quantized
-from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, ValidationConfig
+from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
 
@@ -198,7 +198,7 @@ class Family(ABC):
             add_adapter(getattr(self.pipe, name), text)
 
     @torch.no_grad()
-    def sample(self, prompt: str, validation: ValidationConfig, seed: int, size: int, encode=None) -> Image.Image:
+    def sample(self, prompt: str, validation: PromptsConfig, seed: int, size: int, encode=None) -> Image.Image:
         """One picture of `size` pixels from the loaded pipeline; `encode` may replace `encode_prompt`."""
         conditions = []
         for words in (prompt, validation.negative_prompt):

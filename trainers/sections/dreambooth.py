@@ -1,27 +1,15 @@
-"""The sections of a config as frozen, typed models: every key with its default, help and limits, and the rules between.
-
-This module imports neither torch nor diffusers, so that a typo is reported in a second.
-"""
+"""The config of DreamBooth."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def field(default: Any, help: str, **limits: Any) -> Any:
-    return Field(default, description=help, **limits)
+from .common import Config, Section, TrainConfig, ValidationConfig, field, foreign, missing
 
 
 class ModelConfig(Section):
@@ -111,42 +99,9 @@ class ObjectiveConfig(Section):
     precondition: bool = field(False, "SD3, Flux.1: the loss of x0 instead of v, as the diffusers script for SD3.")
 
 
-class OptimizerConfig(Section):
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
-    learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
-    text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
-    betas: tuple[Share, Share] = field((0.9, 0.999), "Adam's running averages.")
-    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
-    eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = field("constant", "Learning rate over the steps.")
-    lr_warmup_steps: NonNegativeInt = field(0, "Steps of linear warm-up.")
-    lr_num_cycles: PositiveInt = field(1, "Restarts of cosine_with_restarts.")
-    lr_power: PositiveFloat = field(1.0, "Power of polynomial.")
-
-
-class TrainConfig(Section):
-    max_train_steps: PositiveInt = field(800, "Optimiser steps.")
-    train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
-    gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
-    max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
-    ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
-
-
 class DreamBoothTrainConfig(TrainConfig):
     gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
     train_text_encoder: bool = field(False, "Train the text encoder too.")
-
-
-class CheckpointConfig(Section):
-    checkpointing_steps: PositiveInt = field(500, "Steps between checkpoints; the last step is always saved.")
-    checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
-    resume_from_checkpoint: str | None = field("latest", "latest, the path of a checkpoint, or null to begin anew.")
-
-
-class ValidationConfig(Section):
-    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
 
 
 class PromptsConfig(ValidationConfig):
@@ -158,20 +113,6 @@ class PromptsConfig(ValidationConfig):
     seed: int = field(0, "Picture i of a prompt starts from the noise of seed + i.")
 
 
-class TrackingConfig(Section):
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
-        ["tensorboard"], "Trackers; metrics.jsonl is always written."
-    )
-    project_name: str = field("diffusion-trainers", "Project in the tracker.")
-    log_every: PositiveInt = field(10, "Steps between log lines.")
-
-
-class HubConfig(Section):
-    push_to_hub: bool = field(False, "Upload the result when the run ends.")
-    hub_model_id: str | None = field(None, "USER/NAME of the repository; null means the output folder's name.")
-    private: bool = field(False, "Create the repository as private.")
-
-
 ONLY_FOR = [  # families, section, keys
     ("sd15", "objective", "snr_gamma debiased noise_offset"),
     ("sd3 flux", "objective", "density logit_mean logit_std mode_scale shift weighting precondition"),
@@ -179,37 +120,6 @@ ONLY_FOR = [  # families, section, keys
     ("sd3", "model", "text_encoder_3"),
     ("flux", "model", "guidance_scale allow_schnell"),
 ]
-
-
-class Config(Section):
-    """What every trainer has."""
-
-    kind: str = field("", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/run"), "The run folder: everything that the run writes.")
-    seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    validation: ValidationConfig = ValidationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    hub: HubConfig = HubConfig()
-
-    def mistakes(self) -> Iterator[tuple[str, str]]:
-        """Rules that one field's type cannot state, as (path, message)."""
-        optimizer = self.optimizer
-        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
-            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
-        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
-            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
-        packages = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
-        yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
-        for tracker in self.tracking.report_to:
-            yield from missing("tracking.report_to", tracker, tracker)
-
-
-def missing(path: str, wish: str, package: str | None) -> Iterator[tuple[str, str]]:
-    if package and importlib.util.find_spec(package) is None:
-        yield path, f"{wish} needs a package that is not installed: pip install {package}"
 
 
 class DreamBoothConfig(Config):
@@ -240,11 +150,7 @@ class DreamBoothConfig(Config):
         flow = model.family != "sd15"
         if data.resolution % (16 if flow else 8):
             yield "data.resolution", f"must be a multiple of {16 if flow else 8}, not {data.resolution}"
-        for families, section, names in ONLY_FOR:
-            values = getattr(self, section)
-            for name in names.split() if model.family not in families.split() else ():
-                if getattr(values, name) != type(values).model_fields[name].default:
-                    yield f"{section}.{name}", f"means nothing to {model.family}, only to {families}: remove it"
+        yield from foreign(self, model.family, ONLY_FOR)
         if model.quantization in ("nf4", "int8"):
             yield from missing("model.quantization", model.quantization, "bitsandbytes")
         if model.quantization != "none" and self.lora is None:
@@ -264,44 +170,3 @@ class DreamBoothConfig(Config):
                 re.compile(self.lora.target_modules)
             except re.error as error:
                 yield "lora.target_modules", f"not a valid regex: {error}"
-
-
-class ImagesConfig(Section):
-    image_dir: Path | None = field(None, "Folder with pictures; nothing is held out.")
-    dataset_name: str | None = field(None, "Instead: a `datasets` Hub name, or a local folder of SPLIT.parquet files.")
-    train_split: str = field("train", "Split to learn from.")
-    test_split: str | None = field("test", "Split to measure on; null measures nothing.")
-    image_column: str = field("image", "Column that holds the pictures.")
-    label_column: str | None = field(None, "Column that holds the classes, as numbers.")
-    only_label: int | None = field(None, "Learn from this class only.")
-    resolution: PositiveInt = field(28, "Side of the pictures in pixels; others are resized.")
-    channels: Literal[1, 3] = field(1, "1 for grey, 3 for colour.")
-
-
-class AutoencoderModelConfig(Section):
-    latent_dim: PositiveInt = field(32, "Numbers in the code of a picture.")
-    width: PositiveInt = field(32, "Channels of the first level; doubled at each further one.", multiple_of=8)
-
-
-class AutoencoderConfig(Config):
-    kind: Literal["autoencoder"] = field("autoencoder", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/autoencoder"), "The run folder: everything that the run writes.")
-    use: Literal["reconstruct", "denoise", "anomaly"] = field("reconstruct", "What the model is for.")
-    noise: float = field(0.3, "denoise: standard deviation of the noise; pictures are in 0..1.", ge=0)
-    model: AutoencoderModelConfig = AutoencoderModelConfig()
-    data: ImagesConfig = ImagesConfig()
-
-    def mistakes(self) -> Iterator[tuple[str, str]]:
-        yield from super().mistakes()
-        data = self.data
-        if (data.image_dir is None) == (data.dataset_name is None):
-            yield "data.dataset_name", "give one source of pictures: this or data.image_dir"
-        if data.image_dir is not None and not data.image_dir.is_dir():
-            yield "data.image_dir", f"no such folder: {data.image_dir}"
-        if data.only_label is not None and data.label_column is None:
-            yield "data.only_label", "a class without data.label_column"
-        if self.use == "anomaly" and data.only_label is None:
-            yield "data.only_label", "anomaly detection learns one class: say which"
-
-
-KINDS: dict[str, type[Config]] = {"dreambooth": DreamBoothConfig, "autoencoder": AutoencoderConfig}

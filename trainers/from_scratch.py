@@ -1,0 +1,108 @@
+"""What the trainers of small networks share: players, saving, measuring on held-out pictures, the card."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from . import hub
+from .draws import Draws, mix
+from .images import Batches, Images, load_images
+from .loop import Observer, Player, make_player
+from .observers import averaged
+from .sections import ScratchConfig
+
+SHOWN = 10  # pictures in a row of a grid
+
+
+class FromScratch(ABC):
+    """A task of the loop. `test` may be None; its pictures are only measured on, never learnt from."""
+
+    saved: str  # the player whose network the run is for
+    tag: str  # the Hub's name of what it does
+    masks = 0  # channels at the end that hold classes
+
+    def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.train, self.test = (self.load(held_out) for held_out in (False, True))
+        torch.manual_seed(mix(config.seed, "init"))
+        self.players: dict[str, Player] = {}
+        self.observers: list[Observer] = []
+
+    @classmethod
+    def build(cls, config: ScratchConfig, accelerator: Accelerator) -> tuple[FromScratch, Batches, str]:
+        """The task, its batches and a digest of its data."""
+        task, train = cls(config, accelerator), config.train
+        batches = Batches(
+            task.train,
+            config.data,
+            config.seed,
+            train.train_batch_size,
+            train.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+            cls.masks,
+        )
+        return task, batches, task.train.digest
+
+    def load(self, held_out: bool) -> Images | None:
+        return load_images(self.config.data, self.device, held_out)
+
+    def add(self, name: str, module: nn.Module, lr: float | None = None, average: bool = True) -> None:
+        settings = self.config.optimizer
+        groups = [{"params": list(module.parameters()), "lr": settings.learning_rate if lr is None else lr}]
+        decay = self.config.train.ema_decay if average else None
+        module = module.to(memory_format=torch.channels_last)
+        self.players[name] = make_player(module, groups, settings, decay, self.accelerator)
+
+    @property
+    def model(self) -> ModelMixin:
+        return self.accelerator.unwrap_model(self.players[self.saved].module)
+
+    @abstractmethod
+    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
+        """batch: pixels (B, C, S, S) uint8, label (B,)."""
+
+    @abstractmethod
+    def sample(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def measure(self) -> dict[str, float | str]:
+        """Figures of the model on the test pictures."""
+
+    @abstractmethod
+    def example(self) -> str:
+        """A line of Python that uses the `model`."""
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder / "model")
+
+    def finish(self) -> None:
+        """Save, show, measure, write the card."""
+        folder, figures = self.config.output_dir, {}
+        with averaged(self):
+            self.save(folder)
+            self.sample(folder / "samples" / "final")
+            if self.test is not None:
+                figures = self.measure()
+                (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+                shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+                self.accelerator.print("  ".join(shown))
+        kind = type(self.model).__name__
+        use = [
+            f"from trainers.nets import {kind}",
+            f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="model")',
+            self.example(),
+        ]
+        hub.write_model_card(self.config, self.tag, use, len(self.train), figures)
+
+
+def shape(config: ScratchConfig) -> str:
+    return f"(B, {config.data.channels}, {config.data.resolution}, {config.data.resolution}) in [-1, 1]"

@@ -1,0 +1,189 @@
+"""Generative adversarial network (Goodfellow et al. 2014), with what is known against its failures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from .augment import differentiable
+from .draws import Draws
+from .from_scratch import SHOWN, FromScratch, shape
+from .images import floats, pictures
+from .loop import Means
+from .metrics import Features, accuracy, classify, distances, train_classifier
+from .nets import Discriminator, Generator
+from .observers import write_grid
+from .sections import GanConfig
+
+Score = Callable[[Tensor, Tensor], Tensor]
+softplus, relu = F.softplus, F.relu
+# (discriminator's loss, generator's loss) of scores real, made
+LOSSES: dict[str, tuple[Score, Score]] = {
+    "non_saturating": (lambda r, m: (softplus(-r) + softplus(m)).mean(), lambda r, m: softplus(-m).mean()),
+    "hinge": (lambda r, m: (relu(1 - r) + relu(1 + m)).mean(), lambda r, m: -m.mean()),
+    "wasserstein": (lambda r, m: (m - r).mean(), lambda r, m: -m.mean()),
+    "relativistic": (lambda r, m: softplus(m - r).mean(), lambda r, m: softplus(r - m).mean()),
+}
+MEASURED = 10000  # pictures made for the figures
+COLLAPSED = 0.5  # spread of made pictures, relative to real ones, below which there is a warning
+WON = 0.995  # share of pairs that the discriminator puts in order, above which there is a warning
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients go through the module and not into it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+class Gan(FromScratch):
+    """z ~ N(0, I) to pictures, against a discriminator that tells them from real ones."""
+
+    saved, tag = "generator", "unconditional-image-generation"
+
+    def __init__(self, config: GanConfig, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        data, model = config.data, config.model
+        classes = int(self.train.labels.max()) + 1 if model.conditional else 0
+        shape = {"architecture": model.architecture, "channels": data.channels, "size": data.resolution}
+        shape |= {"width": model.width, "classes": classes}
+        self.add("generator", Generator(**shape, latent_dim=model.latent_dim))
+        critic = Discriminator(**shape, spectral=model.spectral_norm)
+        self.add("discriminator", critic, config.optimizer.discriminator_lr, average=False)
+        self.means: Means = {}
+        self.observers = [Watch(self)]
+
+    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
+        objective, generator, discriminator = self.config.objective, *(self.players[n].module for n in self.players)
+        critic_loss, generator_loss = LOSSES[objective.loss]
+        x, label = floats(batch["pixels"]), batch["label"]
+        made = generator(rng.normal((len(x), self.config.model.latent_dim)), label)  # (B, C, S, S)
+        shown, made_shown = (differentiable(part, objective.augment, rng) for part in (x, made))
+        both = discriminator(torch.cat([shown, made_shown.detach()]), label.repeat(2))
+        real_score, made_score = both.chunk(2)  # (B,)
+        self.means = {
+            "order": (real_score > made_score).float().mean().detach(),
+            "gap": (real_score - made_score).mean().detach(),
+            "diversity": (made.std(0).mean() / x.std(0).mean()).detach(),
+        }
+        yield "discriminator", critic_loss(real_score, made_score) + self.penalty(shown, made_shown, label, rng)
+        if rng.step % objective.generator_every == 0:
+            critic = self.accelerator.unwrap_model(discriminator)
+            with frozen(critic):
+                real_score, made_score = critic(torch.cat([shown, made_shown]), label.repeat(2)).chunk(2)
+                yield "generator", generator_loss(real_score, made_score)
+
+    def penalty(self, x: Tensor, made: Tensor, label: Tensor, rng: Draws) -> Tensor | float:
+        """Lazy (Karras et al. 2020): every so many steps, as many times as heavy."""
+        objective, total = self.config.objective, 0.0
+        if rng.step % objective.penalty_every:
+            return total
+        between = torch.lerp(x, made, rng.uniform()[:, None, None, None])
+        for weight, at, wanted in (
+            (objective.r1 / 2, x, 0),
+            (objective.r2 / 2, made, 0),
+            (objective.gradient_penalty, between, 1),
+        ):
+            if weight:
+                total = total + weight * self.steepness(at.detach(), label, wanted)
+        return objective.penalty_every * total
+
+    def steepness(self, x: Tensor, label: Tensor, wanted: float) -> Tensor:
+        """Mean of (norm of the score's gradient - wanted)^2."""
+        x, critic = x.requires_grad_(), self.accelerator.unwrap_model(self.players["discriminator"].module)
+        score = critic(x, label).sum()
+        (gradient,) = torch.autograd.grad(score, x, create_graph=True)
+        square = gradient.square().sum((1, 2, 3))
+        return ((square + 1e-12).sqrt() - wanted).square().mean() if wanted else square.mean()
+
+    @torch.no_grad()
+    def make(self, rows: range) -> Tensor:
+        """Picture i of the run, always from the same z; with classes, they take turns."""
+        rng = Draws(self.config.seed, -1, rows, self.device)
+        label = torch.tensor(rows, device=self.device) % max(1, self.model.config.classes)
+        return self.model(rng.normal((len(rows), self.config.model.latent_dim)), label)
+
+    def sample(self, folder: Path) -> None:
+        """grid.png: as always from the same z; walk.gif: from one z to the next."""
+        rows = [("", pictures(self.make(range(first, first + SHOWN)))) for first in range(0, SHOWN * SHOWN, SHOWN)]
+        write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
+        write_walk(self, folder / "walk.gif")
+
+    def example(self) -> str:
+        label = ", torch.arange(10)" if self.config.model.conditional else ""
+        return f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # {shape(self.config)}"
+
+    def measure(self) -> dict[str, float | str]:
+        """Against as many test pictures: see `metrics.distances`; with classes, modes: how many of them are made."""
+        count = min(MEASURED, len(self.test))
+        made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
+        true, figures = floats(self.test.take(range(count))), {}
+        if self.config.data.label_column is None:
+            return {"features": "none: without data.label_column there is no classifier to measure with"}
+        classifier = train_classifier(self.train, self.config.data)
+        figures["features"] = f"classifier of the data set, accuracy {accuracy(classifier, self.test):.4f}"
+        figures |= distances(made, true, Features(classifier))
+        shares = classify(classifier, made).bincount(minlength=classifier.config.classes) / count
+        uniform = 1 / classifier.config.classes
+        figures |= {"modes": int((shares > uniform / 10).sum()), "least_share": float(shares.min() / uniform)}
+        return figures | {"most_share": float(shares.max() / uniform)}
+
+
+class Watch:
+    """Puts the players' balance among the means, and warns once of each failure that shows there."""
+
+    def __init__(self, task: Gan) -> None:
+        self.task, self.warned = task, set()
+        self.sums: Means = {}
+
+    def __call__(self, step: int, means: Means) -> None:
+        means |= self.task.means
+        every = self.task.config.tracking.log_every
+        for name, value in self.task.means.items():
+            self.sums[name] = self.sums.get(name, 0) + value / every
+        if step % every:
+            return
+        order, diversity, self.sums = self.sums["order"].item(), self.sums["diversity"].item(), {}
+        if diversity < COLLAPSED:
+            self.warn("collapse", f"mode collapse: made pictures vary {diversity:.2f} times as much as real ones")
+        if order > WON:
+            self.warn("won", f"the discriminator tells {order:.1%} of the pairs apart: the generator learns little")
+
+    def warn(self, name: str, message: str) -> None:
+        if name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(message, stacklevel=2)
+
+
+def write_walk(task: Gan, path: Path, tiles: int = 4, legs: int = 4, frames: int = 10, side: int = 64) -> None:
+    """A GIF of `tiles` x `tiles` pictures, each on its way from one z to the next along a great circle."""
+    count, latent = tiles * tiles, task.config.model.latent_dim
+    sheets, label = [], torch.arange(count, device=task.device) % max(1, task.model.config.classes)
+    z = [
+        Draws(task.config.seed, -2 - leg % legs, range(count), task.device).normal((count, latent))
+        for leg in range(legs + 1)
+    ]
+    for a, b in pairwise(z):
+        for angle in torch.linspace(0, torch.pi / 2, frames + 1)[:-1]:
+            with torch.no_grad():
+                made = pictures(task.model(a * angle.cos() + b * angle.sin(), label))
+            sheet = Image.new("RGB", (tiles * side, tiles * side))
+            for i, picture in enumerate(made):
+                sheet.paste(
+                    picture.resize((side, side), Image.Resampling.NEAREST), (i % tiles * side, i // tiles * side)
+                )
+            sheets.append(sheet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)

@@ -1,0 +1,134 @@
+"""How good pictures are. Pictures are (N, C, S, S) in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .draws import Draws, mix
+from .images import Batches, Images, floats
+from .loop import make_player, train
+from .nets import Classifier
+from .optim import make_rate
+from .sections import ImagesConfig, OptimizerConfig, TrainConfig
+
+
+def psnr(made: Tensor, true: Tensor) -> float:
+    """dB, of the mean squared error over all pictures."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return float(peak_signal_noise_ratio(made, true, data_range=2.0))
+
+
+def ssim(made: Tensor, true: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004), the mean over pictures."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(structural_similarity_index_measure(made, true, data_range=2.0))
+
+
+def colourfulness(x: Tensor) -> float:
+    """Of RGB pictures on the scale of 0..255: 0 grey, 33 moderate, 82 highly colourful (Hasler and Suesstrunk 2003)."""
+    r, g, b = ((x + 1) * 127.5).unbind(1)
+    opponents = torch.stack([r - g, (r + g) / 2 - b], 1).flatten(2)  # (N, 2, S * S)
+    return float((opponents.std(2).norm(dim=1) + 0.3 * opponents.mean(2).norm(dim=1)).mean())
+
+
+def sharpness(made: Tensor, true: Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels, relative to the true pictures': below 1 is blurred."""
+
+    def edges(x: Tensor) -> Tensor:
+        return x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean()
+
+    return float(edges(made) / edges(true))
+
+
+class Features(nn.Module):
+    """A classifier's last features of float pictures, as torchmetrics wants them."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.layers, self.num_features = classifier.layers, classifier.num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Reading:
+    """The task of a classifier of a data set's own classes."""
+
+    def __init__(self, images: Images, seed: int, accelerator: Accelerator) -> None:
+        torch.manual_seed(mix(seed, "classifier"))
+        optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
+        classes = int(images.labels.max()) + 1
+        self.module = Classifier(len(images[0]), classes)
+        groups = [{"params": list(self.module.parameters()), "lr": optimizer.learning_rate}]
+        self.players = {"classifier": make_player(self.module, groups, optimizer, None, accelerator)}
+
+    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
+        yield "classifier", F.cross_entropy(self.module(floats(batch["pixels"])), batch["label"])
+
+
+def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, seed: int = 0) -> Classifier:
+    """A small network that tells the labels apart, the same for every run on the same pictures."""
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    task, optimizer = Reading(images, seed, accelerator), OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
+    batches, rate = Batches(images, config, seed, 64), make_rate(optimizer, steps)
+    train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate)
+    return task.module.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: Images) -> float:
+    return float((classify(classifier, floats(images.take(range(len(images))))) == images.labels).float().mean())
+
+
+@torch.no_grad()
+def classify(classifier: Classifier, x: Tensor) -> Tensor:
+    return torch.cat([classifier(part).argmax(1) for part in x.split(500)])
+
+
+@torch.no_grad()
+def distances(made: Tensor, true: Tensor, net: nn.Module) -> dict[str, float]:
+    """fid (Heusel et al. 2017) and kid (Binkowski et al. 2018), both in the features of `net`, and the improved
+    precision and recall with k = 3 (Kynkaanniemi et al. 2019)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    fid = FrechetInceptionDistance(net, normalize=False)
+    kid = KernelInceptionDistance(net, subsets=20, subset_size=min(1000, len(made), len(true)))
+    for x, real in ((true, True), (made, False)):
+        for part in x.split(500):
+            fid.update(part, real)
+            kid.update(part, real)
+    torch.manual_seed(0)  # of the subsets
+    a, b = (torch.cat([net(part) for part in x[:5000].split(500)]) for x in (made, true))
+    return {
+        "fid": float(fid.compute()),
+        "kid": float(kid.compute()[0]),
+        "precision": inside(a, b),
+        "recall": inside(b, a),
+    }
+
+
+def inside(a: Tensor, b: Tensor, k: int = 3) -> float:
+    """Share of a (N, D) that lies within the distance to the k-th neighbour of some point of b (M, D)."""
+    radius = torch.cat([torch.cdist(part, b).kthvalue(k + 1).values for part in b.split(1000)])
+    return float(torch.cat([(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]).float().mean())
+
+
+def dice_iou(predicted: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
+    """dice, iou: means over the classes but the first; pixel_error. Class maps of equal shape; 255 is ignored."""
+    known = truth != 255
+    predicted, truth = predicted[known].long(), truth[known].long()
+    counts = torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, classes).double()
+    hit, sizes = counts.diag(), counts.sum(0) + counts.sum(1)
+    return {
+        "dice": float((2 * hit / sizes)[1:].nanmean()),
+        "iou": float((hit / (sizes - hit))[1:].nanmean()),
+        "pixel_error": float(1 - hit.sum() / counts.sum()),
+    }

@@ -1,0 +1,34 @@
+"""The sections of a config as frozen, typed models: every key with its default, help and limits, and the rules between.
+
+Nothing here imports torch or diffusers, so that a typo is reported in a second.
+"""
+
+from .common import Config, OptimizerConfig, TrainConfig
+from .dreambooth import DataConfig, DreamBoothConfig, LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
+from .scratch import AutoencoderConfig, GanConfig, ImagesConfig, PairsConfig, ScratchConfig, UNetConfig
+
+KINDS: dict[str, type[Config]] = {
+    "dreambooth": DreamBoothConfig,
+    "autoencoder": AutoencoderConfig,
+    "gan": GanConfig,
+    "unet": UNetConfig,
+}
+
+__all__ = [
+    "KINDS",
+    "AutoencoderConfig",
+    "Config",
+    "DataConfig",
+    "DreamBoothConfig",
+    "GanConfig",
+    "ImagesConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PairsConfig",
+    "PromptsConfig",
+    "ScratchConfig",
+    "TrainConfig",
+    "UNetConfig",
+]

@@ -1,0 +1,107 @@
+"""What every trainer's config has: sections, and the rules between their keys."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def field(default: Any, help: str, **limits: Any) -> Any:
+    return Field(default, description=help, **limits)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
+    learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
+    text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
+    betas: tuple[Share, Share] = field((0.9, 0.999), "Adam's running averages.")
+    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
+    eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = field("constant", "Learning rate over the steps.")
+    lr_warmup_steps: NonNegativeInt = field(0, "Steps of linear warm-up.")
+    lr_num_cycles: PositiveInt = field(1, "Restarts of cosine_with_restarts.")
+    lr_power: PositiveFloat = field(1.0, "Power of polynomial.")
+
+
+class TrainConfig(Section):
+    max_train_steps: PositiveInt = field(800, "Optimiser steps.")
+    train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
+    gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
+    max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
+    ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
+
+
+class CheckpointConfig(Section):
+    checkpointing_steps: PositiveInt = field(500, "Steps between checkpoints; the last step is always saved.")
+    checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
+    resume_from_checkpoint: str | None = field("latest", "latest, the path of a checkpoint, or null to begin anew.")
+
+
+class ValidationConfig(Section):
+    validation_steps: PositiveInt = field(100, "Steps between samples; the finished run is always sampled.")
+
+
+class TrackingConfig(Section):
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        ["tensorboard"], "Trackers; metrics.jsonl is always written."
+    )
+    project_name: str = field("diffusion-trainers", "Project in the tracker.")
+    log_every: PositiveInt = field(10, "Steps between log lines.")
+
+
+class HubConfig(Section):
+    push_to_hub: bool = field(False, "Upload the result when the run ends.")
+    hub_model_id: str | None = field(None, "USER/NAME of the repository; null means the output folder's name.")
+    private: bool = field(False, "Create the repository as private.")
+
+
+class Config(Section):
+    """What every trainer has."""
+
+    kind: str = field("", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/run"), "The run folder: everything that the run writes.")
+    seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    hub: HubConfig = HubConfig()
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """Rules that one field's type cannot state, as (path, message)."""
+        optimizer = self.optimizer
+        if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
+            yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
+        if optimizer.lr_warmup_steps >= self.train.max_train_steps:
+            yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
+        packages = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+        yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
+        for tracker in self.tracking.report_to:
+            yield from missing("tracking.report_to", tracker, tracker)
+
+
+def foreign(config: Config, chosen: str, table: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
+    """Keys that were set though they mean nothing to `chosen`; table: choices, section, keys for these alone."""
+    for choices, section, names in table:
+        values = getattr(config, section)
+        for name in names.split() if chosen not in choices.split() else ():
+            if getattr(values, name) != type(values).model_fields[name].default:
+                yield f"{section}.{name}", f"means nothing to {chosen}, only to {choices}: remove it"
+
+
+def missing(path: str, wish: str, package: str | None) -> Iterator[tuple[str, str]]:
+    if package and importlib.util.find_spec(package) is None:
+        yield path, f"{wish} needs a package that is not installed: pip install {package}"

@@ -1,0 +1,118 @@
+"""U-Net from pictures to pictures (Ronneberger et al. 2015): masks, colours, other pictures, better ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .draws import Draws
+from .from_scratch import SHOWN, FromScratch
+from .gan import LOSSES, frozen
+from .images import Images, load_images, mirrored, pictures
+from .nets import PatchDiscriminator, UNet
+from .observers import write_grid
+from .pairs import USES, Colorize
+from .sections import UNetConfig
+
+
+class UNetTask(FromScratch):
+    """One network; for pix2pix a second one that tells its pictures from true ones, patch by patch."""
+
+    saved = "unet"
+
+    @property
+    def tag(self) -> str:
+        return "image-segmentation" if self.config.use == "segment" else "image-to-image"
+
+    def __init__(self, config: UNetConfig, accelerator: Accelerator) -> None:
+        self.use = USES[config.use](config)
+        self.masks = self.use.masks
+        super().__init__(config, accelerator)
+        if isinstance(self.use, Colorize):
+            self.use.prepare(self.train)
+        size = {"width": config.model.width, "levels": config.model.levels}
+        self.add("unet", UNet(self.use.inputs, self.use.outputs, **size))
+        self.adversarial = config.use == "pix2pix" and config.objective.adversarial
+        if self.adversarial:
+            critic = PatchDiscriminator(self.use.inputs + self.use.outputs, config.model.width)
+            self.add("discriminator", critic, average=False)
+
+    def load(self, held_out: bool) -> Images | None:
+        return load_images(self.config.data, self.device, held_out, self.use.target)
+
+    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
+        x, wanted = self.use.pair(batch["pixels"], rng)
+        prediction = self.players["unet"].module(x)
+        loss = self.use.loss(prediction, wanted)
+        if self.adversarial:
+            critic_loss, generator_loss = LOSSES["non_saturating"]
+            discriminator, true = self.players["discriminator"].module, torch.cat([x, wanted], 1)
+            both = discriminator(torch.cat([true, torch.cat([x, prediction.detach()], 1)]))
+            yield "discriminator", critic_loss(*both.chunk(2))
+            critic = self.accelerator.unwrap_model(discriminator)
+            with frozen(critic):
+                score = critic(torch.cat([x, prediction], 1))
+                yield "unet", self.config.objective.l1_weight * loss + generator_loss(score, score)
+        else:
+            yield "unet", loss
+
+    @torch.no_grad()
+    def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        """What is shown, what is predicted of it, what is wanted; a row's noise is always the same."""
+        x, wanted = self.use.pair(images.take(rows), Draws(self.config.seed, -1, rows, self.device))
+        return x, tiled(self.model, x, self.config.data.resolution), wanted
+
+    def sample(self, folder: Path) -> None:
+        images = self.test or self.train
+        same = isinstance(images.pixels, Tensor) and images.pixels.shape[-1] <= 64
+        parts = [self.apply(images, range(i, i + 1)) for i in range(min(SHOWN if same else 3, len(images)))]
+        made = [pictures(self.use.render(x, prediction))[0] for x, prediction, _ in parts]
+        true = [pictures(self.use.truth(x, wanted))[0] for x, _, wanted in parts]
+        shown = [pictures(x)[0] for x, _, _ in parts]
+        write_grid([("shown", shown), ("made", made), ("true", true)], folder / "grid.png")
+
+    def example(self) -> str:
+        return (
+            f"y = model(x)  # x: {self.use.inputs} channels in [-1, 1]; scripts/translate.py makes pictures of any size"
+        )
+
+    def measure(self) -> dict[str, float | str]:
+        """The use's figures; of pictures of several sizes, their means."""
+        count = len(self.test)
+        if self.config.data.side is None:
+            parts = [self.use.figures(*self.apply(self.test, range(i, i + 1))) for i in range(count)]
+            return {name: sum(part[name] for part in parts) / count for name in parts[0]}
+        parts = [self.apply(self.test, range(i, min(i + 100, count))) for i in range(0, count, 100)]
+        return self.use.figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def tiled(model: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
+    """`model` on x (B, C, H, W) of any size, in tiles of the size that it learnt from, blended where they overlap.
+
+    Tiles overlap by half; edges are mirrored (Ronneberger et al. 2015, figure 2).
+    """
+    height, width = x.shape[2:]
+    if (height, width) == (tile, tile):
+        return model(x)
+    x = mirrored(x, tile, tile)
+    ramp = torch.arange(1, tile + 1, device=x.device)
+    window = torch.minimum(ramp, ramp.flip(0)).float()
+    window = window[:, None] * window  # (tile, tile), highest in the middle
+    total, weight = None, torch.zeros(x.shape[2:], device=x.device)
+    for top in places(x.shape[2], tile):
+        for left in places(x.shape[3], tile):
+            at = (..., slice(top, top + tile), slice(left, left + tile))
+            out = model(x[at]) * window
+            total = out.new_zeros(*out.shape[:2], *x.shape[2:]) if total is None else total
+            total[at] += out
+            weight[at] += window
+    return (total / weight)[..., :height, :width]
+
+
+def places(length: int, tile: int) -> list[int]:
+    """Where tiles begin: half a tile apart, the last one at the end."""
+    return sorted({*range(0, length - tile, tile // 2), length - tile})
