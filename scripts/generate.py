@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from trainers import UserError
-from trainers.cli import exit_status, silence
-from trainers.config import parse, validate
+from trainers.cli import exit_status, finished, silence
 from trainers.sections import DreamBoothConfig, ModelConfig
 
 
@@ -53,7 +52,7 @@ def main() -> None:
 def settings(weights: Path, base: str | None) -> DreamBoothConfig:
     """The run's own config, or the defaults for a bare LoRA file on `base`."""
     if (weights / "config.yaml").is_file():
-        config, _ = validate(parse((weights / "config.yaml").read_text()))  # its data may be gone
+        config = finished(weights, "dreambooth")
         base = base or (None if config.lora else str(weights / "pipeline"))
     elif weights.is_file() and base:
         config = DreamBoothConfig(model=ModelConfig(family=family_of(base)))

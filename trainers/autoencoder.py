@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .draws import Draws
-from .from_scratch import SHOWN, FromScratch, shape
-from .images import Images, floats, pictures
+from .from_scratch import SHOWN, FromScratch, best_device, shape
+from .images import Images, Sample, decode, floats, found, pictures
 from .metrics import psnr, ssim
 from .nets import ConvAutoencoder
 from .observers import write_grid
+from .plots import plot_codes
 from .sections import AutoencoderConfig
 
 PROBED = 20000  # training pictures that the linear probe is fitted on
 PLOTTED = 2000  # test pictures in the plot of the codes
+PATCH = 4  # side of what is hidden, pixels
+GUESSES = 4  # hidings that an anomaly's score is the mean of
 
 
 class Autoencoder(FromScratch):
@@ -33,7 +40,7 @@ class Autoencoder(FromScratch):
     def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """The mean squared error of what comes out and, when variational, the divergence from the unit Gaussian."""
         x, model = floats(batch["pixels"]), self.config.model
-        seen = self.spoil(x, rng)
+        seen = spoil(x, self.config, rng)
         eps = rng.normal((len(x), model.latent_dim)) if model.variational else None
         y, mean, logvar = self.players["autoencoder"].module(seen, eps)
         loss = (y - x).square().mean()
@@ -41,38 +48,25 @@ class Autoencoder(FromScratch):
             loss = loss + self.config.objective.kl_weight * (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         yield "autoencoder", loss
 
-    def spoil(self, x: Tensor, rng: Draws) -> Tensor:
-        """What the model is shown: noise of `objective.noise` in units of the full range, unless it reconstructs."""
-        if self.config.use == "reconstruct":
-            return x
-        return (x + 2 * self.config.objective.noise * rng.normal(x.shape)).clamp(-1, 1)
-
     @torch.no_grad()
-    def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Some rows, what is shown of them, what comes out, and the codes; a row's noise is always the same.
-
-        Anomalies are sought in pictures without noise.
-        """
-        x = floats(images.take(rows))
-        seen = self.spoil(x, Draws(self.config.seed, -1, rows, self.device)) if self.config.use == "denoise" else x
-        codes = self.model.encode(seen)
-        return x, seen, self.model.decode(codes).clamp(-1, 1), codes
-
-    def apply_all(self, images: Images, most: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-        count = len(images) if most is None else min(most, len(images))
+    def apply(self, images: Images, most: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first pictures, what is shown of them (always the same), what comes out, and the codes."""
+        count, parts = len(images) if most is None else min(most, len(images)), []
         for first in range(0, count, 1000):
-            yield self.apply(images, range(first, min(first + 1000, count)))
+            rows = range(first, min(first + 1000, count))
+            x = floats(images.take(rows))
+            seen = spoil(x, self.config, Draws(self.config.seed, -1, rows, self.device))
+            codes = self.model.encode(x if self.config.use == "anomaly" else seen)
+            parts.append((x, seen, self.model.decode(codes).clamp(-1, 1), codes))
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def sample(self, folder: Path) -> None:
-        images = self.test or self.train
-        true, seen, out, codes = self.apply(images, range(min(SHOWN, len(images))))
-        rows = [("true", true), *([("shown", seen)] if self.config.use == "denoise" else []), ("made", out)]
+        true, seen, out, codes = self.apply(self.test or self.train, SHOWN)
+        rows = [("true", true), *([("shown", seen)] if self.config.use != "reconstruct" else []), ("made", out)]
         way = torch.linspace(0, 1, SHOWN, device=self.device)[:, None]
         with torch.no_grad():
-            between = [
-                self.model.decode(codes[i] + way * (codes[i + 1] - codes[i])) for i in range(0, len(codes) - 1, 3)
-            ]
-        rows += [("from one code to another", x) for x in between]
+            walks = [self.model.decode(a + way * (b - a)) for a, b in zip(codes[:-1:3], codes[1::3], strict=False)]
+        rows += [("from one code to another", walk) for walk in walks]
         write_grid([(title, pictures(x)) for title, x in rows], folder / "grid.png", tile=64)
 
     def example(self) -> str:
@@ -80,20 +74,17 @@ class Autoencoder(FromScratch):
 
     def measure(self) -> dict[str, float | str]:
         """psnr (dB) and ssim of what comes out; linear_probe: accuracy of a linear reader of the codes; for anomalies
-        auroc: of the squared error, the learnt class against all others."""
-        parts = [(x, out, codes) for x, _, out, codes in self.apply_all(self.test)]
-        x, out, codes = (torch.cat(part) for part in zip(*parts, strict=True))
+        auroc: of their score, the learnt class against all others."""
+        x, _, out, codes = self.apply(self.test)
         truth, labelled = self.test.labels, self.config.data.label_column is not None
         if labelled:
-            from .plots import plot_codes
-
             plot_codes(codes[:PLOTTED], truth[:PLOTTED], self.config.output_dir / "samples" / "final" / "codes.png")
-        if self.config.use == "anomaly":
+        if self.config.use == "anomaly" and labelled:
             from sklearn.metrics import roc_auc_score
 
             own = truth == self.config.data.only_label
-            error = (out - x).square().mean(dim=(1, 2, 3))
-            auroc = float(roc_auc_score(~own.cpu(), error.cpu()))
+            score = torch.cat([anomaly(self.model, part, self.config) for part in x.split(1000)])
+            auroc = float(roc_auc_score(~own.cpu(), score.cpu()))
             return {"auroc": auroc, "psnr": psnr(out[own], x[own]), "ssim": ssim(out[own], x[own])}
         figures = {"psnr": psnr(out, x), "ssim": ssim(out, x)}
         return figures | ({"linear_probe": self.probe(codes, truth)} if labelled else {})
@@ -104,7 +95,46 @@ class Autoencoder(FromScratch):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        known = torch.cat([codes for *_, codes in self.apply_all(self.train, PROBED)])
+        known = self.apply(self.train, PROBED)[3]
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
         reader.fit(known.cpu().numpy(), self.train.labels[: len(known)].cpu().numpy())
         return float(reader.score(codes.cpu().numpy(), truth.cpu().numpy()))
+
+
+def spoil(x: Tensor, config: AutoencoderConfig, rng: Draws) -> Tensor:
+    """What the model is shown: noise in units of the full range to denoise, hidden patches to find anomalies."""
+    if config.use == "denoise":
+        return (x + 2 * config.objective.noise * rng.normal(x.shape)).clamp(-1, 1)
+    if config.use == "anomaly":
+        side = -(-x.shape[-1] // PATCH)
+        kept = rng.normal((len(x), 1, side, side)) > torch.special.ndtri(torch.tensor(config.objective.hidden))
+        kept = F.interpolate(kept.float(), scale_factor=PATCH)[..., : x.shape[-1], : x.shape[-1]]
+        return torch.where(kept > 0, x, -1)
+    return x
+
+
+@torch.no_grad()
+def anomaly(model: ConvAutoencoder, x: Tensor, config: AutoencoderConfig) -> Tensor:
+    """(B,) how badly hidden patches are guessed (Zavrtanik et al. 2021, RIAD): the squared error of the mean guess.
+
+    Errors are averaged over a fifth of the picture's side first: where a stroke's edge lies is no anomaly.
+    """
+    draws = [Draws(config.seed, -2 - k, [0] * len(x), x.device) for k in range(GUESSES)]
+    error = sum(model(spoil(x, config, rng))[0].clamp(-1, 1) for rng in draws) / GUESSES - x
+    window = x.shape[-1] // 10 * 2 + 1
+    return (F.avg_pool2d(error, window, 1, window // 2) / 2).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def encode(config: AutoencoderConfig, run: Path, paths: Sequence[Path]) -> dict[str, list | np.ndarray]:
+    """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean squared error."""
+    model = ConvAutoencoder.from_pretrained(run / "model").to(best_device())
+    samples, reader = [Sample(found(path)) for path in paths], partial(decode, config=config.data, target=None)
+    images, codes, scores = Images(samples, reader, False, model.device), [], []
+    for first in tqdm(range(0, len(images), 256), unit="batch"):
+        x = floats(images.take(range(first, min(first + 256, len(images)))))
+        codes.append(model.encode(x))
+        error = (model.decode(codes[-1]).clamp(-1, 1) - x) / 2
+        scores.append(anomaly(model, x, config) if config.use == "anomaly" else error.square().mean((1, 2, 3)))
+    columns = {"code": torch.cat(codes).cpu().numpy(), "score": torch.cat(scores).cpu().numpy()}
+    return {"name": [str(path) for path in paths], **columns}

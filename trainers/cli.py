@@ -1,11 +1,14 @@
-"""What the scripts share: exit statuses, and quiet libraries."""
+"""What the scripts share: exit statuses, the config of a finished run, quiet libraries."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from . import Interrupted, UserError
+from .config import parse, validate
+from .sections import Config
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -18,6 +21,17 @@ def exit_status(main: Callable[[], int | None]) -> int:
     except Interrupted as stop:
         print(f"stopped by signal {stop.number}; the same command goes on from the checkpoint", file=sys.stderr)
         return 128 + stop.number
+
+
+def finished(run: Path, kind: str) -> Config:
+    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind."""
+    try:
+        config, _ = validate(parse((run / "config.yaml").read_text()))
+    except OSError:
+        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
+    if config.kind != kind:
+        raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    return config
 
 
 def silence() -> None:

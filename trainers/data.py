@@ -80,6 +80,16 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
+def files(places: Sequence[Path]) -> list[Path]:
+    """Pictures, and those in folders. Raises: UserError for a place that is or holds none."""
+    found = []
+    for place in places:
+        found += (here := [place] if place.is_file() else image_files(place))
+        if not here:
+            raise UserError(f"{place} is no picture and no folder with pictures")
+    return found
+
+
 def from_folder(folder: Path, prompt: str | None, column: str | None = None) -> list[Picture]:
     """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else `prompt`."""
     written = read_metadata(folder / "metadata.jsonl", column)

@@ -106,3 +106,7 @@ class FromScratch(ABC):
 
 def shape(config: ScratchConfig) -> str:
     return f"(B, {config.data.channels}, {config.data.resolution}, {config.data.resolution}) in [-1, 1]"
+
+
+def best_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -121,14 +121,11 @@ def inside(a: Tensor, b: Tensor, k: int = 3) -> float:
     return float(torch.cat([(torch.cdist(part, b) <= radius).any(1) for part in a.split(1000)]).float().mean())
 
 
-def dice_iou(predicted: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
-    """dice, iou: means over the classes but the first; pixel_error. Class maps of equal shape; 255 is ignored."""
-    known = truth != 255
-    predicted, truth = predicted[known].long(), truth[known].long()
-    counts = torch.bincount(truth * classes + predicted, minlength=classes**2).view(classes, classes).double()
-    hit, sizes = counts.diag(), counts.sum(0) + counts.sum(1)
-    return {
-        "dice": float((2 * hit / sizes)[1:].nanmean()),
-        "iou": float((hit / (sizes - hit))[1:].nanmean()),
-        "pixel_error": float(1 - hit.sum() / counts.sum()),
-    }
+def confusion(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> dict[str, float]:
+    """dice_K and iou_K of each class K, and pixel_error, over all pixels but those of the class `ignored`."""
+    known = truth != ignored
+    counts = torch.bincount(truth[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
+    hit, sizes = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
+    figures = {f"dice_{k}": float(value) for k, value in enumerate(2 * hit / sizes)}
+    figures |= {f"iou_{k}": float(value) for k, value in enumerate(hit / (sizes - hit))}
+    return figures | {"pixel_error": float(1 - hit.sum() / counts.sum())}

@@ -1,4 +1,4 @@
-"""What a U-Net is for: how pixels become what is shown and what is wanted, the loss between, and the picture."""
+"""What a U-Net is for: how pixels become what is shown and what is wanted, the loss between them, and the picture."""
 
 from __future__ import annotations
 
@@ -16,51 +16,55 @@ from . import UserError
 from .data import Picture
 from .draws import Draws
 from .images import Images, Reader, floats
-from .metrics import colourfulness, dice_iou, psnr, sharpness, ssim
+from .metrics import colourfulness, confusion, psnr, sharpness, ssim
 from .sections import UNetConfig
 
-AB = 110.0  # half the range of a and b
+AB = 110.0  # half the range of Lab's a and b
+IGNORED = 255  # in a mask
 
 
 class Use(ABC):
-    """Of pixels (B, C, H, W) uint8. `inputs`, `outputs`: channels of the network; `masks`: of the pixels that hold
-    classes; `target`: how the second picture of a pair is read."""
+    """Pixels are (B, C, H, W) uint8, the target's channels last; what is shown x and made y are in [-1, 1].
 
-    inputs: int
-    outputs: int
-    masks = 0
+    target: how the second picture of a pair is read; masks: how many of the last channels hold classes; inputs,
+    outputs: channels of the network.
+    """
+
     target: Reader | None = None
+    masks = 0
 
     def __init__(self, config: UNetConfig) -> None:
         self.config, self.objective = config, config.objective
-        self.inputs, self.outputs = config.data.channels, config.data.channels
+        self.inputs = self.outputs = config.data.channels
+
+    def show(self, pixels: Tensor) -> Tensor:
+        """(B, inputs, H, W) of a picture without its target."""
+        return floats(pixels)
 
     @abstractmethod
     def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        """What the network is shown (B, inputs, H, W), and what is wanted of it."""
+        """x and the wanted y."""
 
     @abstractmethod
-    def show(self, pixels: Tensor) -> Tensor:
-        """What the network is shown (B, inputs, H, W) of pictures without a partner."""
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """Of the network's output (B, outputs, H, W)."""
+
+    def decide(self, prediction: Tensor) -> Tensor:
+        """The network's output as a y."""
+        return prediction
 
     @abstractmethod
-    def loss(self, prediction: Tensor, wanted: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def render(self, x: Tensor, prediction: Tensor) -> Tensor:
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
         """A picture (B, 1 or 3, H, W) in [-1, 1]."""
 
-    @abstractmethod
-    def truth(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """The same of what is wanted."""
-
-    def figures(self, x: Tensor, prediction: Tensor, wanted: Tensor) -> dict[str, float]:
-        made, true = self.render(x, prediction), self.truth(x, wanted)
+    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
+        """made, y: what was decided and what is wanted."""
+        made, true = self.render(x, made), self.render(x, y)
         return {"psnr": psnr(made, true), "ssim": ssim(made, true), "sharpness": sharpness(made, true)}
 
 
 class Segment(Use):
-    """Cross-entropy and Dice (Milletari et al. 2016) of classes 0, 1, ...; 255 is left out."""
+    """y (B, H, W): classes. Cross-entropy and soft Dice (Milletari et al. 2016), the mean over classes."""
 
     masks = 1
 
@@ -74,30 +78,27 @@ class Segment(Use):
     def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
         return floats(pixels[:, :-1]), pixels[:, -1].long()
 
-    def show(self, pixels: Tensor) -> Tensor:
-        return floats(pixels)
-
-    def loss(self, prediction: Tensor, wanted: Tensor) -> Tensor:
-        known = (wanted != 255)[:, None]
-        share = prediction.float().softmax(1) * known  # (B, K, H, W)
-        truth = F.one_hot(wanted.where(known[:, 0], 0), self.outputs).movedim(3, 1) * known
-        both, sizes = (share * truth).sum((2, 3)), (share + truth).sum((2, 3))  # (B, K)
-        dice = (2 * both[:, 1:] + 1) / (sizes[:, 1:] + 1)
-        entropy = F.cross_entropy(prediction, wanted, ignore_index=255, reduction="none").mean()
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        known = y != IGNORED
+        truth = F.one_hot(y.where(known, 0), self.outputs).movedim(3, 1) * known[:, None]  # (B, K, H, W)
+        share = prediction.float().softmax(1) * known[:, None]
+        dice = (2 * (share * truth).sum((2, 3)) + 1) / ((share + truth).sum((2, 3)) + 1)
+        entropy = F.cross_entropy(prediction, y, ignore_index=IGNORED, reduction="none").mean()
         return entropy + self.objective.dice_weight * (1 - dice.mean())
 
-    def render(self, x: Tensor, prediction: Tensor) -> Tensor:
-        return self.truth(x, prediction.argmax(1))
+    def decide(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(1)
 
-    def truth(self, x: Tensor, wanted: Tensor) -> Tensor:
-        return 2 * wanted[:, None].clamp(max=self.outputs - 1) / (self.outputs - 1) - 1
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
+        top = self.outputs - 1
+        return 2 * y[:, None].clamp(max=top) / top - 1
 
-    def figures(self, x: Tensor, prediction: Tensor, wanted: Tensor) -> dict[str, float]:
-        return dice_iou(prediction.argmax(1), wanted, self.outputs)
+    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
+        return confusion(made, y, self.outputs, IGNORED)
 
 
 class Pix2Pix(Use):
-    """Absolute error; the adversary is the task's (Isola et al. 2017)."""
+    """y (B, 3, H, W): the target. Absolute error; the adversary is the task's (Isola et al. 2017)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
@@ -109,116 +110,96 @@ class Pix2Pix(Use):
     def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
         return floats(pixels[:, :-3]), floats(pixels[:, -3:])
 
-    def show(self, pixels: Tensor) -> Tensor:
-        return floats(pixels)
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return (prediction - y).abs().mean()
 
-    def loss(self, prediction: Tensor, wanted: Tensor) -> Tensor:
-        return (prediction - wanted).abs().mean()
-
-    def render(self, x: Tensor, prediction: Tensor) -> Tensor:
-        return prediction.clamp(-1, 1)
-
-    truth = render
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.clamp(-1, 1)
 
 
 class Restore(Use):
-    """The squared error of what is added to a noisy or enlarged picture (Zhang et al. 2017, DnCNN)."""
-
-    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        true = floats(pixels)
-        x = enlarged(true, self.objective.downscale)
-        x = (x + 2 * self.objective.noise * rng.normal(x.shape)).clamp(-1, 1)
-        return x, true - x
+    """y (B, C, H, W): what is added to a noisy or enlarged picture; its squared error (Zhang et al. 2017, DnCNN)."""
 
     def show(self, pixels: Tensor) -> Tensor:
         """Noisy pictures as they are; small ones enlarged."""
-        scale = self.objective.downscale
-        return (
-            F.interpolate(floats(pixels), scale_factor=scale, mode="bicubic").clamp(-1, 1)
-            if scale > 1
-            else floats(pixels)
-        )
+        x, scale = floats(pixels), self.objective.downscale
+        return F.interpolate(x, scale_factor=scale, mode="bicubic").clamp(-1, 1) if scale > 1 else x
 
-    def loss(self, prediction: Tensor, wanted: Tensor) -> Tensor:
-        return (prediction - wanted).square().mean()
+    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
+        true, scale = floats(pixels), self.objective.downscale
+        x = true
+        if scale > 1:
+            x = F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
+            x = F.interpolate(x, true.shape[2:], mode="bicubic")
+        x = (x + 2 * self.objective.noise * rng.normal(x.shape)).clamp(-1, 1)
+        return x, true - x
 
-    def render(self, x: Tensor, prediction: Tensor) -> Tensor:
-        return (x + prediction).clamp(-1, 1)
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return (prediction - y).square().mean()
 
-    truth = render
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x + y).clamp(-1, 1)
 
-    def figures(self, x: Tensor, prediction: Tensor, wanted: Tensor) -> dict[str, float]:
-        return super().figures(x, prediction, wanted) | {"psnr_shown": psnr(x, self.truth(x, wanted))}
-
-
-def enlarged(x: Tensor, scale: int) -> Tensor:
-    """Made smaller and large again."""
-    if scale == 1:
-        return x
-    small = F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
-    return F.interpolate(small, x.shape[2:], mode="bicubic")
+    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
+        return super().figures(x, made, y) | {"psnr_shown": psnr(x, self.render(x, y))}
 
 
 class Colorize(Use):
-    """L of CIE Lab is given and kept; a and b are regressed, or chosen from bins with rare ones heavier."""
+    """x: L of CIE Lab, which is kept; y (B, 2, H, W): a and b / AB, regressed or chosen among bins."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.inputs = 1
-        self.outputs = len(ab_bins()) if self.objective.rebalanced else 2
+        self.inputs, self.outputs = 1, len(ab_bins()) if self.objective.rebalanced else 2
+        self.weight: Tensor | None = None
 
     def prepare(self, train: Images, most: int = 2000) -> None:
-        """Raises: UserError naming a grey picture."""
+        """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to `most` pictures.
+
+        Raises: UserError naming a grey picture.
+        """
         for sample in train.samples:
             if sample.picture.grey:
                 raise UserError(f"{sample.picture.name} is grey: to learn colours, every picture must be in colour")
-        if self.objective.rebalanced:  # Zhang et al. 2016, equation 4 with lambda = 1/2, without the smoothing
-            chosen = torch.cat(
-                [nearest_bin(lab(train.take([i]))[:, 1:]).flatten() for i in range(min(most, len(train)))]
-            )
-            p = chosen.bincount(minlength=self.outputs) / len(chosen)
-            weight = 1 / (0.5 * p + 0.5 / self.outputs)
+        if self.objective.rebalanced:
+            rng = Draws(0, 0, [])
+            chosen = [nearest_bin(self.pair(train.take([i]), rng)[1]) for i in range(min(most, len(train)))]
+            p = torch.cat(chosen).flatten().bincount(minlength=self.outputs).float()
+            p /= p.sum()
+            weight = 1 / (p / 2 + 1 / (2 * self.outputs))
             self.weight = weight / (p * weight).sum()
+
+    def show(self, pixels: Tensor) -> Tensor:
+        return lab(pixels)[:, :1] / 50 - 1
 
     def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
         light, ab = lab(pixels).split([1, 2], 1)
         return light / 50 - 1, ab / AB
 
-    def show(self, pixels: Tensor) -> Tensor:
-        return lab(pixels)[:, :1] / 50 - 1
-
-    def loss(self, prediction: Tensor, wanted: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         if not self.objective.rebalanced:
-            return F.smooth_l1_loss(prediction, wanted, beta=0.1)
-        return F.cross_entropy(prediction, nearest_bin(AB * wanted), self.weight)
+            return F.smooth_l1_loss(prediction, y, beta=0.1)
+        return F.cross_entropy(prediction, nearest_bin(y), self.weight)
 
-    def colours(self, prediction: Tensor) -> Tensor:
-        """a and b / AB; of bins their annealed mean (Zhang et al. 2016, equation 5, T = 0.38)."""
+    def decide(self, prediction: Tensor) -> Tensor:
+        """Of bins their annealed mean (Zhang et al. 2016, equation 5, T = 0.38)."""
         if not self.objective.rebalanced:
             return prediction
-        share = (prediction / 0.38).softmax(1)
-        return torch.einsum("bqhw,qc->bchw", share, ab_bins().to(share)) / AB
+        return torch.einsum("bqhw,qc->bchw", (prediction / 0.38).softmax(1), ab_bins().to(prediction)) / AB
 
-    def render(self, x: Tensor, prediction: Tensor) -> Tensor:
-        return self.truth(x, self.colours(prediction))
-
-    def truth(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Colours that no screen shows at this L are drawn towards grey until it can."""
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
+        """Colours that no screen shows at their L are drawn towards grey until one can."""
         from kornia.color import lab_to_rgb
 
-        light, ab = 50 * (x + 1), AB * wanted
-        low, high = torch.zeros_like(x), torch.ones_like(x)
-        for _ in range(10):
-            middle = (low + high) / 2
-            rgb = lab_to_rgb(torch.cat([light, middle * ab], 1), clip=False)
-            fits = ((rgb >= 0) & (rgb <= 1)).all(1, keepdim=True)
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        whole = lab_to_rgb(torch.cat([light, ab], 1), clip=False)
-        fits = ((whole > -1e-3) & (whole < 1 + 1e-3)).all(1, keepdim=True)
-        return 2 * torch.where(fits, whole, lab_to_rgb(torch.cat([light, low * ab], 1))).clamp(0, 1) - 1
+        scale, light, ab = torch.zeros_like(x), 50 * (x + 1), AB * y
+        for k in range(9):  # the largest multiple of 1/256 up to 1 that fits
+            trial = scale + 2.0**-k
+            rgb = lab_to_rgb(torch.cat([light, trial * ab], 1), clip=False)
+            fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(1, keepdim=True) & (trial <= 1)
+            scale = torch.where(fits, trial, scale)
+        return 2 * lab_to_rgb(torch.cat([light, scale * ab], 1)) - 1
 
-    def figures(self, x: Tensor, prediction: Tensor, wanted: Tensor) -> dict[str, float]:
-        made, true, grey = self.render(x, prediction), self.truth(x, wanted), self.truth(x, 0 * wanted)
+    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
+        made, true, grey = (self.render(x, ab) for ab in (made, y, 0 * y))
         colours = {"colourfulness": colourfulness(made), "colourfulness_true": colourfulness(true)}
         return {"psnr": psnr(made, true), "psnr_grey": psnr(grey, true), "ssim": ssim(made, true), **colours}
 
@@ -238,35 +219,36 @@ def ab_bins() -> Tensor:
     return (lab(cube)[0, 1:, :, 0].T / 10).round().unique(dim=0) * 10
 
 
-def nearest_bin(ab: Tensor) -> Tensor:
+def nearest_bin(y: Tensor) -> Tensor:
     """(B, 2, H, W) to indices (B, H, W)."""
-    n, _, height, width = ab.shape
-    flat = ab.movedim(1, 3).reshape(-1, 2)
-    return torch.cat([torch.cdist(p, ab_bins().to(p)).argmin(1) for p in flat.split(65536)]).view(n, height, width)
+    flat = AB * y.movedim(1, 3).reshape(-1, 2)
+    nearest = torch.cat([torch.cdist(part, ab_bins().to(part)).argmin(1) for part in flat.split(65536)])
+    return nearest.view(y[:, 0].shape)
 
 
 def read_mask(picture: Picture, classes: int) -> Image.Image:
     """Classes as a picture of mode P, which is resized by the nearest pixel. Raises: UserError for other values."""
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
-            array = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB"))
-    except Exception as error:
+            array = np.asarray(image)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
         raise UserError(f"{picture.name} is not a readable mask ({error}): mend or remove it") from None
-    if array.ndim == 3:
-        if (array != array[..., :1]).any():
-            raise UserError(f"{picture.name} is in colour: a mask has one channel that holds the class of each pixel")
-        array = array[..., 0]
+    channels = array.reshape(*array.shape[:2], -1)[..., :3]
+    if (channels != channels[..., :1]).any():
+        raise UserError(f"{picture.name} is in colour: a mask has one channel, which holds the class of each pixel")
+    array = channels[..., 0].astype(int)
     values = np.unique(array).tolist()
     if classes == 2 and set(values) <= {0, 255}:
-        array = array // 255 if array.dtype != bool else array
-    elif wrong := [value for value in values if not (0 <= value < classes or value == 255)]:
+        array = array // 255
+    elif wrong := [value for value in values if not 0 <= value < classes and value != IGNORED]:
         seen = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        wanted = f"0 to {classes - 1}, and {IGNORED} for 'ignore'" + (", or 0 and 255 only" if classes == 2 else "")
         raise UserError(
-            f"{picture.name} has the values {seen}: with objective.classes={classes} a mask holds 0 to {classes - 1}, "
-            f"255 for 'ignore'{', or 0 and 255 only' if classes == 2 else ''}. JPEG spoils masks: save them as PNG"
+            f"{picture.name} has the values {seen}: with objective.classes={classes} a mask holds {wanted}. "
+            "JPEG spoils masks: save them as PNG"
         )
     image = Image.fromarray(array.astype(np.uint8))
-    image.putpalette([i for i in range(256) for _ in range(3)])
+    image.putpalette([level for level in range(256) for _ in range(3)])
     return image
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from .draws import Draws
-from .from_scratch import SHOWN, FromScratch
+from .from_scratch import SHOWN, FromScratch, best_device
 from .gan import LOSSES, frozen
-from .images import Images, load_images, mirrored, pictures
+from .images import Images, found, load_images, mirrored, pictures
 from .nets import PatchDiscriminator, UNet
 from .observers import write_grid
-from .pairs import USES, Colorize
+from .pairs import USES, Colorize, Segment
 from .sections import UNetConfig
 
 
@@ -34,8 +36,7 @@ class UNetTask(FromScratch):
         super().__init__(config, accelerator)
         if isinstance(self.use, Colorize):
             self.use.prepare(self.train)
-        size = {"width": config.model.width, "levels": config.model.levels}
-        self.add("unet", UNet(self.use.inputs, self.use.outputs, **size))
+        self.add("unet", UNet(self.use.inputs, self.use.outputs, **dict(config.model)))
         self.adversarial = config.use == "pix2pix" and config.objective.adversarial
         if self.adversarial:
             critic = PatchDiscriminator(self.use.inputs + self.use.outputs, config.model.width)
@@ -45,12 +46,12 @@ class UNetTask(FromScratch):
         return load_images(self.config.data, self.device, held_out, self.use.target)
 
     def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
-        x, wanted = self.use.pair(batch["pixels"], rng)
+        x, y = self.use.pair(batch["pixels"], rng)
         prediction = self.players["unet"].module(x)
-        loss = self.use.loss(prediction, wanted)
+        loss = self.use.loss(prediction, y)
         if self.adversarial:
             critic_loss, generator_loss = LOSSES["non_saturating"]
-            discriminator, true = self.players["discriminator"].module, torch.cat([x, wanted], 1)
+            discriminator, true = self.players["discriminator"].module, torch.cat([x, y], 1)
             both = discriminator(torch.cat([true, torch.cat([x, prediction.detach()], 1)]))
             yield "discriminator", critic_loss(*both.chunk(2))
             critic = self.accelerator.unwrap_model(discriminator)
@@ -62,18 +63,17 @@ class UNetTask(FromScratch):
 
     @torch.no_grad()
     def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        """What is shown, what is predicted of it, what is wanted; a row's noise is always the same."""
-        x, wanted = self.use.pair(images.take(rows), Draws(self.config.seed, -1, rows, self.device))
-        return x, tiled(self.model, x, self.config.data.resolution), wanted
+        """What is shown, what is made of it, what is wanted; a row's noise is always the same."""
+        x, y = self.use.pair(images.take(rows), Draws(self.config.seed, -1, rows, self.device))
+        return x, self.use.decide(tiled(self.model, x, self.config.data.resolution)), y
 
     def sample(self, folder: Path) -> None:
-        images = self.test or self.train
-        same = isinstance(images.pixels, Tensor) and images.pixels.shape[-1] <= 64
-        parts = [self.apply(images, range(i, i + 1)) for i in range(min(SHOWN if same else 3, len(images)))]
-        made = [pictures(self.use.render(x, prediction))[0] for x, prediction, _ in parts]
-        true = [pictures(self.use.truth(x, wanted))[0] for x, _, wanted in parts]
-        shown = [pictures(x)[0] for x, _, _ in parts]
-        write_grid([("shown", shown), ("made", made), ("true", true)], folder / "grid.png")
+        images, sheet = self.test or self.train, {"shown": [], "made": [], "true": []}
+        for i in range(min(SHOWN if self.config.data.resolution <= 64 else 3, len(images))):
+            x, made, y = self.apply(images, range(i, i + 1))
+            for row, picture in zip(sheet.values(), (x, self.use.render(x, made), self.use.render(x, y)), strict=True):
+                row += pictures(picture)
+        write_grid(list(sheet.items()), folder / "grid.png")
 
     def example(self) -> str:
         return (
@@ -88,6 +88,28 @@ class UNetTask(FromScratch):
             return {name: sum(part[name] for part in parts) / count for name in parts[0]}
         parts = [self.apply(self.test, range(i, min(i + 100, count))) for i in range(0, count, 100)]
         return self.use.figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+class Translator:
+    """A finished run, to be called with the path of a picture of any size; gives a picture of its size.
+
+    Masks come as classes, 0 and 255 if there are two.
+    """
+
+    def __init__(self, config: UNetConfig, run: Path) -> None:
+        self.use, self.tile = USES[config.use](config), config.data.resolution
+        self.model = UNet.from_pretrained(run / "model").to(best_device())
+        self.mode = "L" if config.data.channels == 1 else "RGB"
+
+    @torch.no_grad()
+    def __call__(self, path: Path) -> Image.Image:
+        image = np.array(found(path).decode().convert(self.mode))
+        pixels = torch.from_numpy(image).reshape(*image.shape[:2], -1).permute(2, 0, 1)[None].to(self.model.device)
+        x = self.use.show(pixels)
+        y = self.use.decide(tiled(self.model, x, self.tile))
+        if isinstance(self.use, Segment):
+            return Image.fromarray(y[0].byte().cpu().numpy() * (255 if self.use.outputs == 2 else 1))
+        return pictures(self.use.render(x, y))[0]
 
 
 def tiled(model: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:

@@ -73,6 +73,7 @@ class AutoencoderModelConfig(Section):
 
 class AutoencoderObjectiveConfig(Section):
     noise: float = field(0.3, "denoise: standard deviation of the noise; pictures are in 0..1.", ge=0)
+    hidden: float = field(0.5, "anomaly: share of patches of 4 x 4 pixels that are hidden.", gt=0, lt=1)
     kl_weight: float = field(0.001, "variational: weight of the divergence from the unit Gaussian, per number.", ge=0)
 
 
@@ -85,10 +86,10 @@ class AutoencoderConfig(ScratchConfig):
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
-        yield from foreign(self, self.use, [("denoise anomaly", "objective", "noise")])
+        yield from foreign(self, self.use, [("denoise", "objective", "noise"), ("anomaly", "objective", "hidden")])
         if not self.model.variational:
             yield from foreign(self, "a plain autoencoder", [("model.variational", "objective", "kl_weight")])
-        if self.use == "anomaly" and self.data.only_label is None:
+        if self.use == "anomaly" and self.data.only_label is None and self.data.label_column is not None:
             yield "data.only_label", "anomaly detection learns one class: say which"
 
 
@@ -145,6 +146,9 @@ class GanConfig(ScratchConfig):
 class UNetModelConfig(Section):
     width: PositiveInt = field(32, "Channels of the first level; doubled at each further one.", multiple_of=8)
     levels: PositiveInt = field(4, "Resolutions; each halves the one before.", ge=2, le=6)
+    patch_size: PositiveInt = field(
+        1, "2: patches of 2 x 2 pixels are one place of the first level; four times faster."
+    )
 
 
 class UNetObjectiveConfig(Section):
@@ -177,9 +181,9 @@ class UNetConfig(ScratchConfig):
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         yield from foreign(self, self.use, USES)
-        data, multiple = self.data, 2 ** (self.model.levels - 1)
+        data, multiple = self.data, self.model.patch_size * 2 ** (self.model.levels - 1)
         if data.resolution % multiple:
-            yield "data.resolution", f"must be a multiple of {multiple} for {self.model.levels} levels"
+            yield "data.resolution", f"must be a multiple of {multiple} for this model"
         if self.use in ("segment", "pix2pix") and data.dataset_name is not None and data.target_column is None:
             yield "data.target_column", f"{self.use} needs the column of what is wanted"
         if self.use == "colorize" and data.channels != 3:

@@ -1,0 +1,108 @@
+"""MNIST: what 32 numbers keep, tell apart and find strange, beside PCA with as many (docs/results.md).
+
+python scripts/results_autoencoder.py [--data FOLDER] [--out runs/results] [--seed 0] [--digits 0 1 ...]
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from trainers.autoencoder import PROBED
+from trainers.cli import exit_status, silence
+from trainers.config import load
+from trainers.images import load_images
+from trainers.run import run
+
+NOISE = 0.3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="ylecun/mnist", help="Hub name, or a folder of train and test.parquet")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)), help="normal classes to learn")
+    arguments = parser.parse_args()
+    silence()
+    table = [("", "ours", "PCA", "time")]
+    flat, labels, test, truth = pictures(arguments.data)
+    baseline = {"linear_probe": probe(PCA(32, random_state=0), flat, labels, test, truth)}
+    baseline["raw"] = probe(None, flat, labels, test, truth)
+    rng = np.random.default_rng(arguments.seed)
+    noisy = np.clip(test + NOISE * rng.standard_normal(test.shape), 0, 1)
+    for count in (32, 100):
+        pca = PCA(count, random_state=0).fit(flat)
+        baseline[f"psnr_{count}"] = psnr(restored(pca, test), test)
+        baseline[f"denoise_{count}"] = psnr(restored(pca, noisy), test)
+    kept, seconds = train("autoencoder_mnist", "reconstruct", arguments)
+    table.append(("PSNR of 32 numbers, dB", kept["psnr"], baseline["psnr_32"], seconds))
+    table.append(("linear probe of 32 numbers", kept["linear_probe"], baseline["linear_probe"], seconds))
+    table.append(("linear probe of raw pixels", kept["linear_probe"], baseline["raw"], seconds))
+    clean, seconds = train("autoencoder_mnist", "denoise", arguments, "use=denoise", f"objective.noise={NOISE}")
+    table.append(("noise 0.3 removed, dB (PCA-32)", clean["psnr"], baseline["denoise_32"], seconds))
+    table.append(("noise 0.3 removed, dB (PCA-100)", clean["psnr"], baseline["denoise_100"], seconds))
+    ours, theirs, smooth, spent = [], [], [], []
+    for digit in arguments.digits:
+        figures, seconds = train("autoencoder_anomaly", f"anomaly_{digit}", arguments, f"data.only_label={digit}")
+        pca = PCA(32, random_state=0).fit(flat[labels == digit])
+        error = (restored(pca, test) - test).reshape(-1, 1, 28, 28)
+        mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 5, 1, 2).numpy()
+        ours.append(figures["auroc"])
+        theirs.append(roc_auc_score(truth != digit, (error**2).mean((1, 2, 3))))
+        smooth.append(roc_auc_score(truth != digit, (mean**2).mean((1, 2, 3))))
+        spent.append(seconds)
+        table.append((f"AUROC, normal class {digit}", ours[-1], theirs[-1], seconds))
+    table.append(("AUROC, mean", np.mean(ours), np.mean(theirs), np.sum(spent)))
+    table.append(("AUROC, mean, PCA with our averaged error", np.mean(ours), np.mean(smooth), np.sum(spent)))
+    for name, *values in table:
+        print("|", name, "|", " | ".join(v if isinstance(v, str) else f"{v:.4g}" for v in values), "|")
+
+
+def pictures(source: str) -> list[np.ndarray]:
+    config = load("configs/autoencoder_mnist.yaml", [f"data.dataset_name={source}"])
+    parts = []
+    for held_out in (False, True):
+        images = load_images(config.data, "cpu", held_out)
+        parts += [images.pixels.flatten(1).numpy() / np.float32(255), images.labels.numpy()]
+    return parts
+
+
+def probe(pca: PCA | None, flat, labels, test, truth) -> float:
+    """The same reader as for our codes, on as many pictures; the components from all."""
+    if pca is not None:
+        pca.fit(flat)
+        flat, test = pca.transform(flat[:PROBED]), pca.transform(test)
+    reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    return reader.fit(flat[:PROBED], labels[:PROBED]).score(test, truth)
+
+
+def restored(pca: PCA, x: np.ndarray) -> np.ndarray:
+    return np.clip(pca.inverse_transform(pca.transform(x)), 0, 1).astype(np.float32)
+
+
+def psnr(made: np.ndarray, true: np.ndarray) -> float:
+    return float(-10 * np.log10(np.mean((made - true) ** 2)))
+
+
+def train(config: str, name: str, arguments: argparse.Namespace, *overrides: str) -> tuple[dict, float]:
+    """Figures and seconds, all included, of a run; a finished one is read again."""
+    folder, start = arguments.out / f"{name}_seed{arguments.seed}", time.perf_counter()
+    if not (folder / "seconds.json").exists():
+        source = [f"data.dataset_name={arguments.data}", f"output_dir={folder}", f"seed={arguments.seed}"]
+        run(load(f"configs/{config}.yaml", [*source, *overrides]))
+        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    return json.loads((folder / "figures.json").read_text()), json.loads((folder / "seconds.json").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,35 @@
+"""Apply a trained U-Net to pictures of any size: masks, colours, other pictures, better ones.
+
+python scripts/translate.py RUN PICTURE_OR_FOLDER ... [--out translated]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainers.cli import exit_status, finished, silence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run folder of a U-Net")
+    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
+    parser.add_argument("--out", type=Path, default=Path("translated"), help="folder for the results, PNG")
+    arguments = parser.parse_args()
+    config = finished(arguments.run, "unet")
+    silence()
+
+    from tqdm.auto import tqdm
+
+    from trainers.data import files
+    from trainers.unet import Translator
+
+    translate = Translator(config, arguments.run)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(files(arguments.pictures), unit="picture"):
+        translate(path).save(arguments.out / f"{path.stem}.png")
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
