@@ -50,14 +50,14 @@ class Autoencoder(FromScratch):
 
     @torch.no_grad()
     def apply(self, images: Images, most: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first pictures, what is shown of them (always the same), what comes out, and the codes."""
+        """The first pictures, what is shown of them (always the same), what comes out, and their own codes."""
         count, parts = len(images) if most is None else min(most, len(images)), []
         for first in range(0, count, 1000):
             rows = range(first, min(first + 1000, count))
             x = floats(images.take(rows))
             seen = spoil(x, self.config, Draws(self.config.seed, -1, rows, self.device))
-            codes = self.model.encode(x if self.config.use == "anomaly" else seen)
-            parts.append((x, seen, self.model.decode(codes).clamp(-1, 1), codes))
+            out = self.model(x if self.config.use == "anomaly" else seen)[0].clamp(-1, 1)
+            parts.append((x, seen, out, self.model.encode(x)))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def sample(self, folder: Path) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .augment import differentiable
 from .draws import Draws
 from .from_scratch import SHOWN, FromScratch, shape
-from .images import floats, pictures
+from .images import Images, floats, pictures
 from .loop import Means
 from .metrics import Features, accuracy, classify, distances, train_classifier
-from .nets import Discriminator, Generator
+from .nets import Classifier, Discriminator, Generator
 from .observers import write_grid
 from .sections import GanConfig
 
@@ -126,19 +126,23 @@ class Gan(FromScratch):
         return f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # {shape(self.config)}"
 
     def measure(self) -> dict[str, float | str]:
-        """Against as many test pictures: see `metrics.distances`; with classes, modes: how many of them are made."""
-        count = min(MEASURED, len(self.test))
-        made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
-        true, figures = floats(self.test.take(range(count))), {}
+        """See `judged`: as many made pictures as there are test pictures, up to MEASURED."""
         if self.config.data.label_column is None:
             return {"features": "none: without data.label_column there is no classifier to measure with"}
-        classifier = train_classifier(self.train, self.config.data)
-        figures["features"] = f"classifier of the data set, accuracy {accuracy(classifier, self.test):.4f}"
-        figures |= distances(made, true, Features(classifier))
-        shares = classify(classifier, made).bincount(minlength=classifier.config.classes) / count
-        uniform = 1 / classifier.config.classes
-        figures |= {"modes": int((shares > uniform / 10).sum()), "least_share": float(shares.min() / uniform)}
-        return figures | {"most_share": float(shares.max() / uniform)}
+        count = min(MEASURED, len(self.test))
+        made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
+        return judged(made, self.test, train_classifier(self.train, self.config.data))
+
+
+def judged(made: Tensor, test: Images, classifier: Classifier) -> dict[str, float | str]:
+    """Pictures (N, C, S, S) against the first N test pictures: see `metrics.distances`; modes: how many classes are
+    made at all; least_share, most_share: of the rarest and the commonest class, 1 if all were equally common."""
+    figures = {"features": f"classifier of the data set, accuracy {accuracy(classifier, test):.4f}"}
+    figures |= distances(made, floats(test.take(range(len(made)))), Features(classifier))
+    classes = classifier.config.classes
+    shares = classify(classifier, made).bincount(minlength=classes) * classes / len(made)
+    modes = int((shares > 0.1).sum())
+    return figures | {"modes": modes, "least_share": float(shares.min()), "most_share": float(shares.max())}
 
 
 class Watch:

@@ -37,9 +37,9 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
         side, widths = ladder(size, width)
         down, up = [], []
         for a, b in pairwise([channels, *widths]):
-            down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+            down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU()]
         for a, b in pairwise([*reversed(widths), channels]):
-            up += [nn.GroupNorm(8, a), nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
+            up += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
         flat = widths[-1] * side * side
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, (1 + variational) * latent_dim))
         self.decoder = nn.Sequential(nn.Linear(latent_dim, flat), nn.Unflatten(1, (widths[-1], side, side)), *up)

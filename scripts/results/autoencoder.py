@@ -1,16 +1,13 @@
 """MNIST: what 32 numbers keep, tell apart and find strange, beside PCA with as many (docs/results.md).
 
-python scripts/results_autoencoder.py [--data FOLDER] [--out runs/results] [--seed 0] [--digits 0 1 ...]
+python scripts/results/autoencoder.py [--data FOLDER] [--out runs/results] [--seed 0] [--digits 0 1 ...]
 """
 
-import argparse
-import json
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import arguments, print_table, train
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -21,51 +18,50 @@ from trainers.autoencoder import PROBED
 from trainers.cli import exit_status, silence
 from trainers.config import load
 from trainers.images import load_images
-from trainers.run import run
 
 NOISE = 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ylecun/mnist", help="Hub name, or a folder of train and test.parquet")
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)), help="normal classes to learn")
-    arguments = parser.parse_args()
+    digits = {"type": int, "nargs": "+", "default": list(range(10)), "help": "normal classes to learn"}
+    chosen = arguments(__doc__, "ylecun/mnist", seed={"type": int, "default": 0}, digits=digits)
     silence()
-    table = [("", "ours", "PCA", "time")]
-    flat, labels, test, truth = pictures(arguments.data)
+    table = []
+
+    def ours(config: str, name: str, *overrides: str) -> tuple[dict, float]:
+        source = [f"data.dataset_name={chosen.data}", f"seed={chosen.seed}"]
+        return train(config, chosen.out / f"{name}_seed{chosen.seed}", *source, *overrides)
+
+    flat, labels, test, truth = pictures(chosen.data)
     baseline = {"linear_probe": probe(PCA(32, random_state=0), flat, labels, test, truth)}
     baseline["raw"] = probe(None, flat, labels, test, truth)
-    rng = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng(chosen.seed)
     noisy = np.clip(test + NOISE * rng.standard_normal(test.shape), 0, 1)
     for count in (32, 100):
         pca = PCA(count, random_state=0).fit(flat)
         baseline[f"psnr_{count}"] = psnr(restored(pca, test), test)
         baseline[f"denoise_{count}"] = psnr(restored(pca, noisy), test)
-    kept, seconds = train("autoencoder_mnist", "reconstruct", arguments)
+    kept, seconds = ours("autoencoder_mnist", "reconstruct")
     table.append(("PSNR of 32 numbers, dB", kept["psnr"], baseline["psnr_32"], seconds))
     table.append(("linear probe of 32 numbers", kept["linear_probe"], baseline["linear_probe"], seconds))
     table.append(("linear probe of raw pixels", kept["linear_probe"], baseline["raw"], seconds))
-    clean, seconds = train("autoencoder_mnist", "denoise", arguments, "use=denoise", f"objective.noise={NOISE}")
+    clean, seconds = ours("autoencoder_mnist", "denoise", "use=denoise", f"objective.noise={NOISE}")
     table.append(("noise 0.3 removed, dB (PCA-32)", clean["psnr"], baseline["denoise_32"], seconds))
     table.append(("noise 0.3 removed, dB (PCA-100)", clean["psnr"], baseline["denoise_100"], seconds))
-    ours, theirs, smooth, spent = [], [], [], []
-    for digit in arguments.digits:
-        figures, seconds = train("autoencoder_anomaly", f"anomaly_{digit}", arguments, f"data.only_label={digit}")
+    aurocs, theirs, smooth, spent = [], [], [], []
+    for digit in chosen.digits:
+        figures, seconds = ours("autoencoder_anomaly", f"anomaly_{digit}", f"data.only_label={digit}")
         pca = PCA(32, random_state=0).fit(flat[labels == digit])
         error = (restored(pca, test) - test).reshape(-1, 1, 28, 28)
         mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 5, 1, 2).numpy()
-        ours.append(figures["auroc"])
+        aurocs.append(figures["auroc"])
         theirs.append(roc_auc_score(truth != digit, (error**2).mean((1, 2, 3))))
         smooth.append(roc_auc_score(truth != digit, (mean**2).mean((1, 2, 3))))
         spent.append(seconds)
-        table.append((f"AUROC, normal class {digit}", ours[-1], theirs[-1], seconds))
-    table.append(("AUROC, mean", np.mean(ours), np.mean(theirs), np.sum(spent)))
-    table.append(("AUROC, mean, PCA with our averaged error", np.mean(ours), np.mean(smooth), np.sum(spent)))
-    for name, *values in table:
-        print("|", name, "|", " | ".join(v if isinstance(v, str) else f"{v:.4g}" for v in values), "|")
+        table.append((f"AUROC, normal class {digit}", aurocs[-1], theirs[-1], seconds))
+    table.append(("AUROC, mean", np.mean(aurocs), np.mean(theirs), np.sum(spent)))
+    table.append(("AUROC, mean, PCA with our averaged error", np.mean(aurocs), np.mean(smooth), np.sum(spent)))
+    print_table(["", "ours", "PCA", "training, s"], table)
 
 
 def pictures(source: str) -> list[np.ndarray]:
@@ -92,16 +88,6 @@ def restored(pca: PCA, x: np.ndarray) -> np.ndarray:
 
 def psnr(made: np.ndarray, true: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((made - true) ** 2)))
-
-
-def train(config: str, name: str, arguments: argparse.Namespace, *overrides: str) -> tuple[dict, float]:
-    """Figures and seconds, all included, of a run; a finished one is read again."""
-    folder, start = arguments.out / f"{name}_seed{arguments.seed}", time.perf_counter()
-    if not (folder / "seconds.json").exists():
-        source = [f"data.dataset_name={arguments.data}", f"output_dir={folder}", f"seed={arguments.seed}"]
-        run(load(f"configs/{config}.yaml", [*source, *overrides]))
-        (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-    return json.loads((folder / "figures.json").read_text()), json.loads((folder / "seconds.json").read_text())
 
 
 if __name__ == "__main__":
