@@ -1,0 +1,213 @@
+"""Images per second of the small trainers beside plain loops of the same maths, in turns (docs/results.md).
+
+python scripts/results/speed.py --mnist FOLDER --isbi FOLDER [--rounds 3]
+
+The plain loops have the same networks, losses and Adam, a DataLoader over `datasets` rows or files, and ToTensor.
+"memory": the same over pictures decoded beforehand. A round is one seed; what is shown are medians.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from common import print_table
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from trainers.cli import exit_status, silence
+from trainers.config import load
+from trainers.loop import train
+from trainers.run import TASKS
+from trainers.sections import ScratchConfig
+
+Loop = Callable[[ScratchConfig, DataLoader, int], list[torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mnist", default="ylecun/mnist", help="Hub name, or a folder")
+    parser.add_argument("--isbi", type=Path, default=Path("data/isbi2012"), help="folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    chosen = parser.parse_args()
+    silence()
+    import datasets
+
+    digits, half = datasets.load_dataset(chosen.mnist, split="train"), ("data.dataset_name=" + chosen.mnist,)
+    gan = ("objective.loss=non_saturating", "objective.r1=0", "train.ema_decay=null")
+    unet = (f"data.image_dir={chosen.isbi}", "data.elastic=0", "data.random_rotate=false", "train.ema_decay=null")
+    cases = [
+        ("autoencoder", load("configs/autoencoder_mnist.yaml", half), autoencoder, Rows(digits), 150),
+        ("GAN", load("configs/gan_mnist.yaml", [*half, *gan]), adversaries, Rows(digits), 60),
+        ("U-Net", load("configs/unet_segment.yaml", unet), segment, Pairs(chosen.isbi), 12),
+    ]
+    table = []
+    for name, config, loop, rows, steps in cases:
+        results: dict[str, list] = {"ours": [], "plain": [], "memory": []}
+        kept = Kept(rows)
+        for seed in range(chosen.rounds):
+            results["ours"].append(ours(config.model_copy(update={"seed": seed}), steps))
+            for arm, source in (("plain", rows), ("memory", kept)):
+                torch.manual_seed(seed)
+                loader = DataLoader(source, config.train.train_batch_size, shuffle=True, drop_last=True)
+                results[arm].append(timed(partial(loop, config, loader, steps), config, steps))
+        rate, loss = ({arm: np.array(r)[:, k] for arm, r in results.items()} for k in (0, 1))
+        middle = {arm: float(np.median(values)) for arm, values in rate.items()}
+        ends = [f"{np.mean(values):.4f} ± {np.std(values):.4f}" for values in loss.values()]
+        ratios = [middle["ours"] / middle[arm] for arm in ("plain", "memory")]
+        table.append([name, *middle.values(), *ratios, *ends])
+        print_table(["", "ours", "plain", "memory", "x plain", "x memory", "loss", "plain", "memory"], table)
+
+
+def ours(config: ScratchConfig, steps: int) -> tuple[float, float]:
+    task, batches, _ = TASKS[config.kind](config, Accelerator(cpu=True))
+    settings, losses = config.train.model_copy(update={"max_train_steps": steps}), []
+    name = f"{task.saved}_loss"
+
+    def run() -> list[torch.Tensor]:
+        observe = [lambda step, means: losses.append(means[name])]
+        train(task, batches, settings, config.seed, task.accelerator, lambda step: 1.0, observe)
+        return losses
+
+    return timed(run, config, steps)
+
+
+def timed(run: Callable[[], list[torch.Tensor]], config: ScratchConfig, steps: int) -> tuple[float, float]:
+    """Images per second, and the mean loss of the last third."""
+    start = time.perf_counter()
+    losses = run()
+    seconds = time.perf_counter() - start
+    return steps * config.train.train_batch_size / seconds, float(torch.stack(losses[-steps // 3 :]).mean())
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """What torchvision's ToTensor and Normalize(0.5, 0.5) do."""
+    array = np.array(image)
+    x = torch.from_numpy(array).view(*array.shape[:2], -1).permute(2, 0, 1).contiguous().float().div(255)
+    return x.sub_(0.5).div_(0.5)
+
+
+class Rows(Dataset):
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return to_tensor(self.rows[i]["image"])
+
+
+class Pairs(Dataset):
+    """Both files opened each time, one crop of 256 pixels, two coins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.glob("*_image.png"))
+
+    def __len__(self) -> int:
+        return 10000  # so that an epoch outlasts the measurement
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        path = self.files[i % len(self.files)]
+        mask = path.with_name(path.name.replace("_image", "_mask"))
+        return crop(torch.cat([to_tensor(Image.open(path)), to_tensor(Image.open(mask))]))
+
+
+def crop(pair: torch.Tensor, side: int = 256) -> torch.Tensor:
+    top, left = (int(torch.randint(length - side + 1, ())) for length in pair.shape[1:])
+    pair = pair[:, top : top + side, left : left + side]
+    for axis in (1, 2):
+        pair = pair.flip(axis) if torch.rand(()) < 0.5 else pair
+    return pair
+
+
+class Kept(Dataset):
+    """The same, decoded beforehand; digits become pictures again, as torchvision's MNIST does."""
+
+    def __init__(self, rows: Dataset, most: int = 6000) -> None:
+        self.pairs = isinstance(rows, Pairs)
+        if self.pairs:
+            self.kept = [
+                torch.cat([to_tensor(Image.open(p)), to_tensor(Image.open(str(p).replace("_image", "_mask")))])
+                for p in rows.files
+            ]
+        else:
+            self.kept = [np.array(rows.rows[i]["image"]) for i in range(min(most, len(rows)))]
+
+    def __len__(self) -> int:
+        return 10000 if self.pairs else len(self.kept)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        item = self.kept[i % len(self.kept)]
+        return crop(item) if self.pairs else to_tensor(Image.fromarray(item))
+
+
+def endless(loader: DataLoader, steps: int):
+    done = 0
+    while True:
+        for batch in loader:
+            if done == steps:
+                return
+            done += 1
+            yield batch
+
+
+def autoencoder(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
+    from trainers.nets import ConvAutoencoder
+
+    model, losses = ConvAutoencoder(1, 28, **dict(config.model)), []
+    optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate, weight_decay=0)
+    for x in endless(loader, steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x)[0], x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def adversaries(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
+    from trainers.nets import Discriminator, Generator
+
+    latent, width, losses = config.model.latent_dim, config.model.width, []
+    generator, discriminator = Generator(width=width, latent_dim=latent), Discriminator(width=width)
+    rate, betas = config.optimizer.learning_rate, config.optimizer.betas
+    players = [torch.optim.AdamW(n.parameters(), rate, betas, weight_decay=0) for n in (discriminator, generator)]
+    for x in endless(loader, steps):
+        ones, zeros = torch.ones(len(x)), torch.zeros(len(x))
+        players[0].zero_grad()
+        F.binary_cross_entropy_with_logits(discriminator(x), ones).backward()
+        made = generator(torch.randn(len(x), latent))
+        F.binary_cross_entropy_with_logits(discriminator(made.detach()), zeros).backward()
+        players[0].step()
+        players[1].zero_grad()
+        loss = F.binary_cross_entropy_with_logits(discriminator(made), ones)
+        loss.backward()
+        players[1].step()
+        losses.append(loss.detach())
+    return losses
+
+
+def segment(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
+    from trainers.nets import UNet
+    from trainers.pairs import USES
+
+    model, use, losses = UNet(1, 2, **dict(config.model)), USES["segment"](config), []
+    optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate)
+    for pair in endless(loader, steps):
+        optimizer.zero_grad()
+        loss = use.loss(model(pair[:, :1]), (pair[:, 1] > 0).long())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
