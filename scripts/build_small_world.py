@@ -38,16 +38,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from trainers import small_world
-from trainers.config import load
-from trainers.draws import Draws, mix
-from trainers.families import FAMILIES
-from trainers.judge import Judge
-from trainers.loop import Player, train
-from trainers.optim import EMA, make_optimizer, make_rate
-from trainers.run import run
-from trainers.sections import OptimizerConfig, TrainConfig
-from trainers.small_world import (
+from small_world import world as small_world
+from small_world.judge import Judge
+from small_world.world import (
     BACKGROUNDS,
     CLASSES,
     COLOURS,
@@ -58,6 +51,13 @@ from trainers.small_world import (
     rich_thing,
     subject_images,
 )
+from trainers.config import load
+from trainers.draws import Draws, mix
+from trainers.families import FAMILIES
+from trainers.loop import Player, train
+from trainers.optim import EMA, make_optimizer, make_rate
+from trainers.run import run
+from trainers.sections import OptimizerConfig, TrainConfig
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
 TOKENS = 16

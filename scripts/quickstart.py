@@ -13,7 +13,7 @@ def main() -> int:
     path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
     config = load(path, sys.argv[1:])
     silence()
-    from trainers.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
+    from small_world.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
     from trainers.run import run
 
     run(config)

@@ -1,13 +1,9 @@
 """An autoencoder run on a small set: it learns, measures, resumes to the bit, and loads again by one call."""
 
-import io
 import json
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from trainers import UserError, config
@@ -15,23 +11,6 @@ from trainers.autoencoder import anomaly
 from trainers.images import floats, load_images
 from trainers.nets import ConvAutoencoder
 from trainers.run import run
-
-
-@pytest.fixture(scope="module")
-def bars(tmp_path_factory):
-    """Folder of train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else 1."""
-    folder, rng = tmp_path_factory.mktemp("bars"), np.random.default_rng(0)
-    for split, count in (("train", 120), ("test", 40)):
-        rows = {"image": [], "label": []}
-        for i in range(count):
-            picture, at, buffer = np.zeros((16, 16), np.uint8), rng.integers(0, 6) + 8 * (i % 2), io.BytesIO()
-            picture[at : at + 2] = rng.integers(150, 255)
-            Image.fromarray(picture).save(buffer, "png")
-            rows["image"].append({"bytes": buffer.getvalue(), "path": None})
-            rows["label"].append(i % 2)
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
-    return folder
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from small_world.judge import gate, load_judge, load_pipeline, measure, table
+from small_world.world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
 from trainers import data, objectives
 from trainers.config import load
 from trainers.families import FAMILIES, Family
-from trainers.judge import gate, load_judge, load_pipeline, measure, table
 from trainers.run import run
-from trainers.small_world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
 
 CONFIGS = {
     "sd15": "configs/quickstart.yaml",

@@ -23,9 +23,10 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .families import FAMILIES
-from .sections import DreamBoothConfig
-from .small_world import (
+from trainers.families import FAMILIES
+from trainers.sections import DreamBoothConfig
+
+from .world import (
     ASSETS,
     BACKGROUNDS,
     CLASS_PROMPT,

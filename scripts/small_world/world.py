@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-ASSETS = Path(__file__).parent / "assets" / "small_world"
+ASSETS = Path(__file__).parent / "assets"
 SIZE = 32
 CLASSES = ("ball", "box", "star", "heart", "house", "fish")
 COLOURS = {
