@@ -66,7 +66,11 @@ class Autoencoder(FromScratch):
         way = torch.linspace(0, 1, SHOWN, device=self.device)[:, None]
         with torch.no_grad():
             walks = [self.model.decode(a + way * (b - a)) for a, b in zip(codes[:-1:3], codes[1::3], strict=False)]
+            fresh = self.model.decode(
+                Draws(self.config.seed, -1, range(SHOWN), self.device).normal(codes[:SHOWN].shape)
+            )
         rows += [("from one code to another", walk) for walk in walks]
+        rows += [("from random codes", fresh)] if self.config.model.variational else []
         write_grid([(title, pictures(x)) for title, x in rows], folder / "grid.png", tile=64)
 
     def example(self) -> str:

@@ -1,6 +1,6 @@
 """MNIST: our GAN and the DCGAN tutorial's recipe, the same seconds each, by the same judge (docs/results.md).
 
-python scripts/results/gan.py [--data FOLDER] [--out runs/results] [--seeds 0 1 2]
+python scripts/results/gan.py [--data FOLDER] [--out runs/results] [--seeds 0 1 2] [--steps 2000]
 
 The tutorial's recipe (pytorch.org, "DCGAN Tutorial"): batch norm in both players, binary cross-entropy, Adam at 2e-4
 with betas 0.5 and 0.999, batches of 128, z of 100 numbers, weights from N(0, 0.02); at 28 pixels instead of 64, its
@@ -26,7 +26,7 @@ from trainers.observers import write_grid
 
 def main() -> None:
     seeds = {"type": int, "nargs": "+", "default": [0, 1, 2]}
-    chosen = arguments(__doc__, "ylecun/mnist", seeds=seeds)
+    chosen = arguments(__doc__, "ylecun/mnist", seeds=seeds, steps={"type": int, "default": 2000})
     silence()
     rows, source = [], f"data.dataset_name={chosen.data}"
     config = load("configs/gan_mnist.yaml", [source])
@@ -34,7 +34,7 @@ def main() -> None:
     classifier = train_classifier(learnt, config.data)
     for seed in chosen.seeds:
         folder = chosen.out / f"gan_seed{seed}"
-        figures, seconds = train("gan_mnist", folder, source, f"seed={seed}")
+        figures, seconds = train("gan_mnist", folder, source, f"seed={seed}", f"train.max_train_steps={chosen.steps}")
         rows.append(row("ours", seed, seconds, figures))
         for width in (64, config.model.width):
             path = chosen.out / f"dcgan{width}_seed{seed}.json"
