@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .augment import differentiable
 from .draws import Draws
 from .from_scratch import SHOWN, FromScratch, shape
-from .images import Images, floats, pictures
+from .images import floats, pictures
 from .loop import Means
-from .metrics import Features, accuracy, classify, distances, train_classifier
+from .metrics import Inception, MobileNet, OwnClasses, classify, distances, train_classifier
 from .nets import Classifier, Discriminator, Generator
 from .observers import write_grid
 from .sections import GanConfig
@@ -126,23 +126,27 @@ class Gan(FromScratch):
         return f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # {shape(self.config)}"
 
     def measure(self) -> dict[str, float | str]:
-        """See `judged`: as many made pictures as there are test pictures, up to MEASURED."""
-        if self.config.data.label_column is None:
-            return {"features": "none: without data.label_column there is no classifier to measure with"}
+        """Made pictures against as many test pictures: see `metrics.distances`; and, of a classifier, `balance`."""
+        kind = self.config.validation.features
+        classifier = train_classifier(self.train, self.config.data) if kind == "classifier" else None
+        net = (
+            OwnClasses(classifier, self.test)
+            if classifier
+            else {"mobilenet": MobileNet, "inception": Inception}[kind]()
+        )
         count = min(MEASURED, len(self.test))
         made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
-        return judged(made, self.test, train_classifier(self.train, self.config.data))
+        figures = {"features": net.name, **distances(made, floats(self.test.take(range(count))), net.to(self.device))}
+        return figures | (balance(made, classifier) if classifier else {})
 
 
-def judged(made: Tensor, test: Images, classifier: Classifier) -> dict[str, float | str]:
-    """Pictures (N, C, S, S) against the first N test pictures: see `metrics.distances`; modes: how many classes are
-    made at all; least_share, most_share: of the rarest and the commonest class, 1 if all were equally common."""
-    figures = {"features": f"classifier of the data set, accuracy {accuracy(classifier, test):.4f}"}
-    figures |= distances(made, floats(test.take(range(len(made)))), Features(classifier))
+def balance(made: Tensor, classifier: Classifier) -> dict[str, float]:
+    """modes: how many classes are made at all; least_share, most_share: of the rarest and the commonest, 1 if all were
+    equally common."""
     classes = classifier.config.classes
     shares = classify(classifier, made).bincount(minlength=classes) * classes / len(made)
     modes = int((shares > 0.1).sum())
-    return figures | {"modes": modes, "least_share": float(shares.min()), "most_share": float(shares.max())}
+    return {"modes": modes, "least_share": float(shares.min()), "most_share": float(shares.max())}
 
 
 class Watch:
@@ -157,7 +161,7 @@ class Watch:
         every = self.task.config.tracking.log_every
         for name, value in self.task.means.items():
             self.sums[name] = self.sums.get(name, 0) + value / every
-        if step % every:
+        if step % every or not self.task.accelerator.is_main_process:
             return
         order, diversity, self.sums = self.sums["order"].item(), self.sums["diversity"].item(), {}
         if diversity < COLLAPSED:

