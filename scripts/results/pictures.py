@@ -17,15 +17,15 @@ from trainers.pairs import AB, Colorize, lab
 
 
 def main() -> None:
-    what = sys.argv.pop(1) if sys.argv[1:] in (["colorize"], ["pix2pix"]) or len(sys.argv) > 2 else "colorize"
     silence()
-    {"colorize": colorize, "pix2pix": pix2pix}[what]()
+    {"colorize": colorize, "pix2pix": pix2pix}[sys.argv.pop(1)]()
 
 
 def colorize() -> None:
     column = {"default": "img", "help": "column of the pictures"}
-    chosen = arguments(__doc__, "uoft-cs/cifar10", column=column)
-    source, rows = [f"data.dataset_name={chosen.data}", f"data.image_column={chosen.column}"], []
+    chosen = arguments(__doc__, "uoft-cs/cifar10", column=column, steps={"type": int, "default": 800})
+    source = [f"data.dataset_name={chosen.data}", f"data.image_column={chosen.column}"]
+    source, rows = [*source, f"train.max_train_steps={chosen.steps}"], []
     config = load("configs/unet_colorize.yaml", source)
     use = Colorize(config)
     learnt, held_out = (load_images(config.data, "cpu", part) for part in (False, True))
@@ -43,9 +43,15 @@ def colorize() -> None:
 
 
 def pix2pix() -> None:
-    chosen, rows = arguments(__doc__, "data/isbi2012"), []
+    chosen, rows = arguments(__doc__, "data/isbi2012", steps={"type": int, "default": 300}), []
     source = ["data.dataset_name=null", "data.target_column=null", f"data.image_dir={chosen.data}", "data.channels=1"]
     source += ["data.image_suffix=_mask", "data.target_suffix=_image", "data.folds=5", "data.crop=true"]
+    source += [
+        "model.width=16",
+        "data.resolution=128",
+        "data.random_flip=true",
+        f"train.max_train_steps={chosen.steps}",
+    ]
     for name, *more in (("adversary + L1",), ("L1 alone", "objective.adversarial=false")):
         folder = chosen.out / f"pix2pix_{name.split()[0]}"
         figures, seconds = train("unet_pix2pix", folder, *source, *more)

@@ -1,6 +1,6 @@
 """ISBI 2012: membranes by our U-Net and by a plain tutorial recipe, the same seconds each, 5 folds (docs/results.md).
 
-python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4]
+python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4] [--steps 150]
 
 The plain recipe: U-Net with batch norm and ReLU, as wide as ours at the first level, transposed convolutions, Adam at
 1e-4, cross-entropy, batches of 4 crops of 256 pixels, flips, the whole picture at the end.
@@ -25,11 +25,11 @@ from trainers.pairs import IGNORED, USES
 
 def main() -> None:
     folds = {"type": int, "nargs": "+", "default": list(range(5))}
-    chosen = arguments(__doc__, "data/isbi2012", folds=folds)
+    chosen = arguments(__doc__, "data/isbi2012", folds=folds, steps={"type": int, "default": 150})
     silence()
     rows = []
     for fold in chosen.folds:
-        source = [f"data.image_dir={chosen.data}", f"data.fold={fold}"]
+        source = [f"data.image_dir={chosen.data}", f"data.fold={fold}", f"train.max_train_steps={chosen.steps}"]
         figures, seconds = train("unet_segment", chosen.out / f"segment_fold{fold}", *source)
         config = load("configs/unet_segment.yaml", source)
         path = chosen.out / f"segment_tutorial_fold{fold}.json"
