@@ -21,7 +21,7 @@ from .images import floats, pictures
 from .loop import Means
 from .metrics import Inception, MobileNet, OwnClasses, classify, distances, train_classifier
 from .nets import Classifier, Discriminator, Generator
-from .observers import write_grid
+from .observers import averaged, write_grid
 from .sections import GanConfig
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -116,10 +116,14 @@ class Gan(FromScratch):
         return self.model(rng.normal((len(rows), self.config.model.latent_dim)), label)
 
     def sample(self, folder: Path) -> None:
-        """grid.png: as always from the same z; walk.gif: from one z to the next."""
+        """Always from the same z."""
         rows = [("", pictures(self.make(range(first, first + SHOWN)))) for first in range(0, SHOWN * SHOWN, SHOWN)]
         write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
-        write_walk(self, folder / "walk.gif")
+
+    def finish(self) -> None:
+        super().finish()
+        with averaged(self):
+            write_walk(self, self.config.output_dir / "samples" / "final" / "walk.gif")
 
     def example(self) -> str:
         label = ", torch.arange(10)" if self.config.model.conditional else ""

@@ -1,0 +1,60 @@
+"""docs/from_scratch.png: what the runs of the other scripts here made.
+
+python scripts/results/sheet.py [--out runs/results]
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+HEIGHT = 420
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs")
+    folder = parser.parse_args().out
+    digits, colours = grid(folder / "gan_seed0"), grid(folder / "colorize_regression")
+    membranes = grid(folder / "segment_fold0")
+    third = membranes.height // 3
+    side = (membranes.width - 6 * 4) // 3
+    cells = [membranes.crop((6, 30 + row * third, 6 + side, 30 + row * third + side)) for row in range(3)]
+    panels = [
+        ("codes of an autoencoder", Image.open(folder / "reconstruct_seed0/samples/final/codes.png").convert("RGB")),
+        ("digits by a GAN", digits.crop((0, 24, digits.width, digits.height))),
+        ("membranes: shown, found, true", beside(cells)),
+        ("colours: shown, made, true", colours.crop((0, 0, colours.width * 6 // 10, colours.height))),
+    ]
+    rows = [panels[:3], panels[3:]]
+    sheets = []
+    for row in rows:
+        scaled = [(t, p.resize((round(p.width * HEIGHT / p.height), HEIGHT), Image.Resampling.LANCZOS)) for t, p in row]
+        sheet = Image.new("RGB", (sum(p.width + 12 for _, p in scaled), HEIGHT + 28), "white")
+        draw, x = ImageDraw.Draw(sheet), 0
+        for title, panel in scaled:
+            draw.text((x + 4, 4), title, "black", ImageFont.load_default(16))
+            sheet.paste(panel, (x, 28))
+            x += panel.width + 12
+        sheets.append(sheet)
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    whole.save("docs/from_scratch.png", optimize=True)
+
+
+def grid(run: Path) -> Image.Image:
+    return Image.open(run / "samples" / "final" / "grid.png").convert("RGB")
+
+
+def beside(parts: list[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (sum(p.width + 6 for p in parts) - 6, parts[0].height), "white")
+    for i, part in enumerate(parts):
+        sheet.paste(part, (i * (part.width + 6), 0))
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
