@@ -53,7 +53,7 @@ def main() -> None:
         figures, seconds = ours("autoencoder_anomaly", f"anomaly_{digit}", f"data.only_label={digit}")
         pca = PCA(32, random_state=0).fit(flat[labels == digit])
         error = (restored(pca, test) - test).reshape(-1, 1, 28, 28)
-        mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 5, 1, 2).numpy()
+        mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 3, 1, 1).numpy()
         aurocs.append(figures["auroc"])
         theirs.append(roc_auc_score(truth != digit, (error**2).mean((1, 2, 3))))
         smooth.append(roc_auc_score(truth != digit, (mean**2).mean((1, 2, 3))))
