@@ -74,11 +74,12 @@ def pictures(source: str) -> list[np.ndarray]:
 
 
 def probe(pca: PCA | None, flat, labels, test, truth) -> float:
-    """The same reader as for our codes, on as many pictures; the components from all."""
+    """The same reader as for our codes, on as many pictures; the components from all. Raw pixels do better unscaled."""
+    reader = LogisticRegression(max_iter=500)
     if pca is not None:
         pca.fit(flat)
         flat, test = pca.transform(flat[:PROBED]), pca.transform(test)
-    reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+        reader = make_pipeline(StandardScaler(), reader)
     return reader.fit(flat[:PROBED], labels[:PROBED]).score(test, truth)
 
 
