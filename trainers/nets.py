@@ -186,7 +186,7 @@ class UNet(ModelMixin, ConfigMixin):
 
         self.down = nn.ModuleList(double(a, b) for a, b in pairwise([area * in_channels, *widths]))
         steps = list(pairwise(reversed(widths)))
-        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in steps)
+        self.enlarge = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2)) for a, b in steps)
         self.up = nn.ModuleList(double(2 * b, b) for _, b in steps)
         self.out = nn.Conv2d(width, area * out_channels, 1)
 

@@ -26,12 +26,12 @@ IGNORED = 255  # in a mask
 class Use(ABC):
     """Pixels are (B, C, H, W) uint8, the target's channels last; what is shown x and made y are in [-1, 1].
 
-    target: how the second picture of a pair is read; masks: how many of the last channels hold classes; inputs,
-    outputs: channels of the network.
+    target: how the second picture of a pair is read; masks: how many of its channels hold classes; noise: how many of
+    the last channels of x are noise; inputs, outputs: channels of the network.
     """
 
     target: Reader | None = None
-    masks = 0
+    masks = noise = 0
 
     def __init__(self, config: UNetConfig) -> None:
         self.config, self.objective = config, config.objective
@@ -98,17 +98,28 @@ class Segment(Use):
 
 
 class Pix2Pix(Use):
-    """y (B, 3, H, W): the target. Absolute error; the adversary is the task's (Isola et al. 2017)."""
+    """y (B, 3, H, W): the target. Absolute error; the adversary is the task's (Isola et al. 2017).
+
+    Noise is what grain is made of.
+    """
+
+    noise = 1
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.outputs = 3
+        self.inputs, self.outputs = config.data.channels + self.noise, 3
 
     def target(self, picture: Picture) -> Image.Image:
         return picture.decode()
 
+    def show(self, pixels: Tensor) -> Tensor:
+        return self.grained(pixels, Draws(self.config.seed, -1, range(len(pixels)), pixels.device))
+
     def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        return floats(pixels[:, :-3]), floats(pixels[:, -3:])
+        return self.grained(pixels[:, :-3], rng), floats(pixels[:, -3:])
+
+    def grained(self, pixels: Tensor, rng: Draws) -> Tensor:
+        return torch.cat([floats(pixels), rng.normal(pixels[:, :1].shape)], 1)
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         return (prediction - y).abs().mean()

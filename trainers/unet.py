@@ -39,7 +39,7 @@ class UNetTask(FromScratch):
         self.add("unet", UNet(self.use.inputs, self.use.outputs, **dict(config.model)))
         self.adversarial = config.use == "pix2pix" and config.objective.adversarial
         if self.adversarial:
-            critic = PatchDiscriminator(self.use.inputs + self.use.outputs, config.model.width)
+            critic = PatchDiscriminator(self.use.inputs - self.use.noise + self.use.outputs, config.model.width)
             self.add("discriminator", critic, average=False)
 
     def load(self, held_out: bool) -> Images | None:
@@ -51,15 +51,19 @@ class UNetTask(FromScratch):
         loss = self.use.loss(prediction, y)
         if self.adversarial:
             critic_loss, generator_loss = LOSSES["non_saturating"]
-            discriminator, true = self.players["discriminator"].module, torch.cat([x, y], 1)
-            both = discriminator(torch.cat([true, torch.cat([x, prediction.detach()], 1)]))
+            discriminator, given = self.players["discriminator"].module, self.given(x)
+            true, made = torch.cat([given, y], 1), torch.cat([given, prediction], 1)
+            both = discriminator(torch.cat([true, made.detach()]))
             yield "discriminator", critic_loss(*both.chunk(2))
             critic = self.accelerator.unwrap_model(discriminator)
             with frozen(critic):
-                score = critic(torch.cat([x, prediction], 1))
+                score = critic(made)
                 yield "unet", self.config.objective.l1_weight * loss + generator_loss(score, score)
         else:
             yield "unet", loss
+
+    def given(self, x: Tensor) -> Tensor:
+        return x[:, : x.shape[1] - self.use.noise]
 
     @torch.no_grad()
     def apply(self, images: Images, rows: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +75,9 @@ class UNetTask(FromScratch):
         images, sheet = self.test or self.train, {"shown": [], "made": [], "true": []}
         for i in range(min(SHOWN if self.config.data.resolution <= 64 else 3, len(images))):
             x, made, y = self.apply(images, range(i, i + 1))
-            for row, picture in zip(sheet.values(), (x, self.use.render(x, made), self.use.render(x, y)), strict=True):
+            for row, picture in zip(
+                sheet.values(), (self.given(x), self.use.render(x, made), self.use.render(x, y)), strict=True
+            ):
                 row += pictures(picture)
         write_grid(list(sheet.items()), folder / "grid.png")
 
