@@ -153,6 +153,10 @@ def balance(made: Tensor, classifier: Classifier) -> dict[str, float]:
     return {"modes": modes, "least_share": float(shares.min()), "most_share": float(shares.max())}
 
 
+class FailureWarning(UserWarning):
+    """The players have lost their balance."""
+
+
 class Watch:
     """Puts the players' balance among the means, and warns once of each failure that shows there."""
 
@@ -176,7 +180,7 @@ class Watch:
     def warn(self, name: str, message: str) -> None:
         if name not in self.warned:
             self.warned.add(name)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, FailureWarning, stacklevel=2)
 
 
 def write_walk(task: Gan, path: Path, tiles: int = 4, legs: int = 4, frames: int = 10, side: int = 64) -> None:
