@@ -48,6 +48,7 @@ def pix2pix() -> None:
     source += ["data.image_suffix=_mask", "data.target_suffix=_image", "data.folds=5", "data.crop=true"]
     source += [
         "model.width=16",
+        "objective.l1_weight=10",
         "data.resolution=128",
         "data.random_flip=true",
         f"train.max_train_steps={chosen.steps}",
