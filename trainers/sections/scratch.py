@@ -148,6 +148,8 @@ class GanConfig(ScratchConfig):
         if self.train.gradient_accumulation_steps > 1:
             yield "train.gradient_accumulation_steps", "must be 1: a player must step before the other one is shown it"
         data = self.data
+        if self.train.train_batch_size < 2:
+            yield "train.train_batch_size", "must be at least 2: how varied the pictures are is watched"
         if data.resolution not in (28, 32, 64):
             yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
         if self.model.conditional and data.label_column is None:
