@@ -27,12 +27,15 @@ def main() -> None:
     from trainers.autoencoder import encode
     from trainers.data import files
 
+    known = arguments.out.suffix in (".npz", ".parquet")
+    out = arguments.out if known else arguments.out.with_name(f"{arguments.out.name}.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
     columns = encode(config, arguments.run, files(arguments.pictures))
-    if arguments.out.suffix == ".parquet":
-        datasets.Dataset.from_dict(columns).to_parquet(arguments.out)
+    if out.suffix == ".parquet":
+        datasets.Dataset.from_dict(columns).to_parquet(out)
     else:
-        np.savez(arguments.out, **columns)
-    print(f"{arguments.out}: {len(columns['name'])} codes of {columns['code'].shape[1]} numbers")
+        np.savez(out, **columns)
+    print(f"{out}: {len(columns['name'])} codes of {columns['code'].shape[1]} numbers")
 
 
 if __name__ == "__main__":

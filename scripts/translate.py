@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from trainers import UserError
 from trainers.cli import exit_status, finished, silence
 
 
@@ -24,10 +25,13 @@ def main() -> None:
     from trainers.data import files
     from trainers.unet import Translator
 
-    translate = Translator(config, arguments.run)
+    translate, paths = Translator(config, arguments.run), files(arguments.pictures)
+    results = [arguments.out / f"{path.stem}.png" for path in paths]
+    if twice := next((result for result in results if results.count(result) > 1), None):
+        raise UserError(f"several pictures would become {twice}: translate them in two goes, with another --out")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(files(arguments.pictures), unit="picture"):
-        translate(path).save(arguments.out / f"{path.stem}.png")
+    for path, result in zip(tqdm(paths, unit="picture"), results, strict=True):
+        translate(path).save(result)
     print(arguments.out)
 
 

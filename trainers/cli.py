@@ -31,6 +31,8 @@ def finished(run: Path, kind: str) -> Config:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
     if config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    if kind != "dreambooth" and not (run / "model").is_dir():
+        raise UserError(f"{run} is not finished: it has no model")
     return config
 
 

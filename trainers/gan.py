@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from . import UserError
 from .augment import differentiable
 from .draws import Draws
 from .from_scratch import SHOWN, FromScratch, shape
@@ -34,6 +35,7 @@ LOSSES: dict[str, tuple[Score, Score]] = {
     "relativistic": (lambda r, m: softplus(m - r).mean(), lambda r, m: softplus(r - m).mean()),
 }
 MEASURED = 10000  # pictures made for the figures
+FEWEST = 10  # held-out pictures
 COLLAPSED = 0.5  # spread of made pictures, relative to real ones, below which there is a warning
 WON = 0.995  # share of pairs that the discriminator puts in order, above which there is a warning
 
@@ -55,6 +57,8 @@ class Gan(FromScratch):
 
     def __init__(self, config: GanConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
+        if self.test is not None and len(self.test) < FEWEST:
+            raise UserError(f"{len(self.test)} pictures are held out, {FEWEST} are the fewest to measure with")
         data, model = config.data, config.model
         classes = int(self.train.labels.max()) + 1 if model.conditional else 0
         shape = {"architecture": model.architecture, "channels": data.channels, "size": data.resolution}
@@ -76,7 +80,7 @@ class Gan(FromScratch):
         self.means = {
             "order": (real_score > made_score).float().mean().detach(),
             "gap": (real_score - made_score).mean().detach(),
-            "diversity": (made.std(0).mean() / x.std(0).mean()).detach(),
+            "diversity": (made.std(0).mean() / (x.std(0).mean() + 1e-6)).detach(),
         }
         yield "discriminator", critic_loss(real_score, made_score) + self.penalty(shown, made_shown, label, rng)
         if rng.step % objective.generator_every == 0:
@@ -162,16 +166,17 @@ class Watch:
 
     def __init__(self, task: Gan) -> None:
         self.task, self.warned = task, set()
-        self.sums: Means = {}
+        self.since, self.sums = 0, {}
 
     def __call__(self, step: int, means: Means) -> None:
         means |= self.task.means
-        every = self.task.config.tracking.log_every
         for name, value in self.task.means.items():
-            self.sums[name] = self.sums.get(name, 0) + value / every
-        if step % every or not self.task.accelerator.is_main_process:
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.since += 1
+        if step % self.task.config.tracking.log_every or not self.task.accelerator.is_main_process:
             return
-        order, diversity, self.sums = self.sums["order"].item(), self.sums["diversity"].item(), {}
+        order, diversity = (self.sums[name].item() / self.since for name in ("order", "diversity"))
+        self.since, self.sums = 0, {}
         if diversity < COLLAPSED:
             self.warn("collapse", f"mode collapse: made pictures vary {diversity:.2f} times as much as real ones")
         if order > WON:

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from .draws import Draws, mix
 from .images import Batches, Images, floats
-from .loop import make_player, train
+from .loop import Player, train
 from .nets import Classifier
-from .optim import make_rate
+from .optim import make_optimizer, make_rate
 from .sections import ImagesConfig, OptimizerConfig, TrainConfig
 
 
@@ -100,15 +100,13 @@ class Inception(nn.Module):
 
 
 class Reading:
-    """The task of a classifier of a data set's own classes."""
+    """The task of a classifier of a data set's own classes; a single process trains it."""
 
-    def __init__(self, images: Images, seed: int, accelerator: Accelerator) -> None:
+    def __init__(self, images: Images, seed: int, optimizer: OptimizerConfig) -> None:
         torch.manual_seed(mix(seed, "classifier"))
-        optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
-        classes = int(images.labels.max()) + 1
-        self.module = Classifier(len(images[0]), classes)
+        self.module = Classifier(len(images[0]), int(images.labels.max()) + 1).to(images.device)
         groups = [{"params": list(self.module.parameters()), "lr": optimizer.learning_rate}]
-        self.players = {"classifier": make_player(self.module, groups, optimizer, None, accelerator)}
+        self.players = {"classifier": Player(self.module, make_optimizer(optimizer, groups))}
 
     def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
         yield "classifier", F.cross_entropy(self.module(floats(batch["pixels"])), batch["label"])
@@ -117,7 +115,8 @@ class Reading:
 def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, seed: int = 0) -> Classifier:
     """A small network that tells the labels apart, the same for every run on the same pictures."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    task, optimizer = Reading(images, seed, accelerator), OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
+    optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
+    task = Reading(images, seed, optimizer)
     batches, rate = Batches(images, config, seed, 64), make_rate(optimizer, steps)
     with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
         observe = [lambda step, means: bar.update()]

@@ -146,7 +146,7 @@ class Discriminator(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         h = self.features(x)
         score = self.score(h).squeeze(1)
-        return score if self.embed is None else score + (self.embed(label) * h).mean(1)
+        return score if self.embed is None else score + (self.embed(label) * h).sum(1) / h.shape[1] ** 0.5
 
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):

@@ -189,7 +189,7 @@ class Colorize(Use):
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         if not self.objective.rebalanced:
             return F.smooth_l1_loss(prediction, y, beta=0.1)
-        return F.cross_entropy(prediction, nearest_bin(y), self.weight)
+        return F.cross_entropy(prediction, nearest_bin(y), self.weight, reduction="none").mean()
 
     def decide(self, prediction: Tensor) -> Tensor:
         """Of bins their annealed mean (Zhang et al. 2016, equation 5, T = 0.38)."""
@@ -244,7 +244,8 @@ def read_mask(picture: Picture, classes: int) -> Image.Image:
             array = np.asarray(image)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise UserError(f"{picture.name} is not a readable mask ({error}): mend or remove it") from None
-    channels = array.reshape(*array.shape[:2], -1)[..., :3]
+    channels = array.reshape(*array.shape[:2], -1)
+    channels = channels[..., :1] if channels.shape[2] == 2 else channels[..., :3]  # without alpha
     if (channels != channels[..., :1]).any():
         raise UserError(f"{picture.name} is in colour: a mask has one channel, which holds the class of each pixel")
     array = channels[..., 0].astype(int)

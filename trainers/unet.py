@@ -87,13 +87,15 @@ class UNetTask(FromScratch):
         )
 
     def measure(self) -> dict[str, float | str]:
-        """The use's figures; of pictures of several sizes, their means."""
-        count = len(self.test)
-        if self.config.data.side is None:
-            parts = [self.use.figures(*self.apply(self.test, range(i, i + 1))) for i in range(count)]
-            return {name: sum(part[name] for part in parts) / count for name in parts[0]}
-        parts = [self.apply(self.test, range(i, min(i + 100, count))) for i in range(0, count, 100)]
-        return self.use.figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        """The use's figures over all pixels; of pictures that may be of several sizes, the means of theirs."""
+        count, size = len(self.test), 1 if self.config.data.side is None else 100
+        parts = [self.apply(self.test, range(i, min(i + size, count))) for i in range(0, count, size)]
+        if isinstance(self.use, Segment):
+            return self.use.figures(*(torch.cat([t.flatten() for t in part]) for part in zip(*parts, strict=True)))
+        if size > 1:
+            return self.use.figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        figures = [self.use.figures(*part) for part in parts]
+        return {name: sum(figure[name] for figure in figures) / count for name in figures[0]}
 
 
 class Translator:

@@ -66,6 +66,13 @@ class ScratchConfig(Config):
             yield "data.image_dir", f"no such folder: {data.image_dir}"
         if data.folds is not None and data.fold >= data.folds:
             yield "data.fold", f"must be less than data.folds, {data.folds}"
+        if data.image_dir is None and (data.folds is not None or data.fold):
+            yield (
+                "data.folds" if data.folds else "data.fold",
+                "means nothing to a data set, only to data.image_dir: it has splits",
+            )
+        if data.image_dir is not None and data.label_column is not None:
+            yield "data.label_column", "a folder has no labels: set it to null"
         if data.only_label is not None and data.label_column is None:
             yield "data.only_label", "a class without data.label_column"
 
@@ -94,6 +101,9 @@ class AutoencoderConfig(ScratchConfig):
         yield from foreign(self, self.use, [("denoise", "objective", "noise"), ("anomaly", "objective", "hidden")])
         if not self.model.variational:
             yield from foreign(self, "a plain autoencoder", [("model.variational", "objective", "kl_weight")])
+        multiple = 2 ** max(1, (self.data.resolution // 4).bit_length() - 1)
+        if self.data.resolution % multiple:
+            yield "data.resolution", f"must be a multiple of {multiple}, not {self.data.resolution}"
         if self.use == "anomaly" and self.data.only_label is None and self.data.label_column is not None:
             yield "data.only_label", "anomaly detection learns one class: say which"
 
@@ -205,6 +215,8 @@ class UNetConfig(ScratchConfig):
             yield "data.resolution", f"must be a multiple of {multiple} for this model"
         if self.use in ("segment", "pix2pix") and data.dataset_name is not None and data.target_column is None:
             yield "data.target_column", f"{self.use} needs the column of what is wanted"
+        if data.image_suffix == data.target_suffix:
+            yield "data.target_suffix", "is that of the pictures themselves"
         if self.use == "colorize" and data.channels != 3:
             yield "data.channels", "colorize needs pictures in colour: 3"
         if self.use == "pix2pix" and self.objective.adversarial and self.train.gradient_accumulation_steps > 1:
