@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from local_hub import local_hub  # noqa: F401
 from PIL import Image
 from transformers import (
     CLIPTextConfig,

@@ -63,6 +63,7 @@ def test_the_written_auroc_is_that_of_the_saved_model(settings):
         ("use=anomaly", "data.only_label"),
         ("data.label_column=null", "data.only_label"),
         ("data.image_dir=/no/folder", "data.image_dir"),
+        ("data.resolution=30", "data.resolution: must be a multiple of 4"),
         ("kind=autoencodr", "did you mean autoencoder"),
         ("model.latent_dims=3", "did you mean model.latent_dim"),
     ],

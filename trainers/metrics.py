@@ -160,10 +160,13 @@ def inside(a: Tensor, b: Tensor, k: int = 3) -> float:
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> dict[str, float]:
-    """dice_K and iou_K of each class K, and pixel_error, over all pixels but those of the class `ignored`."""
+    """dice_K and iou_K of each class K, and pixel_error, over all pixels but those of the class `ignored`.
+
+    A class that neither is there nor is predicted counts as found.
+    """
     known = truth != ignored
     counts = torch.bincount(truth[known] * classes + predicted[known], minlength=classes**2).view(classes, classes)
     hit, sizes = counts.diag().double(), (counts.sum(0) + counts.sum(1)).double()
-    figures = {f"dice_{k}": float(value) for k, value in enumerate(2 * hit / sizes)}
-    figures |= {f"iou_{k}": float(value) for k, value in enumerate(hit / (sizes - hit))}
+    figures = {f"dice_{k}": float(value) for k, value in enumerate((2 * hit / sizes).nan_to_num(1))}
+    figures |= {f"iou_{k}": float(value) for k, value in enumerate((hit / (sizes - hit)).nan_to_num(1))}
     return figures | {"pixel_error": float(1 - hit.sum() / counts.sum())}

@@ -138,6 +138,8 @@ class Discriminator(ModelMixin, ConfigMixin):
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Linear(widths[-1] * side * side, 1)
         self.embed = nn.Embedding(classes, widths[-1] * side * side) if classes else None
+        if self.embed is not None:
+            nn.init.normal_(self.embed.weight, std=self.embed.embedding_dim**-0.5)  # weighs as much as the score
         if spectral:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
@@ -146,7 +148,7 @@ class Discriminator(ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         h = self.features(x)
         score = self.score(h).squeeze(1)
-        return score if self.embed is None else score + (self.embed(label) * h).sum(1) / h.shape[1] ** 0.5
+        return score if self.embed is None else score + (self.embed(label) * h).sum(1)
 
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):

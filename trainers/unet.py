@@ -91,7 +91,8 @@ class UNetTask(FromScratch):
         count, size = len(self.test), 1 if self.config.data.side is None else 100
         parts = [self.apply(self.test, range(i, min(i + size, count))) for i in range(0, count, size)]
         if isinstance(self.use, Segment):
-            return self.use.figures(*(torch.cat([t.flatten() for t in part]) for part in zip(*parts, strict=True)))
+            made, y = (torch.cat([part[k].flatten() for part in parts]) for k in (1, 2))
+            return self.use.figures(parts[0][0], made, y)
         if size > 1:
             return self.use.figures(*(torch.cat(part) for part in zip(*parts, strict=True)))
         figures = [self.use.figures(*part) for part in parts]
