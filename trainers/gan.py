@@ -130,7 +130,7 @@ class Gan(FromScratch):
             write_walk(self, self.config.output_dir / "samples" / "final" / "walk.gif")
 
     def example(self) -> str:
-        label = ", torch.arange(10)" if self.config.model.conditional else ""
+        label = f", torch.arange(10) % {self.model.config.classes}" if self.config.model.conditional else ""
         return f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # {shape(self.config)}"
 
     def measure(self) -> dict[str, float | str]:

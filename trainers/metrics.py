@@ -138,7 +138,9 @@ def distances(made: Tensor, true: Tensor, net: nn.Module) -> dict[str, float]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that features are kept
-        fid, kid = FrechetInceptionDistance(net), KernelInceptionDistance(net, 20, min(1000, len(made), len(true)))
+        alone = {"sync_on_compute": False}  # one process measures
+        fid = FrechetInceptionDistance(net, **alone)
+        kid = KernelInceptionDistance(net, 20, min(1000, len(made), len(true)), **alone)
     for x, real in ((true, True), (made, False)):
         for part in x.split(500):
             fid.update(part, real)
