@@ -1,6 +1,6 @@
 """ISBI 2012: membranes by our U-Net and by a plain tutorial recipe, the same seconds each, 5 folds (docs/results.md).
 
-python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4] [--steps 150]
+python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4] [--steps 150] [--rate 1e-4]
 
 The plain recipe: U-Net with batch norm and ReLU, as wide as ours at the first level, transposed convolutions, Adam at
 1e-4, cross-entropy, batches of 4 crops of 256 pixels, flips, the whole picture at the end.
@@ -25,18 +25,19 @@ from trainers.pairs import IGNORED, USES
 
 def main() -> None:
     folds = {"type": int, "nargs": "+", "default": list(range(5))}
-    chosen = arguments(__doc__, "data/isbi2012", folds=folds, steps={"type": int, "default": 150})
+    rate = {"type": float, "default": 1e-4, "help": "of the plain recipe"}
+    chosen = arguments(__doc__, "data/isbi2012", folds=folds, rate=rate, steps={"type": int, "default": 150})
     silence()
     rows = []
     for fold in chosen.folds:
         source = [f"data.image_dir={chosen.data}", f"data.fold={fold}", f"train.max_train_steps={chosen.steps}"]
         figures, seconds = train("unet_segment", chosen.out / f"segment_fold{fold}", *source)
         config = load("configs/unet_segment.yaml", source)
-        path = chosen.out / f"segment_tutorial_fold{fold}.json"
+        path = chosen.out / f"segment_tutorial{chosen.rate:g}_fold{fold}.json"
         if not path.exists():
             reader = USES["segment"](config).target
             learnt, held_out = (load_images(config.data, "cpu", part, reader) for part in (False, True))
-            path.write_text(json.dumps(tutorial(learnt, held_out, config.model.width, seconds, path)))
+            path.write_text(json.dumps(tutorial(learnt, held_out, config.model.width, chosen.rate, seconds, path)))
         plain = json.loads(path.read_text())
         keys = ("dice_0", "iou_0", "pixel_error")
         rows.append([fold, round(seconds), *(figures[key] for key in keys), *(plain[key] for key in keys)])
@@ -92,10 +93,10 @@ class PlainUNet(nn.Module):
         return self.out(x)
 
 
-def tutorial(learnt: Images, held_out: Images, width: int, seconds: float, path) -> dict[str, float]:
+def tutorial(learnt: Images, held_out: Images, width: int, rate: float, seconds: float, path) -> dict[str, float]:
     torch.manual_seed(0)
     model = PlainUNet(width)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     loader = DataLoader(Crops(learnt, 256), 4, shuffle=True, drop_last=True)
     batches = iter(loader)
     for _ in Clock.until(seconds):
