@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-HEIGHT = 420
+HEIGHT = 320
 
 
 def main() -> None:
@@ -16,15 +16,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs")
     folder = parser.parse_args().out
     digits, colours = grid(folder / "gan_seed0"), grid(folder / "colorize_regression")
-    membranes = grid(folder / "segment_fold0")
-    third = membranes.height // 3
-    side = (membranes.width - 6 * 4) // 3
-    cells = [membranes.crop((6, 30 + row * third, 6 + side, 30 + row * third + side)) for row in range(3)]
     panels = [
         ("codes of an autoencoder", Image.open(folder / "reconstruct_seed0/samples/final/codes.png").convert("RGB")),
         ("digits by a GAN", digits.crop((0, 24, digits.width, digits.height))),
-        ("membranes: shown, found, true", beside(cells)),
+        ("membranes: shown, found, true", beside(first(folder / "segment_fold0", 0, 1, 2))),
         ("colours: shown, made, true", colours.crop((0, 0, colours.width * 6 // 10, colours.height))),
+        ("a micrograph from membranes, by pix2pix", beside(first(folder / "pix2pix_adversary", 0, 1))),
     ]
     rows = [panels[:3], panels[3:]]
     sheets = []
@@ -47,6 +44,13 @@ def main() -> None:
 
 def grid(run: Path) -> Image.Image:
     return Image.open(run / "samples" / "final" / "grid.png").convert("RGB")
+
+
+def first(run: Path, *rows: int) -> list[Image.Image]:
+    """The first picture of some rows of a grid of three rows and three pictures."""
+    sheet = grid(run)
+    third, side = sheet.height // 3, (sheet.width - 6 * 4) // 3
+    return [sheet.crop((6, 30 + row * third, 6 + side, 30 + row * third + side)) for row in rows]
 
 
 def beside(parts: list[Image.Image]) -> Image.Image:
