@@ -1,0 +1,60 @@
+"""Scripts in processes of their own, each forked from a server that has imported the libraries already."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["pytest", "trainers.run", "sklearn.linear_model", "torchmetrics", "processes"])
+
+
+def start(script, *arguments, log, before=None, **environment):
+    """A process that runs scripts/`script`, what it prints going to the file `log`; first it calls `before`."""
+    process = server.Process(target=become, args=(script, [str(a) for a in arguments], log, before, environment))
+    process.start()
+    return process
+
+
+def launch(script, *arguments, log, processes, before=None):
+    """As many processes as one group, as a launcher would start them; their exit statuses, -9 for those that hang."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        start(script, *arguments, log=f"{log}.{rank}", before=before, RANK=rank, LOCAL_RANK=rank, **group)
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.join(30)
+        rank.kill()
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def become(script, arguments, log, before, environment):
+    os.chdir(ROOT)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    if before:
+        before()
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+
+
+def call(script, *arguments):
+    """Run scripts/`script` in this process; its exit status."""
+    before, sys.argv = sys.argv, [script, *(str(a) for a in arguments)]
+    try:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    raise AssertionError(f"{script} did not end by sys.exit")
