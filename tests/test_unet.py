@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,7 +23,7 @@ from trainers import UserError, config
 from trainers.augment import augment
 from trainers.data import Picture
 from trainers.draws import Draws
-from trainers.images import Batches, Images, Sample, load_images, mirrored
+from trainers.images import Batches, Images, Sample, from_pairs, load_images, mirrored
 from trainers.metrics import colourfulness, confusion, psnr, sharpness, ssim
 from trainers.pairs import AB, USES, ab_bins, lab, nearest_bin, read_mask
 from trainers.run import run
@@ -643,3 +644,14 @@ def test_colorize_comes_nearer_than_grey(settings, rebalanced):
 def test_restore_comes_nearer_than_what_it_is_shown(settings):
     reached = figures(settings("restore", "objective.noise=0.2"))
     assert reached["psnr"] > reached["psnr_shown"] + 1
+
+
+def test_a_picture_has_the_longest_ending_that_fits_and_no_double(settings, tmp_path):
+    for name in ("a", "a_mask", "b", "b_mask"):
+        Image.new("L", (16, 16)).save(tmp_path / f"{name}.png")
+    final = settings("segment", f"data.image_dir={tmp_path}", "data.image_suffix=")
+    pairs = [(Path(s.picture.name).name, Path(s.target.name).name) for s in from_pairs(final.data)]
+    assert pairs == [("a.png", "a_mask.png"), ("b.png", "b_mask.png")]
+    Image.new("L", (16, 16)).save(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg and a\.png have one name"):
+        from_pairs(final.data)

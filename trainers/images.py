@@ -107,12 +107,14 @@ def found(path: Path) -> Picture:
 
 
 def from_pairs(config: PairsConfig) -> list[Sample]:
-    """Raises: UserError naming pictures and targets that have no partner."""
+    """A file has the longest ending that fits. Raises: UserError for pictures without a partner, or with two."""
     by_end: dict[str, dict[str, Path]] = {config.image_suffix: {}, config.target_suffix: {}}
     for path in image_files(config.image_dir):
-        for end, paths in by_end.items():
-            if path.stem.endswith(end):
-                paths[path.stem.removesuffix(end)] = path
+        if ends := [end for end in by_end if path.stem.endswith(end)]:
+            paths, name = by_end[max(ends, key=len)], path.stem.removesuffix(max(ends, key=len))
+            if name in paths:
+                raise UserError(f"data.image_dir: {paths[name].name} and {path.name} have one name: remove one")
+            paths[name] = path
     images, targets = by_end.values()
     if alone := sorted(images.keys() ^ targets.keys()):
         lacking = config.target_suffix if alone[0] in images else config.image_suffix

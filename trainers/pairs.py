@@ -163,12 +163,12 @@ class Colorize(Use):
         self.inputs, self.outputs = 1, len(ab_bins()) if self.objective.rebalanced else 2
         self.weight: Tensor | None = None
 
-    def prepare(self, train: Images, most: int = 2000) -> None:
+    def prepare(self, train: Images, test: Images | None = None, most: int = 2000) -> None:
         """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to `most` pictures.
 
         Raises: UserError naming a grey picture.
         """
-        for sample in train.samples:
+        for sample in [*train.samples, *(test.samples if test else [])]:
             if sample.picture.grey:
                 raise UserError(f"{sample.picture.name} is grey: to learn colours, every picture must be in colour")
         if self.objective.rebalanced:
@@ -252,9 +252,9 @@ def read_mask(picture: Picture, classes: int) -> Image.Image:
     values = np.unique(array).tolist()
     if classes == 2 and set(values) <= {0, 255}:
         array = array // 255
-    elif wrong := [value for value in values if not 0 <= value < classes and value != IGNORED]:
+    elif wrong := [v for v in values if not 0 <= v < classes and (v != IGNORED or classes == 2)]:
         seen = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-        wanted = f"0 to {classes - 1}, and {IGNORED} for 'ignore'" + (", or 0 and 255 only" if classes == 2 else "")
+        wanted = "0 and 1, or 0 and 255" if classes == 2 else f"0 to {classes - 1}, and {IGNORED} for 'ignore'"
         raise UserError(
             f"{picture.name} has the values {seen}: with objective.classes={classes} a mask holds {wanted}. "
             "JPEG spoils masks: save them as PNG"

@@ -35,7 +35,7 @@ class UNetTask(FromScratch):
         self.masks = self.use.masks
         super().__init__(config, accelerator)
         if isinstance(self.use, Colorize):
-            self.use.prepare(self.train)
+            self.use.prepare(self.train, self.test)
         self.add("unet", UNet(self.use.inputs, self.use.outputs, **dict(config.model)))
         self.adversarial = config.use == "pix2pix" and config.objective.adversarial
         if self.adversarial:
@@ -82,9 +82,8 @@ class UNetTask(FromScratch):
         write_grid(list(sheet.items()), folder / "grid.png")
 
     def example(self) -> str:
-        return (
-            f"y = model(x)  # x: {self.use.inputs} channels in [-1, 1]; scripts/translate.py makes pictures of any size"
-        )
+        noise = ", the last one noise from N(0, 1)" if self.use.noise else ""
+        return f"y = model(x)  # x: {self.use.inputs} channels in [-1, 1]{noise}; or scripts/translate.py RUN PICTURES"
 
     def measure(self) -> dict[str, float | str]:
         """The use's figures over all pixels; of pictures that may be of several sizes, the means of theirs."""

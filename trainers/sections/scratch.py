@@ -181,7 +181,12 @@ class UNetModelConfig(Section):
 
 
 class UNetObjectiveConfig(Section):
-    classes: int = field(2, "segment: number of classes; masks hold 0, 1, ..., and 255 for 'ignore'.", ge=2, le=255)
+    classes: int = field(
+        2,
+        "segment: number of classes; masks hold 0, 1, ... and 255 for 'ignore'; if 2, 0 and 1 or 0 and 255.",
+        ge=2,
+        le=255,
+    )
     dice_weight: float = field(1.0, "segment: weight of the Dice loss beside the cross-entropy.", ge=0)
     rebalanced: bool = field(False, "colorize: classes of colour, rare ones heavier (Zhang et al. 2016).")
     l1_weight: PositiveFloat = field(100.0, "pix2pix: weight of the absolute error beside the adversary's.")
