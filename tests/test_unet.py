@@ -649,7 +649,7 @@ def test_restore_comes_nearer_than_what_it_is_shown(settings):
 def test_a_picture_has_the_longest_ending_that_fits_and_no_double(settings, tmp_path):
     for name in ("a", "a_mask", "b", "b_mask"):
         Image.new("L", (16, 16)).save(tmp_path / f"{name}.png")
-    final = settings("segment", f"data.image_dir={tmp_path}", "data.image_suffix=")
+    final = settings("segment", f"data.image_dir={tmp_path}", "data.image_suffix=''")
     pairs = [(Path(s.picture.name).name, Path(s.target.name).name) for s in from_pairs(final.data)]
     assert pairs == [("a.png", "a_mask.png"), ("b.png", "b_mask.png")]
     Image.new("L", (16, 16)).save(tmp_path / "a.jpg")
