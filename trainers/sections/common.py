@@ -102,6 +102,6 @@ def foreign(config: Config, chosen: str, table: list[tuple[str, str, str]]) -> I
                 yield f"{section}.{name}", f"means nothing to {chosen}, only to {choices}: remove it"
 
 
-def missing(path: str, wish: str, package: str | None) -> Iterator[tuple[str, str]]:
+def missing(path: str, wish: str, package: str | None, how: str = "") -> Iterator[tuple[str, str]]:
     if package and importlib.util.find_spec(package) is None:
-        yield path, f"{wish} needs a package that is not installed: pip install {package}"
+        yield path, f"{wish} needs a package that is not installed: pip install {how}{package}"

