@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ class Draws:
         self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu", count: int = 1
     ) -> None:
         self.seed, self.step, self.rows, self.count, self.device = seed, step, rows, count, torch.device(device)
-        self.streams = [torch.Generator(self.device).manual_seed(mix(seed, step, row)) for row in rows]
+
+    @cached_property
+    def streams(self) -> list[torch.Generator]:
+        return [torch.Generator(self.device).manual_seed(mix(self.seed, self.step, row)) for row in self.rows]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Unit Gaussian of `shape` (B, ...), float32."""
