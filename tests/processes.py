@@ -7,6 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["pytest", "trainers.run", "sklearn.linear_model", "torchmetrics", "processes"])
@@ -42,6 +44,7 @@ def become(script, arguments, log, before, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)  # as in conftest.py: sums in another order are no longer equal to the bit
     if before:
         before()
     sys.argv = [script, *arguments]
