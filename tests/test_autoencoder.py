@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
+from torch.distributions import Normal, kl_divergence
 
 from trainers import UserError, config
-from trainers.autoencoder import anomaly
+from trainers.autoencoder import Autoencoder, anomaly, spoil
+from trainers.draws import Draws
 from trainers.images import floats, load_images
 from trainers.nets import ConvAutoencoder
 from trainers.run import run
@@ -81,3 +84,24 @@ def test_mistakes_in_the_config_are_named(settings, override, message):
 def test_data_that_is_not_there_is_named(settings, override, message):
     with pytest.raises(UserError, match=message):
         run(settings(override))
+
+
+def test_what_is_shown_has_the_noise_that_was_asked_for(settings):
+    final = settings("use=denoise", "objective.noise=0.1")
+    grey = torch.zeros(50, 1, 16, 16)  # far from the ends, where noise is cut
+    noise = spoil(grey, final, Draws(0, 0, range(50))) / 2
+    assert float(noise.std()) == pytest.approx(0.1, rel=0.03)
+
+
+def test_the_variational_loss_is_the_error_and_the_divergence_of_the_posterior(settings):
+    task, batches, _ = Autoencoder.build(
+        settings("model.variational=true", "objective.kl_weight=0.3"), Accelerator(cpu=True)
+    )
+    batch, rng = next(iter(batches(0)))
+    ((_, loss),) = task.losses(batch, rng)
+    x = floats(batch["pixels"])
+    mean, logvar = task.model.posterior(x)
+    posterior = Normal(mean, (logvar / 2).exp())
+    out = task.model.decode(mean + posterior.stddev * Draws(0, 0, rng.rows).normal(mean.shape))
+    divergence = kl_divergence(posterior, Normal(0, 1)).mean()
+    torch.testing.assert_close(loss, (out - x).square().mean() + 0.3 * divergence)
