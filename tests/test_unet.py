@@ -655,3 +655,11 @@ def test_a_picture_has_the_longest_ending_that_fits_and_no_double(settings, tmp_
     Image.new("L", (16, 16)).save(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"a\.jpg and a\.png have one name"):
         from_pairs(final.data)
+
+
+def test_the_loss_of_bins_is_cross_entropy_times_the_weight_of_the_true_one(settings):
+    use = prepared(settings("colorize", "objective.rebalanced=true"))
+    _, y = use.pair(pixels(4, 3, 16, 16), draws(4))
+    prediction, true = torch.randn(4, use.outputs, 16, 16), nearest_bin(y)
+    share = prediction.log_softmax(1).gather(1, true[:, None])[:, 0]
+    torch.testing.assert_close(use.loss(prediction, y), -(use.weight[true] * share).mean())
