@@ -119,6 +119,17 @@ def test_a_picture_and_its_mask_move_alike_and_the_mask_keeps_its_values():
     assert ((moved == 3) == (hills > 128)).float().mean() < 0.8
 
 
+def test_the_batches_of_a_task_keep_the_classes_of_its_masks(blobs, tmp_path, settings):
+    for path in blobs.glob("*_image.png"):
+        shutil.copy(path, tmp_path)
+        mask = np.asarray(Image.open(str(path).replace("_image", "_mask")))
+        Image.fromarray(2 * (mask > 0).astype(np.uint8)).save(tmp_path / path.name.replace("_image", "_mask"))
+    bent = settings("segment", f"data.image_dir={tmp_path}", "objective.classes=3", "data.elastic=3")
+    _, batches, _ = UNetTask.build(bent, Accelerator(cpu=True))
+    ((batch, _),) = batches(0)
+    assert batch["pixels"][:, -1].unique().tolist() == [0, 2]
+
+
 def test_a_rows_changes_depend_on_its_own_draws_alone():
     x, every = pixels(4, 1, 16, 16), ImagesConfig(random_flip=True, random_rotate=True, elastic=2.0)
     assert torch.equal(augment(x[2:3], every, Draws(0, 0, [2])), augment(x, every, draws(4))[2:3])

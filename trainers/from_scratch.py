@@ -48,7 +48,7 @@ class FromScratch(ABC):
             train.gradient_accumulation_steps,
             accelerator.process_index,
             accelerator.num_processes,
-            cls.masks,
+            task.masks,
         )
         return task, batches, task.train.digest
 
