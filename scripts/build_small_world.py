@@ -4,7 +4,6 @@ python scripts/build_small_world.py            (everything, some hours on two co
 python scripts/build_small_world.py judge vae  (some stages)
 """
 
-import argparse
 import io
 import json
 import math
@@ -51,6 +50,7 @@ from small_world.world import (
     rich_thing,
     subject_images,
 )
+from trainers.cli import parser_of
 from trainers.config import load
 from trainers.draws import Draws, mix
 from trainers.families import FAMILIES
@@ -382,7 +382,7 @@ def make_base(family: str, work: Path, assets: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("stages", nargs="*", help="any of: judge vae pictures sd15 sd3 flux; all by default")
     parser.add_argument("--assets", type=Path, default=small_world.ASSETS, help="where the finished world goes")
     arguments = parser.parse_args()

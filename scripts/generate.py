@@ -4,17 +4,16 @@ python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--n
 python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --prompt ...
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from trainers import UserError
-from trainers.cli import exit_status, finished, silence
+from trainers.cli import best_device, exit_status, finished, parser_of, silence
 from trainers.sections import DreamBoothConfig, ModelConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("weights", type=Path, help="a run folder or a LoRA .safetensors file")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--base", help="base model; a run folder knows its own")
@@ -38,9 +37,9 @@ def main() -> None:
     config = config.model_copy(update={"validation": config.validation.model_copy(update=chosen)})
     if arguments.resolution:
         config = config.model_copy(update={"data": config.data.model_copy(update={"resolution": arguments.resolution})})
-    gpu = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
-    family = FAMILIES[config.model.family](config.model, device, torch.bfloat16 if gpu else torch.float32)
+    device = best_device()
+    half = torch.float32 if device.type == "cpu" else torch.bfloat16
+    family = FAMILIES[config.model.family](config.model, device, half)
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
         family.pipe.load_lora_weights(arguments.weights)

@@ -4,15 +4,14 @@ accelerate launch scripts/train.py configs/NAME.yaml [section.key=value ...]
 python scripts/train.py configs/NAME.yaml                                     (one process)
 """
 
-import argparse
 import sys
 
-from trainers.cli import exit_status, silence
+from trainers.cli import exit_status, parser_of, silence
 from trainers.config import load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4")
     arguments = parser.parse_args()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from trainers import UserError
 from trainers.data import Batches, Picture, View, class_pictures, instance_pictures, view
-from trainers.draws import permutation
+from trainers.draws import Share, permutation
 from trainers.sections import DataConfig
 
 GREY = np.add.outer(np.arange(0, 128, 16), np.arange(0, 128, 16)).astype(np.uint8)  # (8, 8)
@@ -326,14 +326,14 @@ VARIED = data(center_crop=False, random_flip=True, caption_dropout=0.3, prior_lo
 
 
 def batches(size=2, accumulation=1, rank=0, world=1, settings=VARIED, pools=POOLS, seed=0):
-    return Batches(pools, Fake(), settings, seed, size, accumulation, rank, world)
+    return Batches(pools, Fake(), settings, Share(seed, size, accumulation, rank, world))
 
 
 def samples(source, step):
     """[(row, moments, prompt length, weight)] of a step, each weight as a share of the step's loss."""
-    found = []
+    found, micros = [], source.share.accumulation * source.share.world
     for batch, rng in source(step):
-        parts = batch["moments"], batch["text"]["text"], batch["weight"] / (source.accumulation * source.world)
+        parts = batch["moments"], batch["text"]["text"], batch["weight"] / micros
         found += zip(rng.rows, *(part.tolist() for part in parts), strict=True)
     return found
 

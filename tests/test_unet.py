@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from kornia.color import lab_to_rgb, rgb_to_lab
+from oracles import check_each_players_step
 from PIL import Image
 from processes import start
 from sklearn.metrics import f1_score, jaccard_score
@@ -22,7 +23,7 @@ from torch import nn
 from trainers import UserError, config
 from trainers.augment import augment
 from trainers.data import Picture
-from trainers.draws import Draws
+from trainers.draws import Draws, Share
 from trainers.images import Batches, Images, Sample, from_pairs, load_images, mirrored
 from trainers.metrics import colourfulness, confusion, psnr, sharpness, ssim
 from trainers.pairs import AB, USES, ab_bins, lab, nearest_bin, read_mask
@@ -149,7 +150,7 @@ def test_crops_are_windows_of_the_picture_and_its_target_and_reach_everywhere():
     """Channels hold the row and the column of each pixel."""
     grid = torch.stack(torch.meshgrid(torch.arange(40), torch.arange(30), indexing="ij")).byte()
     images = Images([Sample(Picture("", bytes, ""))], lambda sample: grid, True, "cpu")
-    batches = Batches(images, PairsConfig(crop=True, resolution=16), 0, 200)
+    batches = Batches(images, PairsConfig(crop=True, resolution=16), Share(0, 200))
     ((batch, _),) = batches(0)
     rows, columns = batch["pixels"].int().unbind(1)
     assert torch.equal(rows, rows[:, :1, :1] + torch.arange(16)[:, None].expand(200, 16, 16))
@@ -290,22 +291,14 @@ def test_the_losses_of_pix2pix_are_its_papers(settings):
     x, y = (batch["pixels"] / 127.5 - 1).split(3, 1)
     made = unet(torch.cat([x, Draws(0, 0, rng.rows).normal((4, 1, 16, 16))], 1))
 
-    def expected(player):
-        real, fake = (critic(torch.cat([x, picture], 1)) for picture in (y, made))
-        losses = {"discriminator": -F.logsigmoid(real).mean() - F.logsigmoid(-fake).mean()}
-        return (losses | {"unet": 7 * F.l1_loss(made, y) - F.logsigmoid(fake).mean()})[player]
+    def score(picture):
+        return critic(torch.cat([x, picture], 1))
 
-    steps = task.losses(batch, rng)
-    for player, module in (("discriminator", critic), ("unet", unet)):
-        named, loss = next(steps)
-        wanted = torch.autograd.grad(expected(player), list(module.parameters()), retain_graph=True)
-        loss.backward()
-        assert named == player
-        torch.testing.assert_close(loss, expected(player))
-        for parameter, gradient in zip(module.parameters(), wanted, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
-        task.players[player].optimizer.step()
-    assert next(steps, None) is None
+    references = {
+        "discriminator": lambda: -F.logsigmoid(score(y)).mean() - F.logsigmoid(-score(made)).mean(),
+        "unet": lambda: 7 * F.l1_loss(made, y) - F.logsigmoid(score(made)).mean(),
+    }
+    check_each_players_step(task, task.losses(batch, rng), references, rtol=1e-3, atol=1e-5)
     assert all(p.requires_grad for p in critic.parameters())
 
 

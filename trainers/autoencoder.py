@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .cli import best_device
 from .draws import Draws
-from .from_scratch import SHOWN, FromScratch, best_device, shape
+from .from_scratch import SHOWN, FromScratch, shape
 from .images import Images, Sample, decode, floats, found, pictures
 from .metrics import psnr, ssim
 from .nets import ConvAutoencoder
@@ -137,7 +138,9 @@ def encode(config: AutoencoderConfig, run: Path, paths: Sequence[Path]) -> dict[
     for first in tqdm(range(0, len(images), 256), unit="batch"):
         x = floats(images.take(range(first, min(first + 256, len(images)))))
         codes.append(model.encode(x))
-        error = (model.decode(codes[-1]).clamp(-1, 1) - x) / 2
-        scores.append(anomaly(model, x, config) if config.use == "anomaly" else error.square().mean((1, 2, 3)))
+        if config.use == "anomaly":
+            scores.append(anomaly(model, x, config))
+        else:
+            scores.append(((model.decode(codes[-1]).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)))
     columns = {"code": torch.cat(codes).cpu().numpy(), "score": torch.cat(scores).cpu().numpy()}
     return {"name": [str(path) for path in paths], **columns}

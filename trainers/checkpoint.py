@@ -30,8 +30,10 @@ IRRELEVANT = {  # what may change between two parts of a run
     "hub": None,
     "train": {"gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"},
     # the pictures and captions themselves are compared instead of where they lie
-    "data": {"instance_data_dir", "image_dir", "dataset_name", "class_data_dir", "cache", "cache_dir", "skip_corrupt"}
-    | {"in_memory"},
+    "data": {
+        *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir"),
+        *("cache", "cache_dir", "in_memory", "skip_corrupt"),
+    },
 }
 
 

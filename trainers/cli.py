@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import Interrupted, UserError
 from .config import parse, validate
 from .sections import Config
+
+if TYPE_CHECKING:
+    import torch
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -34,6 +39,31 @@ def finished(run: Path, kind: str) -> Config:
     if kind != "dreambooth" and not (run / "model").is_dir():
         raise UserError(f"{run} is not finished: it has no model")
     return config
+
+
+def for_pictures(description: str, kind: str, out: str, help: str) -> tuple[argparse.Namespace, Config]:
+    """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's config."""
+    parser = parser_of(description)
+    parser.add_argument("run", type=Path, help=f"the run folder of a {kind}")
+    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
+    parser.add_argument("--out", type=Path, default=Path(out), help=help)
+    arguments = parser.parse_args()
+    config = finished(arguments.run, kind)
+    silence()
+    from .data import files
+
+    arguments.pictures = files(arguments.pictures)
+    return arguments, config
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def best_device() -> torch.device:
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def silence() -> None:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import UserError
-from .draws import Draws, micro_batches, mix, visited
+from .draws import Draws, Share, mix
 from .sections import DataConfig
 
 if TYPE_CHECKING:
@@ -241,8 +241,8 @@ class Encoded(Protocol):
 class Batches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
 
-    A global batch is `accumulation` x `world` micro-batches, each of `batch_size` instance pictures and, with prior
-    preservation (two pools), as many class pictures. Sample weights are 1/n for n instance pictures and
+    A micro-batch has `share.batch_size` instance pictures and, with prior preservation (two pools), as many class
+    pictures. Sample weights are 1/n for n instance pictures and
     prior_loss_weight/m for m class pictures: their weighted sum is the instance mean plus the weighted prior mean
     (Ruiz et al. 2023).
     """
@@ -250,32 +250,27 @@ class Batches:
     pools: Sequence[Sequence[Picture]]
     encoded: Encoded
     config: DataConfig
-    seed: int
-    batch_size: int
-    accumulation: int = 1
-    rank: int = 0
-    world: int = 1
+    share: Share
     device: torch.device | str = "cpu"
 
     @cached_property
     def weight(self) -> Tensor:
         """(B,)"""
-        shares = torch.tensor([1.0, self.config.prior_loss_weight])[: len(self.pools)] / self.batch_size
-        return shares.repeat_interleave(self.batch_size).to(self.device)
+        shares = torch.tensor([1.0, self.config.prior_loss_weight])[: len(self.pools)] / self.share.batch_size
+        return shares.repeat_interleave(self.share.batch_size).to(self.device)
 
     def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
-        total = self.batch_size * self.accumulation * self.world
-        for rows in micro_batches(self.batch_size, self.accumulation, self.rank, self.world):
-            visits = [(p, total * p + row, step * total + row) for p in range(len(self.pools)) for row in rows]
-            draws = Draws(self.seed, step, [row for _, row, _ in visits], self.device, total)
-            yield self.collate(step, visits), draws
+        for rows in self.share.micro_batches():
+            visits = [(pool, row) for pool in range(len(self.pools)) for row in rows]
+            of_all = [self.share.total * pool + row for pool, row in visits]
+            yield self.collate(step, visits), Draws(self.share.seed, step, of_all, self.device, self.share.total)
 
-    def collate(self, step: int, visits: list[tuple[int, int, int]]) -> dict:
+    def collate(self, step: int, visits: list[tuple[int, int]]) -> dict:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
         moments, texts = [], []
-        for pool, row, position in visits:
-            picture = self.pools[pool][visited(self.seed, position, len(self.pools[pool]), pool)]
-            r = random.Random(mix(self.seed, step, row, "data"))
+        for pool, row in visits:
+            picture = self.pools[pool][self.share.visited(step, row, len(self.pools[pool]), pool)]
+            r = random.Random(mix(self.share.seed, step, self.share.total * pool + row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
             texts.append(self.encoded.text("" if dropped else picture.caption))

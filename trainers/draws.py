@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+
+from .sections import TrainConfig
 
 
 def mix(*parts: int | str) -> int:
@@ -51,17 +55,36 @@ class Draws:
         return permutation(mix(self.seed, self.step, pool, "strata"), self.count)[place]
 
 
-def micro_batches(size: int, accumulation: int, rank: int, world: int) -> Iterator[range]:
-    """One process's rows of a global batch of `size` x `accumulation` x `world`, a micro-batch at a time."""
-    for micro in range(accumulation):
-        first = (micro * world + rank) * size
-        yield range(first, first + size)
+@dataclass(frozen=True)
+class Share:
+    """One process's part of the global batches, each of `accumulation` x `world` micro-batches of `batch_size` rows."""
 
+    seed: int
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
 
-def visited(seed: int, position: int, count: int, *pool: int) -> int:
-    """Which of `count` samples stands at `position` of an endless walk that is shuffled anew in each epoch."""
-    epoch, place = divmod(position, count)
-    return permutation(mix(seed, *pool, epoch, "order"), count)[place]
+    @classmethod
+    def of(cls, seed: int, config: TrainConfig, accelerator: Accelerator) -> Share:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return cls(seed, config.train_batch_size, config.gradient_accumulation_steps, rank, world)
+
+    @property
+    def total(self) -> int:
+        """Rows of a global batch."""
+        return self.batch_size * self.accumulation * self.world
+
+    def micro_batches(self) -> Iterator[range]:
+        """The rows of each."""
+        for micro in range(self.accumulation):
+            first = (micro * self.world + self.rank) * self.batch_size
+            yield range(first, first + self.batch_size)
+
+    def visited(self, step: int, row: int, count: int, *pool: int) -> int:
+        """Which of `count` samples that row has: an endless walk through them, shuffled anew in each epoch."""
+        epoch, place = divmod(step * self.total + row, count)
+        return permutation(mix(self.seed, *pool, epoch, "order"), count)[place]
 
 
 @lru_cache(maxsize=8)

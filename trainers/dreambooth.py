@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from . import export, hub
 from .cache import CachedEncoder
 from .data import Batches, class_pictures, image_files, instance_pictures, view
-from .draws import Draws, mix
+from .draws import Draws, Share, mix
 from .families import FAMILIES, Family
 from .loop import make_player
 from .observers import averaged, write_grid
@@ -133,18 +133,8 @@ def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBoot
     names += ["vae"] if config.validation.prompts or not data.cache else []
     family.load(*names, *encoder.live)
     task = DreamBooth(family, encoder, config, accelerator)
-    train = config.train
-    task.batches = Batches(
-        pools,
-        encoder,
-        data,
-        config.seed,
-        train.train_batch_size,
-        train.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-    )
+    share = Share.of(config.seed, config.train, accelerator)
+    task.batches = Batches(pools, encoder, data, share, accelerator.device)
     digest = f"{mix(*(part for picture in pools[0] for part in (picture.digest, picture.caption))):x}"
     return task, task.batches, digest
 

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from . import hub
-from .draws import Draws, mix
+from .draws import Draws, Share, mix
 from .images import Batches, Images, load_images
 from .loop import Observer, Player, make_player
 from .observers import averaged
@@ -39,18 +39,8 @@ class FromScratch(ABC):
     @classmethod
     def build(cls, config: ScratchConfig, accelerator: Accelerator) -> tuple[FromScratch, Batches, str]:
         """The task, its batches and a digest of its data."""
-        task, train = cls(config, accelerator), config.train
-        batches = Batches(
-            task.train,
-            config.data,
-            config.seed,
-            train.train_batch_size,
-            train.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-            task.masks,
-        )
-        return task, batches, task.train.digest
+        task, share = cls(config, accelerator), Share.of(config.seed, config.train, accelerator)
+        return task, Batches(task.train, config.data, share, task.masks), task.train.digest
 
     def load(self, held_out: bool) -> Images | None:
         return load_images(self.config.data, self.device, held_out)
@@ -107,7 +97,3 @@ class FromScratch(ABC):
 
 def shape(config: ScratchConfig) -> str:
     return f"(B, {config.data.channels}, {config.data.resolution}, {config.data.resolution}) in [-1, 1]"
-
-
-def best_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

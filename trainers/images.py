@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from . import UserError
 from .augment import augment
 from .data import Picture, encoded, image_files, open_dataset
-from .draws import Draws, micro_batches, mix, visited
+from .draws import Draws, Share, mix
 from .sections import ImagesConfig, PairsConfig
 
 Reader = Callable[[Picture], Image.Image]
@@ -172,28 +172,23 @@ class Batches:
 
     images: Images
     config: ImagesConfig
-    seed: int
-    batch_size: int
-    accumulation: int = 1
-    rank: int = 0
-    world: int = 1
+    share: Share
     masks: int = 0
 
     def __call__(self, step: int) -> Iterator[tuple[dict[str, Tensor], Draws]]:
-        total = self.batch_size * self.accumulation * self.world
-        for rows in micro_batches(self.batch_size, self.accumulation, self.rank, self.world):
-            chosen = [visited(self.seed, step * total + row, len(self.images)) for row in rows]
+        for rows in self.share.micro_batches():
+            chosen = [self.share.visited(step, row, len(self.images)) for row in rows]
             if self.config.side is None:
                 pixels = torch.stack([self.crop(step, row, i) for row, i in zip(rows, chosen, strict=True)])
             else:
                 pixels = self.images.take(chosen)
-            rng = Draws(self.seed, step, rows, self.images.device, total)
+            rng = Draws(self.share.seed, step, rows, self.images.device, self.share.total)
             labels = self.images.labels[torch.tensor(chosen, device=self.images.device)]
             yield {"pixels": augment(pixels, self.config, rng, self.masks), "label": labels}, rng
 
     def crop(self, step: int, row: int, chosen: int) -> Tensor:
         """(C, S, S) at a random place; what is smaller is mirrored at its edges."""
-        side, r = self.config.resolution, random.Random(mix(self.seed, step, row, "crop"))
+        side, r = self.config.resolution, random.Random(mix(self.share.seed, step, row, "crop"))
         pixels = mirrored(self.images[chosen][None], side, side)[0]
         top, left = (r.randrange(length - side + 1) for length in pixels.shape[1:])
         return pixels[:, top : top + side, left : left + side]

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .draws import Draws, mix
+from .draws import Draws, Share, mix
 from .images import Batches, Images, floats
 from .loop import Player, train
 from .nets import Classifier
@@ -117,7 +117,7 @@ def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, see
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
     task = Reading(images, seed, optimizer)
-    batches, rate = Batches(images, config, seed, 64), make_rate(optimizer, steps)
+    batches, rate = Batches(images, config, Share(seed, 64)), make_rate(optimizer, steps)
     with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
         observe = [lambda step, means: bar.update()]
         train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate, observe)
@@ -136,23 +136,21 @@ def distances(made: Tensor, true: Tensor, net: nn.Module) -> dict[str, float]:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    a, b = (torch.cat([net(part) for part in x.split(500)]) for x in (made, true))
+    given = nn.Identity()
+    given.num_features = a.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that features are kept
         alone = {"sync_on_compute": False}  # one process measures
-        fid = FrechetInceptionDistance(net, **alone)
-        kid = KernelInceptionDistance(net, 20, min(1000, len(made), len(true)), **alone)
-    for x, real in ((true, True), (made, False)):
-        for part in x.split(500):
-            fid.update(part, real)
-            kid.update(part, real)
+        fid = FrechetInceptionDistance(given, **alone)
+        kid = KernelInceptionDistance(given, 20, min(1000, len(a), len(b)), **alone)
+    for metric in (fid, kid):
+        metric.update(b, real=True)
+        metric.update(a, real=False)
     torch.manual_seed(0)  # of the subsets
-    a, b = (torch.cat([net(part) for part in x[:5000].split(500)]) for x in (made, true))
-    return {
-        "fid": float(fid.compute()),
-        "kid": float(kid.compute()[0]),
-        "precision": inside(a, b),
-        "recall": inside(b, a),
-    }
+    figures = {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
+    a, b = a[:5000], b[:5000]
+    return figures | {"precision": inside(a, b), "recall": inside(b, a)}
 
 
 def inside(a: Tensor, b: Tensor, k: int = 3) -> float:

@@ -117,11 +117,12 @@ class Checkpoint:
     def __init__(self, task: Task, config: Config, accelerator: Accelerator, facts: dict) -> None:
         self.task, self.config, self.accelerator, self.facts = task, config, accelerator, facts
         self.signal: int | None = None
+        self.done = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        if self.signal:  # a second signal does not wait
+        if self.signal or self.done:  # a second signal does not wait, nor is there another step to wait for
             raise Interrupted(number)
         self.signal = number
 
@@ -132,6 +133,7 @@ class Checkpoint:
             save_checkpoint(root, step, self.task, self.accelerator, self.facts, limit)
         if self.signal:
             raise Interrupted(self.signal)
+        self.done = last
 
 
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from .cli import best_device
 from .draws import Draws
-from .from_scratch import SHOWN, FromScratch, best_device
+from .from_scratch import SHOWN, FromScratch
 from .gan import LOSSES, frozen
 from .images import Images, found, load_images, mirrored, pictures
 from .nets import PatchDiscriminator, UNet

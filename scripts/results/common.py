@@ -3,17 +3,20 @@
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
+from trainers.cli import parser_of
 from trainers.config import load
 from trainers.run import run
 
 
 def arguments(description: str, data: str, **more: dict) -> argparse.Namespace:
     """more: other options, each with the keywords of `add_argument`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(description)
     parser.add_argument("--data", default=data, help="Hub name, or a folder")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder for the runs")
     for name, keywords in more.items():
@@ -23,18 +26,13 @@ def arguments(description: str, data: str, **more: dict) -> argparse.Namespace:
 
 def train(config: str, folder: Path, *overrides: str) -> tuple[dict, float]:
     """Figures of a run, and the seconds of its training steps; a finished one is read again."""
+    settings = load(f"configs/{config}.yaml", [f"output_dir={folder}", *overrides])
     if not (folder / "figures.json").exists():
-        run(load(f"configs/{config}.yaml", [f"output_dir={folder}", *overrides]))
+        run(settings)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    batch = torch.tensor([row["step"] for row in rows]).diff(prepend=torch.zeros(1)) * batch_size(folder)
-    rate = torch.tensor([row["images_per_second"] for row in rows])
-    return json.loads((folder / "figures.json").read_text()), float((batch / rate).sum())
-
-
-def batch_size(folder: Path) -> int:
-    from trainers.config import parse
-
-    return parse((folder / "config.yaml").read_text())["train"]["train_batch_size"]
+    steps = torch.tensor([row["step"] for row in rows]).diff(prepend=torch.zeros(1))
+    rate = torch.tensor([row["images_per_second"] for row in rows]) / settings.train.train_batch_size
+    return json.loads((folder / "figures.json").read_text()), float((steps / rate).sum())
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
@@ -42,12 +40,12 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + " |")
 
 
-class Clock:
-    """`until(seconds)` of work: an endless count of steps that ends with the time."""
+def endless(loader: Iterable) -> Iterator:
+    while True:
+        yield from loader
 
-    @staticmethod
-    def until(seconds: float):
-        start, step = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            yield step
-            step += 1
+
+def during(seconds: float, loader: Iterable) -> Iterator:
+    """Its batches, again and again, until the time is up."""
+    end = time.perf_counter() + seconds
+    return takewhile(lambda batch: time.perf_counter() < end, endless(loader))

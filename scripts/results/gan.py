@@ -12,7 +12,7 @@ import sys
 import warnings
 
 import torch
-from common import Clock, arguments, print_table, train
+from common import arguments, during, print_table, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -96,13 +96,8 @@ def tutorial(pixels: torch.Tensor, width: int, seed: int, seconds: float, count:
             nn.init.normal_(module.weight, 1, 0.02)
     players = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (discriminator, generator)]
     loss, loader = nn.BCEWithLogitsLoss(), DataLoader(TensorDataset(pixels), 128, shuffle=True, drop_last=True)
-    batches = iter(loader)
-    for _ in Clock.until(seconds):
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(loader)
-            batch = next(batches)
-        real = floats(batch[0])
+    for (batch,) in during(seconds, loader):
+        real = floats(batch)
         ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
         players[0].zero_grad()
         loss(discriminator(real), ones).backward()

@@ -1,6 +1,7 @@
 """ISBI 2012: membranes by our U-Net and by a plain tutorial recipe, the same seconds each, 5 folds (docs/results.md).
 
-python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4] [--steps 150] [--rate 1e-4]
+python scripts/results/segment.py --data FOLDER [--out runs/results] [--folds 0 1 2 3 4] [--steps 150]
+    [--rate 1e-4] [--patience 1]
 
 The plain recipe: U-Net with batch norm and ReLU, as wide as ours at the first level, transposed convolutions, Adam at
 1e-4, cross-entropy, batches of 4 crops of 256 pixels, flips, the whole picture at the end.
@@ -11,7 +12,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import Clock, arguments, print_table, train
+from common import arguments, during, print_table, train
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +20,7 @@ from trainers.cli import exit_status, silence
 from trainers.config import load
 from trainers.images import Images, load_images, pictures
 from trainers.metrics import confusion
+from trainers.nets import UNet
 from trainers.observers import write_grid
 from trainers.pairs import IGNORED, USES
 
@@ -26,18 +28,21 @@ from trainers.pairs import IGNORED, USES
 def main() -> None:
     folds = {"type": int, "nargs": "+", "default": list(range(5))}
     rate = {"type": float, "default": 1e-4, "help": "of the plain recipe"}
-    chosen = arguments(__doc__, "data/isbi2012", folds=folds, rate=rate, steps={"type": int, "default": 150})
+    patience = {"type": float, "default": 1, "help": "times our seconds that the plain recipe has"}
+    steps = {"type": int, "default": 150}
+    chosen = arguments(__doc__, "data/isbi2012", folds=folds, rate=rate, patience=patience, steps=steps)
     silence()
     rows = []
     for fold in chosen.folds:
         source = [f"data.image_dir={chosen.data}", f"data.fold={fold}", f"train.max_train_steps={chosen.steps}"]
         figures, seconds = train("unet_segment", chosen.out / f"segment_fold{fold}", *source)
         config = load("configs/unet_segment.yaml", source)
-        path = chosen.out / f"segment_tutorial{chosen.rate:g}_fold{fold}.json"
+        path = chosen.out / f"segment_tutorial{chosen.rate:g}_x{chosen.patience:g}_fold{fold}.json"
         if not path.exists():
             reader = USES["segment"](config).target
             learnt, held_out = (load_images(config.data, "cpu", part, reader) for part in (False, True))
-            path.write_text(json.dumps(tutorial(learnt, held_out, config.model.width, chosen.rate, seconds, path)))
+            time = chosen.patience * seconds
+            path.write_text(json.dumps(tutorial(learnt, held_out, config.model.width, chosen.rate, time, path)))
         plain = json.loads(path.read_text())
         keys = ("dice_0", "iou_0", "pixel_error")
         rows.append([fold, round(seconds), *(figures[key] for key in keys), *(plain[key] for key in keys)])
@@ -65,15 +70,16 @@ class Crops(Dataset):
         return pixels[:1] / 255, pixels[1].long()
 
 
-class PlainUNet(nn.Module):
+class PlainUNet(UNet):
+    """The same way down and up through other blocks."""
+
     def __init__(self, width: int, levels: int = 5) -> None:
-        super().__init__()
+        super().__init__(1, 2, width, levels)
         widths = [width * 2**i for i in range(levels)]
         self.down = nn.ModuleList(self.double(a, b) for a, b in zip([1, *widths], widths, strict=False))
         back = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, 2) for a, b in back)
         self.up = nn.ModuleList(self.double(a, b) for a, b in back)
-        self.out = nn.Conv2d(width, 2, 1)
 
     @staticmethod
     def double(a: int, b: int) -> nn.Sequential:
@@ -82,29 +88,13 @@ class PlainUNet(nn.Module):
             layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skips = []
-        for i, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if i else x)
-            skips.append(x)
-        skips.pop()
-        for enlarge, block in zip(self.enlarge, self.up, strict=True):
-            x = block(torch.cat([skips.pop(), enlarge(x)], 1))
-        return self.out(x)
-
 
 def tutorial(learnt: Images, held_out: Images, width: int, rate: float, seconds: float, path) -> dict[str, float]:
     torch.manual_seed(0)
     model = PlainUNet(width)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     loader = DataLoader(Crops(learnt, 256), 4, shuffle=True, drop_last=True)
-    batches = iter(loader)
-    for _ in Clock.until(seconds):
-        batch = next(batches, None)
-        if batch is None:
-            batches = iter(loader)
-            batch = next(batches)
-        x, y = batch
+    for x, y in during(seconds, loader):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

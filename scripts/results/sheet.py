@@ -3,16 +3,17 @@
 python scripts/results/sheet.py [--out runs/results]
 """
 
-import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from trainers.cli import parser_of
 
 HEIGHT = 320
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs")
     folder = parser.parse_args().out
     digits, colours = grid(folder / "gan_seed0"), grid(folder / "colorize_regression")

@@ -6,11 +6,11 @@ The plain loops have the same networks, losses and Adam, a DataLoader over `data
 "memory": the same over pictures decoded beforehand. A round is one seed; what is shown are medians.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import print_table
+from common import endless, print_table
 from PIL import Image
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
-from trainers.cli import exit_status, silence
+from trainers.cli import exit_status, parser_of, silence
 from trainers.config import load
 from trainers.images import Images
 from trainers.loop import train
@@ -34,7 +34,7 @@ Loop = Callable[[ScratchConfig, DataLoader, int], list[torch.Tensor]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--mnist", default="ylecun/mnist", help="Hub name, or a folder")
     parser.add_argument("--isbi", type=Path, default=Path("data/isbi2012"), help="folder")
     parser.add_argument("--rounds", type=int, default=3)
@@ -166,22 +166,12 @@ def clip(model: torch.nn.Module, config: ScratchConfig) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
 
 
-def endless(loader: DataLoader, steps: int):
-    done = 0
-    while True:
-        for batch in loader:
-            if done == steps:
-                return
-            done += 1
-            yield batch
-
-
 def autoencoder(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
     from trainers.nets import ConvAutoencoder
 
     model, losses = ConvAutoencoder(1, 28, **dict(config.model)), []
     optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate, weight_decay=0)
-    for x in endless(loader, steps):
+    for x in islice(endless(loader), steps):
         optimizer.zero_grad()
         loss = F.mse_loss(model(x)[0], x)
         loss.backward()
@@ -198,7 +188,7 @@ def adversaries(config: ScratchConfig, loader: DataLoader, steps: int) -> list[t
     generator, discriminator = Generator(width=width, latent_dim=latent), Discriminator(width=width)
     rate, betas = config.optimizer.learning_rate, config.optimizer.betas
     players = [torch.optim.AdamW(n.parameters(), rate, betas, weight_decay=0) for n in (discriminator, generator)]
-    for x in endless(loader, steps):
+    for x in islice(endless(loader), steps):
         ones, zeros = torch.ones(len(x)), torch.zeros(len(x))
         players[0].zero_grad()
         F.binary_cross_entropy_with_logits(discriminator(x), ones).backward()
@@ -221,7 +211,7 @@ def segment(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch
 
     model, use, losses = UNet(1, 2, **dict(config.model)), USES["segment"](config), []
     optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate)
-    for pair in endless(loader, steps):
+    for pair in islice(endless(loader), steps):
         optimizer.zero_grad()
         loss = use.loss(model(pair[:, :1]), (pair[:, 1] > 0).long())
         loss.backward()

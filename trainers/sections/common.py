@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field("adamw", "Optimiser.")
     learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
     text_encoder_lr: float | None = field(None, "Learning rate of the text encoder; null means learning_rate.", ge=0)
-    betas: tuple[Share, Share] = field((0.9, 0.999), "Adam's running averages.")
+    betas: tuple[Fraction, Fraction] = field((0.9, 0.999), "Adam's running averages.")
     weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
     eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
     lr_scheduler: Literal[

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .common import Config, OptimizerConfig, Section, Share, ValidationConfig, field, foreign, missing
+from .common import Config, Fraction, OptimizerConfig, Section, ValidationConfig, field, foreign, missing
 
 
 class ImagesConfig(Section):
@@ -135,7 +135,7 @@ class GanObjectiveConfig(Section):
 class GanOptimizerConfig(OptimizerConfig):
     learning_rate: float = field(1e-3, "Peak learning rate.", ge=0)
     discriminator_lr: float | None = field(None, "Of the discriminator; null means learning_rate.", ge=0)
-    betas: tuple[Share, Share] = field((0.0, 0.99), "Adam's running averages.")
+    betas: tuple[Fraction, Fraction] = field((0.0, 0.99), "Adam's running averages.")
     weight_decay: float = field(0.0, "Decoupled weight decay.", ge=0)
 
 
