@@ -23,6 +23,7 @@ from .loop import Means
 from .metrics import Inception, MobileNet, OwnClasses, classify, distances, train_classifier
 from .nets import Classifier, Discriminator, Generator
 from .observers import averaged, write_grid
+from .plots import write_film
 from .sections import GanConfig
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -114,10 +115,15 @@ class Gan(FromScratch):
 
     @torch.no_grad()
     def make(self, rows: range) -> Tensor:
-        """Picture i of the run, always from the same z; with classes, they take turns."""
-        rng = Draws(self.config.seed, -1, rows, self.device)
-        label = torch.tensor(rows, device=self.device) % max(1, self.model.config.classes)
-        return self.model(rng.normal((len(rows), self.config.model.latent_dim)), label)
+        """Picture i of the run, always from the same z."""
+        return self.model(self.z(rows), self.label(rows))
+
+    def z(self, rows: range, step: int = -1) -> Tensor:
+        return Draws(self.config.seed, step, rows, self.device).normal((len(rows), self.config.model.latent_dim))
+
+    def label(self, rows: range) -> Tensor:
+        """Classes take turns."""
+        return torch.tensor(rows, device=self.device) % max(1, self.model.config.classes)
 
     def sample(self, folder: Path) -> None:
         """Always from the same z."""
@@ -127,7 +133,15 @@ class Gan(FromScratch):
     def finish(self) -> None:
         super().finish()
         with averaged(self):
-            write_walk(self, self.config.output_dir / "samples" / "final" / "walk.gif")
+            write_film(self.walk(), self.config.output_dir / "samples" / "final" / "walk.gif")
+
+    @torch.no_grad()
+    def walk(self, count: int = 16, legs: int = 4, frames: int = 10) -> Iterator[list[Image.Image]]:
+        """So many pictures, each on its way from one z to the next along a great circle, and at last to the first."""
+        label = self.label(range(count))
+        for a, b in pairwise(self.z(range(count), -2 - leg % legs) for leg in range(legs + 1)):
+            for angle in torch.linspace(0, torch.pi / 2, frames + 1)[:-1]:
+                yield pictures(self.model(a * angle.cos() + b * angle.sin(), label))
 
     def example(self) -> str:
         label = f", torch.arange(10) % {self.model.config.classes}" if self.config.model.conditional else ""
@@ -137,11 +151,8 @@ class Gan(FromScratch):
         """Made pictures against as many test pictures: see `metrics.distances`; and, of a classifier, `balance`."""
         kind = self.config.validation.features
         classifier = train_classifier(self.train, self.config.data) if kind == "classifier" else None
-        net = (
-            OwnClasses(classifier, self.test)
-            if classifier
-            else {"mobilenet": MobileNet, "inception": Inception}[kind]()
-        )
+        kinds = {"mobilenet": MobileNet, "inception": Inception}
+        net = OwnClasses(classifier, self.test) if classifier else kinds[kind]()
         count = min(MEASURED, len(self.test))
         made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
         figures = {"features": net.name, **distances(made, floats(self.test.take(range(count))), net.to(self.device))}
@@ -186,25 +197,3 @@ class Watch:
         if name not in self.warned:
             self.warned.add(name)
             warnings.warn(message, FailureWarning, stacklevel=2)
-
-
-def write_walk(task: Gan, path: Path, tiles: int = 4, legs: int = 4, frames: int = 10, side: int = 64) -> None:
-    """A GIF of `tiles` x `tiles` pictures, each on its way from one z to the next along a great circle."""
-    count, latent = tiles * tiles, task.config.model.latent_dim
-    sheets, label = [], torch.arange(count, device=task.device) % max(1, task.model.config.classes)
-    z = [
-        Draws(task.config.seed, -2 - leg % legs, range(count), task.device).normal((count, latent))
-        for leg in range(legs + 1)
-    ]
-    for a, b in pairwise(z):
-        for angle in torch.linspace(0, torch.pi / 2, frames + 1)[:-1]:
-            with torch.no_grad():
-                made = pictures(task.model(a * angle.cos() + b * angle.sin(), label))
-            sheet = Image.new("RGB", (tiles * side, tiles * side))
-            for i, picture in enumerate(made):
-                sheet.paste(
-                    picture.resize((side, side), Image.Resampling.NEAREST), (i % tiles * side, i // tiles * side)
-                )
-            sheets.append(sheet)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)

@@ -1,9 +1,12 @@
-"""Plots."""
+"""Plots and films."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 
@@ -23,3 +26,16 @@ def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
     axes.set(xticks=[], yticks=[], title="codes of test pictures")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def write_film(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
+    """A GIF that goes round; the pictures of a frame are tiles of a square."""
+    sheets = []
+    for pictures in frames:
+        across = math.isqrt(len(pictures))
+        sheets.append(sheet := Image.new("RGB", (across * side, across * side)))
+        for i, picture in enumerate(pictures):
+            tile = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (i % across * side, i // across * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)
