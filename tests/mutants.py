@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # a file under trainers/, or its folder, to the tests that should notice
     "objectives.py": ["test_objectives.py"],
-    "draws.py": ["test_objectives.py"],
+    "draws.py": ["test_objectives.py", "test_data.py"],
     "data.py": ["test_data.py", "test_families.py"],
     "families": ["test_families.py"],
     "lora.py": ["test_families.py"],
@@ -70,7 +70,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("objectives.py", "debiased without root", "snr.clamp(min=1e-3).sqrt() / scale", "snr.clamp(min=1e-3) / scale"),
     ("objectives.py", "v's sign", "return signal * eps - noise * x0", "return noise * x0 - signal * eps"),
     # Draws
-    ("draws.py", "a row's stream by its place", "for row in rows]", "for row in range(len(rows))]"),
+    ("draws.py", "a row's stream by its place", "for row in self.rows]\n\n", "for row in range(len(self.rows))]\n\n"),
     ("draws.py", "pools in the same parts", 'self.step, pool, "strata"', 'self.step, "strata"'),
     ("draws.py", "parts in order", "self.count)[place]", "self.count)[place] * 0 + place"),
     # Families

@@ -49,7 +49,8 @@ class FromScratch(ABC):
         settings = self.config.optimizer
         groups = [{"params": list(module.parameters()), "lr": settings.learning_rate if lr is None else lr}]
         decay = self.config.train.ema_decay if average else None
-        if self.device.type != "cpu":  # there, group norm makes it a fifth slower
+        grouped = any(isinstance(part, nn.GroupNorm) for part in module.modules())
+        if self.device.type != "cpu" or not grouped:  # on a CPU convolutions are faster so, group norm is slower
             module = module.to(memory_format=torch.channels_last)
         self.players[name] = make_player(module, groups, settings, decay, self.accelerator)
 
