@@ -7,9 +7,7 @@ python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-
 import sys
 from pathlib import Path
 
-from trainers import UserError
-from trainers.cli import best_device, exit_status, finished, parser_of, silence
-from trainers.sections import DreamBoothConfig, ModelConfig
+from trainers.cli import best_device, described, exit_status, parser_of, silence
 
 
 def main() -> None:
@@ -30,8 +28,9 @@ def main() -> None:
 
     from trainers.dreambooth import write_samples
     from trainers.families import FAMILIES
+    from trainers.lora_files import WEIGHT_NAME, load_lora
 
-    config = settings(arguments.weights, arguments.base)
+    config = described(arguments.weights, arguments.base)
     chosen = {k: getattr(arguments, k) for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")}
     chosen = {"prompts": arguments.prompt} | {k: v for k, v in chosen.items() if v is not None}
     config = config.model_copy(update={"validation": config.validation.model_copy(update=chosen)})
@@ -42,41 +41,11 @@ def main() -> None:
     family = FAMILIES[config.model.family](config.model, device, half)
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
-        family.pipe.load_lora_weights(arguments.weights)
+        weights = arguments.weights
+        load_lora(family, weights / WEIGHT_NAME if (weights / WEIGHT_NAME).is_file() else weights)
     family.compress()
     write_samples(family, config, arguments.out)
     print(arguments.out / "grid.png")
-
-
-def settings(weights: Path, base: str | None) -> DreamBoothConfig:
-    """The run's own config, or the defaults for a bare LoRA file on `base`."""
-    if (weights / "config.yaml").is_file():
-        config = finished(weights, "dreambooth")
-        base = base or (None if config.lora else str(weights / "pipeline"))
-    elif weights.is_file() and base:
-        config = DreamBoothConfig(model=ModelConfig(family=family_of(base)))
-    else:
-        raise UserError(f"{weights} is neither a run folder nor a LoRA file; a file needs --base MODEL beside it")
-    if base:
-        model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
-        config = config.model_copy(update={"model": config.model.model_copy(update=model)})
-    return config
-
-
-def family_of(base: str) -> str:
-    """The family of a base model, by its pipeline's class."""
-    from diffusers import DiffusionPipeline
-
-    from trainers.families import FAMILIES
-
-    try:
-        kind = DiffusionPipeline.load_config(base)["_class_name"]
-    except OSError as error:
-        raise UserError(f"--base {base}: no pipeline there ({error})") from None
-    for name, family in FAMILIES.items():
-        if family.pipeline.__name__ == kind:
-            return name
-    raise UserError(f"--base {base} is a {kind}, which no family here uses")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import Interrupted, UserError
 from .config import parse, validate
-from .sections import Config
+from .sections import Config, DreamBoothConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,41 @@ def finished(run: Path, kind: str) -> Config:
     if kind != "dreambooth" and not (run / "model").is_dir():
         raise UserError(f"{run} is not finished: it has no model")
     return config
+
+
+def described(weights: Path, base: str | None) -> DreamBoothConfig:
+    """A run's own config, or the defaults for a LoRA file, a PEFT folder or a tuned pipeline on `base`."""
+    if (weights / "config.yaml").is_file():
+        config = finished(weights, "dreambooth")
+        base = base or (None if config.lora else str(weights / "pipeline"))
+    elif base and (weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)):
+        config = DreamBoothConfig(model=ModelConfig(family=family_of(base)))
+    else:
+        raise UserError(f"{weights} is neither a run folder nor a LoRA file; a file needs --base MODEL beside it")
+    if base:
+        model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
+        config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    return config
+
+
+def is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def family_of(base: str) -> str:
+    """The family of a base model, by its pipeline's class."""
+    from diffusers import DiffusionPipeline
+
+    from .families import FAMILIES
+
+    try:
+        kind = DiffusionPipeline.load_config(base)["_class_name"]
+    except OSError as error:
+        raise UserError(f"--base {base}: no pipeline there ({error})") from None
+    for name, family in FAMILIES.items():
+        if family.pipeline.__name__ == kind:
+            return name
+    raise UserError(f"--base {base} is a {kind}, which no family here uses")
 
 
 def for_pictures(description: str, kind: str, out: str, help: str) -> tuple[argparse.Namespace, Config]:

@@ -83,7 +83,7 @@ class DreamBooth:
     def save(self, folder: Path) -> None:
         """LoRA weights, or the whole pipeline when all weights train."""
         if self.config.lora:
-            export.save_lora(self.family, self.encoder.train, folder)
+            export.save_lora(self.family, self.encoder.train, folder, self.config)
         else:
             export.save_pipeline(self.family, self.encoder.train, folder / "pipeline")
 

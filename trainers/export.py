@@ -1,24 +1,29 @@
-"""The file that leaves home: LoRA in diffusers' format with its scale folded in, and the proof that it reloads."""
+"""The files of a run that leave home, with LoRA's scale folded in, and the proof that they reload."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from .cache import CachedEncoder
 from .families import FAMILIES, Family
+from .formats import from_peft
+from .lora_files import KOHYA_NAME, WEIGHT_NAME, distance, header_of, layers_of, read_lora, text_prefix, write_kohya
 from .sections import DreamBoothConfig
 
 Encode = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name and a prompt to its outputs
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the reloaded output, relative L2
+ARCHITECTURE = {"sd15": "stable-diffusion-v1", "sd3": "stable-diffusion-3-5", "flux": "flux-1-dev"}  # modelspec's names
 
 
 class ExportError(RuntimeError):
@@ -47,23 +52,39 @@ def lora_metadata(module: nn.Module) -> dict:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def text_prefix(module: nn.Module) -> str:
-    """transformers 5 dropped the level `text_model.` of CLIPTextModel, which ComfyUI and kohya's readers need."""
-    return (
-        "text_model." if isinstance(module, CLIPTextModel) and "text_model" not in dict(module.named_children()) else ""
-    )
-
-
-def save_lora(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors, aside first and then renamed."""
-    layers = {}
+def save_lora(family: Family, text_encoders: Sequence[str], folder: Path, config: DreamBoothConfig) -> None:
+    """Write pytorch_lora_weights.safetensors, and kohya's if the config wants it, aside first and then renamed."""
+    packed, state, facts = {}, {}, header(config)
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
-        layers[f"{name}_lora_layers"] = lora_state(module, text_prefix(module))
-        layers[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
+        packed[f"{name}_lora_layers"] = own = lora_state(module, text_prefix(module))
+        packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
+        state |= {f"{name}.{key}": value for key, value in own.items()}
     with TemporaryDirectory(dir=folder) as aside:
-        family.pipeline.save_lora_weights(aside, **layers)
-        (Path(aside) / WEIGHT_NAME).replace(folder / WEIGHT_NAME)
+        file = Path(aside) / WEIGHT_NAME
+        family.pipeline.save_lora_weights(aside, **packed)
+        save_file(load_file(file), file, header_of(file) | facts)
+        file.replace(folder / WEIGHT_NAME)
+        if config.kohya:
+            write_kohya(from_peft(state, {}), layers_of(family), config.model.family, Path(aside) / KOHYA_NAME, facts)
+            (Path(aside) / KOHYA_NAME).replace(folder / KOHYA_NAME)
+
+
+def header(config: DreamBoothConfig) -> dict[str, str]:
+    """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat it."""
+    model, size = config.model, config.data.resolution
+    packages = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{ARCHITECTURE[model.family]}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": config.output_dir.name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.date": date.today().isoformat(),
+        "modelspec.trigger_phrase": config.data.instance_prompt or "",
+        "diffusion_trainers.config": config.model_dump_json(exclude={"hub", "tracking", "checkpoint"}),
+        "diffusion_trainers.versions": json.dumps({name: version(name) for name in packages}),
+    }
 
 
 def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
@@ -99,6 +120,10 @@ def prove(
     if config.lora:
         fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
         check_keys(fresh, (fresh.denoiser_name, *encoder.train), folder / WEIGHT_NAME)
+    if config.kohya:
+        far = distance(read_lora(folder / WEIGHT_NAME, fresh), read_lora(folder / KOHYA_NAME, fresh))
+        if not far <= TOLERANCE[torch.float32]:
+            raise ExportError(f"{KOHYA_NAME} reads back as other updates: relative difference {far:.2e}")
     fresh.compress()
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
@@ -127,11 +128,19 @@ class Family(ABC):
     def scheduler(self) -> SchedulerMixin:
         return self.pipe.scheduler
 
-    def config_of(self, part: str) -> dict:
-        """A model's settings, with the defaults that its file leaves out (SD1.5's leaves out `scaling_factor`)."""
-        kind = getattr(diffusers, self.parts[part][1])
+    def skeleton(self, part: str) -> nn.Module:
+        """A model without weights."""
+        library, kind = self.parts[part]
         with torch.device("meta"):
-            return kind.from_config(kind.load_config(self.folder, subfolder=part)).config
+            if library == "diffusers":
+                kind = getattr(diffusers, kind)
+                return kind.from_config(kind.load_config(self.folder, subfolder=part))
+            kind = getattr(transformers, kind)
+            return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
+
+    def config_of(self, part: str) -> dict:
+        """A diffusers model's settings, with the defaults that its file leaves out."""
+        return self.skeleton(part).config
 
     @cached_property
     def vae_config(self) -> dict:

@@ -41,6 +41,9 @@ class LoraConfig(Section):
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field("gaussian", "How lora_A starts.")
     use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    kohya: bool | None = field(
+        None, "Also write the file that ComfyUI, A1111 and sd-scripts read; null: for SD1.5, where they need it."
+    )
 
 
 class DataConfig(Section):
@@ -132,6 +135,13 @@ class DreamBoothConfig(Config):
     train: DreamBoothTrainConfig = DreamBoothTrainConfig()
     validation: PromptsConfig = PromptsConfig()
 
+    @property
+    def kohya(self) -> bool:
+        """Whether a kohya file is written."""
+        if self.lora is None or self.lora.kohya is not None:
+            return self.lora is not None and self.lora.kohya
+        return self.model.family == "sd15" and not self.lora.use_dora
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         data, model = self.data, self.model
@@ -163,6 +173,8 @@ class DreamBoothConfig(Config):
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
         if self.optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
             yield "optimizer.text_encoder_lr", "the text encoder does not train: set train.train_text_encoder: true"
+        if self.lora and self.lora.use_dora and self.lora.kohya:
+            yield "lora.kohya", "kohya's file holds plain LoRA: drop this or lora.use_dora"
         if self.lora and self.lora.use_dora and self.train.train_text_encoder:
             yield "lora.use_dora", "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
         if isinstance(self.lora and self.lora.target_modules, str):

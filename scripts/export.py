@@ -1,0 +1,69 @@
+"""Write a trained LoRA in another program's format, at a lower rank, or into the weights of its base.
+
+python scripts/export.py RUN --format kohya                     for ComfyUI, A1111, sd-scripts
+python scripts/export.py LORA.safetensors --base MODEL --rank 4 [--format diffusers]
+python scripts/export.py RUN --format merged --out FOLDER       a whole pipeline, which needs no LoRA reader
+python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16  what its training added to the base, as LoRA
+"""
+
+import sys
+from pathlib import Path
+
+from trainers.cli import described, exit_status, is_pipeline, parser_of, silence
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("source", type=Path, help="a run folder, a LoRA file, a PEFT folder or a tuned pipeline")
+    parser.add_argument("--format", choices=["diffusers", "kohya", "peft", "merged"], default="diffusers")
+    parser.add_argument("--rank", type=int, help="the nearest LoRA of this rank, by SVD")
+    parser.add_argument("--base", help="base model; a run folder knows its own")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged")
+    parser.add_argument("--out", type=Path, help="a file, for peft and merged a folder; by default beside the source")
+    arguments = parser.parse_args()
+    config = described(arguments.source, arguments.base)
+    silence()
+
+    import torch
+
+    from trainers import lora_files, lowrank
+    from trainers.export import header, save_pipeline
+    from trainers.families import FAMILIES
+
+    source, family = arguments.source, FAMILIES[config.model.family](config.model)
+    parts = (family.denoiser_name, *family.clip_encoders)
+    if is_pipeline(source):
+        lora, lost = lora_files.extract(family, source, arguments.rank or 16)
+        print(f"LoRA of rank {arguments.rank or 16} holds all but {lost:.2%} of what training changed (Frobenius norm)")
+    else:
+        file = source / lora_files.WEIGHT_NAME
+        lora = lora_files.read_lora(file if file.is_file() else source, family)
+        if arguments.rank:
+            lora, lost = lowrank.shrink(lora, arguments.rank)
+            print(f"rank {arguments.rank}: relative error of the updates {lost:.2e} (Frobenius norm)")
+    stem = source.name if source.is_dir() else source.stem
+    stem += f"_rank{arguments.rank}" if arguments.rank else ""
+    folder = source if (source / "config.yaml").is_file() else source.parent
+    ending = ".safetensors" if arguments.format in ("diffusers", "kohya") else ""
+    out = arguments.out or folder / f"{stem}_{arguments.format}{ending}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = header(config)
+    if arguments.format == "merged":
+        family.dtype = getattr(torch, arguments.dtype)
+        family.load(*parts)
+        lost = lora_files.merge(family, lora)
+        save_pipeline(family, family.clip_encoders, out)
+        print(f"{out}: {len(lora)} layers merged; rounding to {arguments.dtype} costs {lost:.1e} of the updates")
+        return
+    if arguments.format == "diffusers":
+        lora_files.write_diffusers(lora, out, facts)
+    elif arguments.format == "kohya":
+        lora_files.write_kohya(lora, lora_files.layers_of(family), config.model.family, out, facts)
+    else:
+        lora_files.write_peft(lora, family, out)
+    far = lora_files.distance(lora, lora_files.read_lora(out, family))
+    print(f"{out}: {len(lora)} layers; read back, they differ by at most {far:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
