@@ -32,7 +32,10 @@ TESTS = {  # a file under trainers/, or its folder, to the tests that should not
     "lora.py": ["test_families.py"],
     "dreambooth.py": ["test_families.py"],
     "cache.py": ["test_cache.py", "test_families.py"],
-    "export.py": ["test_families.py"],
+    "export.py": ["test_families.py", "test_formats.py"],
+    "formats.py": ["test_formats.py"],
+    "lora_files.py": ["test_formats.py"],
+    "lowrank.py": ["test_formats.py"],
     "sections": ["test_config.py", "test_families.py"],
     "autoencoder.py": ["test_autoencoder.py", "test_from_scratch.py"],
     "gan.py": ["test_gan.py"],
@@ -69,6 +72,17 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("objectives.py", "min-SNR as a maximum", "max=self.snr_gamma) / scale", "max=1e9) / scale"),
     ("objectives.py", "debiased without root", "snr.clamp(min=1e-3).sqrt() / scale", "snr.clamp(min=1e-3) / scale"),
     ("objectives.py", "v's sign", "return signal * eps - noise * x0", "return noise * x0 - signal * eps"),
+    # Formats
+    ("formats.py", "halves as they are", "b.roll(len(b) // 2, 0)", "b"),
+    ("formats.py", "kohya's alpha ignored", "b = b * (entry", "b = 0 * b + b if 1 else (entry"),
+    ("formats.py", "keys before queries", 'for x in "qkv"]', 'for x in "kqv"]'),
+    ("formats.py", "parts side by side", "column += update.rank", "column += 0"),
+    ("formats.py", "alpha beside ignored", 'if f"{name}.alpha" in state else alpha', "if False else alpha"),
+    ("formats.py", "rank of the first layer", "if update.rank != usual", "if False"),
+    ("lora_files.py", "strangers counted as read", "for name in lora if name not in layers", "for name in ()"),
+    ("lora_files.py", "merged twice", "exact = weight.double() + product", "exact = weight.double() + 2 * product"),
+    ("lowrank.py", "the last value lost", "s[rank:]", "s[rank + 1 :]"),
+    ("lowrank.py", "singular values twice", "s[:rank].sqrt()", "s[:rank]"),
     # Draws
     ("draws.py", "a row's stream by its place", "for row in self.rows]\n\n", "for row in range(len(self.rows))]\n\n"),
     ("draws.py", "pools in the same parts", 'self.step, pool, "strata"', 'self.step, "strata"'),
@@ -90,8 +104,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "families/base.py",
         "defaults of config files lost",
-        "return kind.from_config(kind.load_config(self.folder, subfolder=part)).config",
-        "return kind.load_config(self.folder, subfolder=part) | {'scaling_factor': 1.0}",
+        "return self.skeleton(part).config",
+        "return {'scaling_factor': 1.0} | getattr(diffusers, self.parts[part][1]).load_config(self.folder / part)",
     ),
     ("families/base.py", "a latent for a token", "// self.vae_factor // 2) ** 2", "// self.vae_factor) ** 2"),
     (
@@ -216,7 +230,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ),
     ("export.py", "LoRA's scale not folded", 'tensor * scale if ".lora_B" in name else tensor', "tensor"),
     ("export.py", "scale of rslora forgotten", "config.r**0.5 if config.use_rslora else config.r", "config.r"),
-    ("export.py", "CLIP's level lost", '"text_model." if isinstance', '"" if isinstance'),
+    ("lora_files.py", "CLIP's level lost", '"text_model." if isinstance', '"" if isinstance'),
     # What does not fit
     (
         "sections/dreambooth.py",
