@@ -325,6 +325,36 @@ def test_a_scale_is_read_where_others_write_it(made, bases, tmp_path, alpha):
     check(found, {name: 1.5 * product for name, product in updates.items()})
 
 
+def test_kohyas_alpha_is_read(made, bases, tmp_path):
+    folder, updates = made["sd15"]
+    state = load_file(folder / KOHYA_NAME)
+    state |= {key: 3 * value for key, value in state.items() if key.endswith(".alpha")}
+    save_file(state, tmp_path / "file.safetensors")
+    found = products(read_lora(tmp_path / "file.safetensors", family_of(bases["sd15"], "sd15")))
+    check(found, {name: 3 * product for name, product in updates.items()})
+
+
+def test_layers_of_several_ranks_keep_theirs_in_diffusers_and_peft(bases, tmp_path):
+    family = family_of(bases["sd3"], "sd3")
+    family.load("transformer")
+    weights = {f"transformer.{n}": m.weight for n, m in family.denoiser.named_modules() if isinstance(m, nn.Linear)}
+    layers = {name: len(weight) for name, weight in weights.items()}
+    lora = random_lora(layers, {name: weight.shape[1:] for name, weight in weights.items()}, ranks=(1, 3, 2))
+    lora_files.write_diffusers(lora, tmp_path / WEIGHT_NAME, {})
+    lora_files.write_peft(lora, family, tmp_path)
+    peft = PeftModel.from_pretrained(
+        DiffusionPipeline.from_pretrained(bases["sd3"]).transformer, tmp_path / "transformer"
+    )
+    family.pipe.load_lora_weights(tmp_path, weight_name=WEIGHT_NAME)
+    for module in (peft.base_model.model, family.denoiser):
+        found = {}
+        for name, layer in module.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                (adapter,) = layer.active_adapters
+                found[f"transformer.{name}"] = layer.get_delta_weight(adapter).detach()
+        check(found, products(lora))
+
+
 # What does not fit
 
 

@@ -4,7 +4,9 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; scripts print its message and exit with status 2."""
+    """What the user can mend; scripts print its message and exit with its status."""
+
+    status = 2
 
 
 class Interrupted(BaseException):

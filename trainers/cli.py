@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """Run `main` and return 0 or what it returns; 2 for the user's mistake, 130 or 143 for a signal."""
+    """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failed push, 130 or 143 for a signal."""
     try:
         return main() or 0
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.status
     except Interrupted as stop:
         print(f"stopped by signal {stop.number}; the same command goes on from the checkpoint", file=sys.stderr)
         return 128 + stop.number
 
 
-def finished(run: Path, kind: str) -> Config:
-    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind."""
+def finished(run: Path, kind: str = "") -> Config:
+    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind, if given."""
     try:
         config, _ = validate(parse((run / "config.yaml").read_text()))
     except OSError:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
-    if config.kind != kind:
+    if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
-    if kind != "dreambooth" and not (run / "model").is_dir():
+    if config.kind != "dreambooth" and not (run / "model").is_dir():
         raise UserError(f"{run} is not finished: it has no model")
     return config
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import export, hub
+from . import card, export
 from .cache import CachedEncoder
 from .data import Batches, class_pictures, image_files, instance_pictures, view
 from .draws import Draws, Share, mix
@@ -107,7 +107,7 @@ class DreamBooth:
         self.accelerator.print(f"reload proof: relative difference {difference:.1e}")
         if config.validation.prompts:
             write_samples(fresh, config, config.output_dir / "samples" / "final", encode)
-        hub.write_card(config, difference, len(self.batches.pools[0]))
+        card.write_card(config, difference, [picture.digest for picture in self.batches.pools[0]])
 
 
 def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBooth, Batches, str]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .cache import CachedEncoder
+from .card import PACKAGES
 from .families import FAMILIES, Family
 from .formats import from_peft
 from .lora_files import KOHYA_NAME, WEIGHT_NAME, distance, header_of, layers_of, read_lora, text_prefix, write_kohya
@@ -73,7 +74,6 @@ def save_lora(family: Family, text_encoders: Sequence[str], folder: Path, config
 def header(config: DreamBoothConfig) -> dict[str, str]:
     """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat it."""
     model, size = config.model, config.data.resolution
-    packages = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{ARCHITECTURE[model.family]}/lora",
@@ -83,7 +83,7 @@ def header(config: DreamBoothConfig) -> dict[str, str]:
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
         "diffusion_trainers.config": config.model_dump_json(exclude={"hub", "tracking", "checkpoint"}),
-        "diffusion_trainers.versions": json.dumps({name: version(name) for name in packages}),
+        "diffusion_trainers.versions": json.dumps({name: version(name) for name in PACKAGES}),
     }
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from . import hub
+from . import card
 from .draws import Draws, Share, mix
 from .images import Batches, Images, load_images
 from .loop import Observer, Player, make_player
@@ -93,7 +93,7 @@ class FromScratch(ABC):
             f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="model")',
             self.example(),
         ]
-        hub.write_model_card(self.config, self.tag, use, len(self.train), figures)
+        card.write_model_card(self.config, self.tag, use, len(self.train), figures)
 
 
 def shape(config: ScratchConfig) -> str:

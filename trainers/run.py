@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from . import UserError, config, dreambooth, hub
+from . import UserError, config, dreambooth
 from .autoencoder import Autoencoder
 from .checkpoint import relevant, resume
 from .gan import Gan
 from .loop import train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
+from .push import Push, check_access
 from .sections import Config
 from .unet import UNetTask
 
@@ -24,8 +25,8 @@ TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan"
 
 def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
-    hub.check_login(settings)
     accelerator = make_accelerator(settings)
+    repo = check_access(settings) if accelerator.is_main_process else None
     folder = settings.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     task, batches, data = TASKS[settings.kind](settings, accelerator)
@@ -36,22 +37,22 @@ def run(settings: Config) -> None:
     if settings.tracking.report_to:
         accelerator.init_trackers(settings.tracking.project_name)
     rate = make_rate(settings.optimizer, settings.train.max_train_steps)
-    log = Log(settings, accelerator, rate, start)
+    log, push = Log(settings, accelerator, rate, start), Push(task, settings, repo)
     observers = [
         *task.observers,
         log,
         Sample(task, settings, accelerator),
         Checkpoint(task, settings, accelerator, facts),
+        push,
     ]
     train(task, batches, settings.train, settings.seed, accelerator, rate, observers, start)
     log.bar.close()
     if accelerator.is_main_process:
         task.finish()
-        if settings.hub.push_to_hub:
-            accelerator.print(f"pushed to {hub.push(settings)}")
         accelerator.print(f"done: {folder}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    push.finish()
 
 
 def make_accelerator(settings: Config) -> Accelerator:

@@ -65,6 +65,10 @@ class HubConfig(Section):
     push_to_hub: bool = field(False, "Upload the result when the run ends.")
     hub_model_id: str | None = field(None, "USER/NAME of the repository; null means the output folder's name.")
     private: bool = field(False, "Create the repository as private.")
+    hub_revision: str | None = field(None, "Branch to push to, made if it is lacking; null means main.")
+    create_pr: bool = field(False, "Open a pull request instead of pushing to the branch.")
+    push_every: PositiveInt | None = field(None, "Steps between uploads of the weights while training goes on.")
+    required: bool = field(False, "A failed upload makes the exit status 1; else it is only told.")
 
 
 class Config(Section):
@@ -91,6 +95,14 @@ class Config(Section):
         yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
         for tracker in self.tracking.report_to:
             yield from missing("tracking.report_to", tracker, tracker)
+        hub = self.hub
+        if hub.create_pr and hub.hub_revision:
+            yield "hub.create_pr", "a pull request is made against main: drop this or hub.hub_revision"
+        if hub.create_pr and hub.push_every:
+            yield "hub.push_every", "every upload would open a pull request: drop this or hub.create_pr"
+        for name in ("push_every", "required"):
+            if getattr(hub, name) and not hub.push_to_hub:
+                yield f"hub.{name}", "nothing is pushed without hub.push_to_hub: true"
 
 
 def foreign(config: Config, chosen: str, table: list[tuple[str, str, str]]) -> Iterator[tuple[str, str]]:

@@ -1,38 +1,47 @@
-"""The model card, and the upload of a finished run."""
+"""The model card."""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, get_token
 
-from . import UserError
-from .export import WEIGHT_NAME
-from .sections import Config, DreamBoothConfig, ScratchConfig
+from .lora_files import KOHYA_NAME, WEIGHT_NAME
+from .sections import DreamBoothConfig, ScratchConfig
 
-SHARED = [
-    "README.md",
-    "config.yaml",
-    WEIGHT_NAME,
-    "pipeline/**",
-    "model/**",
-    "figures.json",
-    "samples/final/*",
-]  # never checkpoints or caches
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def write_card(config: DreamBoothConfig, difference: float, pictures: int) -> None:
-    """README.md of the run folder. difference: the reload proof's figure; pictures: how many were learnt from."""
+LICENSES = {  # of bases, by owner and the beginning of the name: the Hub's id, or a name of its own
+    "stable-diffusion-v1-5/": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-3": "stabilityai-ai-community",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+}
+MEASURED = "## Measured"
+
+
+def license_of(base: str) -> dict[str, str]:
+    """What the LoRA inherits; {} for a base that is not known."""
+    name = next((name for beginning, name in LICENSES.items() if base.startswith(beginning)), None)
+    if name in ("creativeml-openrail-m", "apache-2.0", None):
+        return {"license": name} if name else {}
+    link = f"https://huggingface.co/{base}/blob/main/LICENSE.md"
+    return {"license": "other", "license_name": name, "license_link": link}
+
+
+def write_card(config: DreamBoothConfig, difference: float, pictures: Sequence[str]) -> None:
+    """README.md of the run folder. difference: the reload proof's figure; pictures: digests of those learnt from."""
     base, lora, train = config.model.pretrained_model_name_or_path, config.lora, config.train
     data, validation = config.data, config.validation
     public = not Path(base).exists()
     prompt = data.instance_prompt or next(iter(validation.prompts), "")
     header = {
         **({"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} if public else {}),
+        **license_of(base),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "instance_prompt": prompt,
@@ -58,7 +67,7 @@ def write_card(config: DreamBoothConfig, difference: float, pictures: int) -> No
     facts = {
         "Base model": base,
         "Trained": what + (", with the text encoder" if train.train_text_encoder else ""),
-        "Pictures": f"{pictures}, {data.resolution} pixels",
+        "Pictures": f"{len(pictures)}, {size} pixels; sha256 {sha256(''.join(pictures).encode()).hexdigest()[:16]}",
         "Prior pictures": prior,
         "Steps": f"{train.max_train_steps} of {train.train_batch_size} x {train.gradient_accumulation_steps} pictures",
         "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
@@ -73,9 +82,27 @@ def write_card(config: DreamBoothConfig, difference: float, pictures: int) -> No
             f"Prompt with `{prompt}`." if prompt else "",
             "![samples](samples/final/grid.png)" if validation.prompts else "",
             code(load),
+            comfyui(config) if lora else "",
             table(facts),
         ],
     )
+
+
+def comfyui(config: DreamBoothConfig) -> str:
+    file = KOHYA_NAME if config.kohya else WEIGHT_NAME
+    where = "" if config.model.family != "sd15" else "; A1111 and Forge take the same file"
+    return f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, strength 1{where}."
+
+
+def add_figures(folder: Path, figures: dict[str, float | str]) -> None:
+    """Put what was measured afterwards at the end of a run's card, in place of what was measured before."""
+    file = folder / "README.md"
+    text = file.read_text().partition(MEASURED)[0].rstrip()
+    file.write_text(f"{text}\n\n{MEASURED}\n\n{table(shown(figures))}\n")
+
+
+def shown(figures: dict[str, float | str]) -> dict[str, str]:
+    return {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
 
 
 def write_model_card(
@@ -92,7 +119,7 @@ def write_model_card(
         "Steps": f"{train.max_train_steps} of {train.train_batch_size} x {train.gradient_accumulation_steps} pictures",
         "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "Seed": config.seed,
-        **{f"Held out: {k}": f"{v:.4f}" if isinstance(v, float) else v for k, v in figures.items()},
+        **{f"Held out: {name}": value for name, value in shown(figures).items()},
         "Versions": versions(),
     }
     write(config.output_dir, header, ["![samples](samples/final/grid.png)", code(use), table(facts)])
@@ -114,26 +141,3 @@ def table(facts: dict) -> str:
 
 def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-
-
-def check_login(config: Config) -> None:
-    """Raises: UserError when the run is to be pushed and nobody is logged in."""
-    if config.hub.push_to_hub and get_token() is None:
-        raise UserError("hub.push_to_hub: not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN")
-
-
-def push(config: Config) -> str:
-    """Upload the run and return its address. Raises: UserError with the command to try again; nothing is lost."""
-    folder, name = config.output_dir, config.hub.hub_model_id or config.output_dir.name
-    try:
-        api = HfApi()
-        name = api.create_repo(name, private=config.hub.private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=SHARED, commit_message="Add trained weights")
-    except Exception as error:
-        again = ["hf", "upload", name, str(folder), ".", *(word for p in SHARED for word in ("--include", p))]
-        again += ["--private"] if config.hub.private else []
-        raise UserError(
-            f"the upload to {name} failed ({error}). The run is complete in {folder}. To try again:\n"
-            f"  {shlex.join(again)}"
-        ) from error
-    return f"https://huggingface.co/{name}"
