@@ -17,7 +17,7 @@ quickstart: install
 	$(BIN)/python scripts/quickstart.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: install
 	$(BIN)/python -m pytest -m slow -s

@@ -31,7 +31,7 @@ IRRELEVANT = {  # what may change between two parts of a run
     "train": {"gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"},
     # the pictures and captions themselves are compared instead of where they lie
     "data": {
-        *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir"),
+        *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir", "held_out_dir"),
         *("cache", "cache_dir", "in_memory", "skip_corrupt"),
     },
 }

@@ -68,6 +68,12 @@ def instance_pictures(config: DataConfig) -> list[Picture]:
     return readable(pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir))
 
 
+def held_out_pictures(config: DataConfig) -> list[Picture]:
+    """Photos of the subject that are only measured on. Raises: UserError, as `instance_pictures`."""
+    pictures = from_folder(config.held_out_dir, config.instance_prompt)
+    return readable(pictures, config.skip_corrupt, str(config.held_out_dir))
+
+
 def class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
     """The first `num_class_images` pictures of the class folder; without captions of their own they have the prompt."""
     pictures = from_folder(folder, config.class_prompts[0])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import card, export
 from .cache import CachedEncoder
-from .data import Batches, class_pictures, image_files, instance_pictures, view
+from .class_images import make_class_images
+from .data import Batches, class_pictures, held_out_pictures, instance_pictures, view
 from .draws import Draws, Share, mix
 from .families import FAMILIES, Family
-from .loop import make_player
+from .loop import Means, make_player
 from .observers import averaged, write_grid
 from .optim import trained_parameters
 from .sections import DreamBoothConfig
+
+DRAWS = 4  # of time and noise for each held-out photo
 
 
 class Denoiser(nn.Module):
@@ -61,7 +64,9 @@ class DreamBooth:
         groups = [{"params": list(trained_parameters(part).values()), "lr": lr} for part, lr in parts]
         groups = [group for group in groups if group["params"]]
         player = make_player(self.module, groups, config.optimizer, config.train.ema_decay, accelerator)
-        self.players, self.observers = {"denoiser": player}, ()
+        self.players, self.observers = {"denoiser": player}, [self.hold_out]
+        self.batches: Batches
+        self.held_out: Batches | None = None
 
     def losses(self, batch: dict, rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """batch: moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,), see `data.Batches`."""
@@ -72,6 +77,16 @@ class DreamBooth:
         prediction = self.players["denoiser"].module(x_t, t, batch["text"])
         error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
         yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
+
+    @torch.no_grad()
+    def hold_out(self, step: int, means: Means) -> None:
+        """Adds the loss on the held-out photos, always by the same times and noise, with averaged weights if kept."""
+        if self.held_out and step % self.config.validation.validation_steps == 0:
+            self.module.eval()
+            with averaged(self):
+                losses = [loss for batch, rng in self.held_out(0) for _, loss in self.losses(batch, rng)]
+            self.module.train()
+            means["held_out_loss"] = torch.stack(losses).mean()
 
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
@@ -124,7 +139,8 @@ def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBoot
         folder = data.class_data_dir or config.output_dir / "class_images"
         make_class_images(encoder, config, folder, accelerator)
         pools.append(class_pictures(folder, data))
-    pictures = [picture for pool in pools for picture in pool]
+    held_out = held_out_pictures(data) if data.held_out_dir else []
+    pictures = [*chain(*pools), *held_out]
     if data.cache:
         views = ((picture, view(picture, v, data)) for picture in pictures for v in range(data.variants))
         prompts = [picture.caption for picture in pictures] + config.validation.prompts
@@ -135,33 +151,12 @@ def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBoot
     task = DreamBooth(family, encoder, config, accelerator)
     share = Share.of(config.seed, config.train, accelerator)
     task.batches = Batches(pools, encoder, data, share, accelerator.device)
+    if held_out:
+        every = Share(mix(config.seed, "held out"), 1, DRAWS * len(held_out))
+        plain = data.model_copy(update={"caption_dropout": 0.0})
+        task.held_out = Batches([held_out], encoder, plain, every, accelerator.device)
     digest = f"{mix(*(part for picture in pools[0] for part in (picture.digest, picture.caption))):x}"
     return task, task.batches, digest
-
-
-def make_class_images(encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator) -> None:
-    """Generate the class pictures that the folder lacks, shared among the processes; picture i has noise i."""
-    family, data, rank, world = encoder.family, config.data, accelerator.process_index, accelerator.num_processes
-    lacking = data.num_class_images - len(image_files(folder))
-    names = (folder / f"class-{i:05d}.png" for i in range(data.num_class_images))
-    wanted = [path for path in names if not path.exists()][: max(0, lacking)]
-    if wanted and data.cache:
-        encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
-    accelerator.wait_for_everyone()
-    if mine := wanted[rank::world]:
-        folder.mkdir(parents=True, exist_ok=True)
-        family.load("vae", family.denoiser_name, *encoder.live)
-        family.compress()
-        for path in tqdm(mine, "class pictures", disable=not accelerator.is_main_process):
-            number = int(path.stem.removeprefix("class-"))
-            prompt = data.class_prompts[number % len(data.class_prompts)]
-            picture = family.sample(prompt, config.validation, number, data.resolution, encoder.outputs)
-            path.with_suffix(".txt").write_text(prompt, "utf-8")
-            aside = path.with_name(f".{path.name}")
-            picture.save(aside, format="png")
-            aside.replace(path)
-        family.release()
-    accelerator.wait_for_everyone()
 
 
 def write_samples(family: Family, config: DreamBoothConfig, folder: Path, encode: Callable | None = None) -> None:

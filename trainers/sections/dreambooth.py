@@ -48,6 +48,7 @@ class LoraConfig(Section):
 
 class DataConfig(Section):
     instance_data_dir: Path | None = field(None, "Folder with the pictures to learn.")
+    held_out_dir: Path | None = field(None, "Other pictures of the subject, only measured on: held_out_loss.")
     dataset_name: str | None = field(None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file.")
     dataset_split: str = field("train", "Split of dataset_name.")
     image_column: str = field("image", "Column of dataset_name that holds the pictures.")
@@ -151,6 +152,8 @@ class DreamBoothConfig(Config):
             yield "data.dataset_name", "two sources of pictures: drop this or data.instance_data_dir"
         if data.instance_data_dir is not None and not data.instance_data_dir.is_dir():
             yield "data.instance_data_dir", f"no such folder: {data.instance_data_dir}"
+        if data.held_out_dir is not None and not data.held_out_dir.is_dir():
+            yield "data.held_out_dir", f"no such folder: {data.held_out_dir}"
         if data.class_data_dir is not None and data.num_class_images == 0:
             yield "data.class_data_dir", "class pictures without data.num_class_images: say how many to use"
         if data.prior and not data.class_prompt:
