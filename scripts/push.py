@@ -21,13 +21,17 @@ def main() -> None:
     config = finished(arguments.run)
 
     from trainers.push import check_access, push
+    from trainers.report import write_report
 
     chosen = {name: value for name, value in vars(arguments).items() if value is not None and name != "run"}
     if chosen.keys() & {"hub_revision", "create_pr"}:
         chosen = {"hub_revision": None, "create_pr": False} | chosen
     hub = config.hub.model_copy(update={"push_to_hub": True} | chosen)
     config = config.model_copy(update={"output_dir": arguments.run, "hub": hub})
-    print(push(config, check_access(config)))
+    repo = check_access(config)
+    if not (arguments.run / "report_public.html").is_file():
+        write_report(arguments.run, pictures=False)
+    print(push(config, repo))
 
 
 if __name__ == "__main__":

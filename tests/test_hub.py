@@ -35,11 +35,12 @@ PUBLIC = [
         "figures.json",
         "pytorch_lora_weights.safetensors",
         "kohya.safetensors",
-        "report.html",
+        "report_public.html",
     ),
     *("samples/final/00-0.png", "samples/final/grid.png", "model/config.json", "pipeline/unet/weights.safetensors"),
 ]
 PRIVATE = [
+    *("report.html", "evaluation/photos/photo-00.png"),
     *("checkpoints/step-000002/denoiser.safetensors", "cache/ab/abcd.safetensors", "metrics.jsonl", "tracking/events"),
     *("class_images/class-00000.png", "samples/step-000002/00-0.png", ".push/pytorch_lora_weights.safetensors"),
 ]

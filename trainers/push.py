@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .loop import Means, Task
 
 SHARED = (  # within a run folder, * stopping at a slash; never checkpoints, caches or class pictures
-    *("README.md", "config.yaml", "figures.json", "report.html"),
+    *("README.md", "config.yaml", "figures.json", "evaluation.json", "report_public.html"),
     *("*.safetensors", "pipeline/**/*", "model/**/*", "samples/final/*"),
 )
 WAITS = (2, 8)  # seconds before another try, on top of the client's own

@@ -17,6 +17,7 @@ from .loop import train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
 from .push import Push, check_access
+from .report import write_report
 from .sections import Config
 from .unet import UNetTask
 
@@ -49,6 +50,9 @@ def run(settings: Config) -> None:
     log.bar.close()
     if accelerator.is_main_process:
         task.finish()
+        write_report(folder)
+        if repo:
+            write_report(folder, pictures=False)
         accelerator.print(f"done: {folder}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -1,0 +1,26 @@
+"""What a run folder holds as one HTML file: pictures over time, curves, figures, settings.
+
+python scripts/report.py RUN [--public]
+
+It needs no network. With --public it shows no training picture and may be uploaded.
+"""
+
+import sys
+from pathlib import Path
+
+from trainers.cli import exit_status, parser_of
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("run", type=Path, help="the run folder of any trainer, finished or not")
+    parser.add_argument("--public", action="store_true", help="write report_public.html, without the training pictures")
+    arguments = parser.parse_args()
+
+    from trainers.report import write_report
+
+    print(write_report(arguments.run, pictures=not arguments.public))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

