@@ -77,18 +77,18 @@ def test_a_row_measures_each_figure_on_its_own_pictures():
     red, green, blue = ((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))
     colours = {"red": red, "green": green, "blue": blue}
     plain = Net("plain", lambda x: x.mean((2, 3)))
-    clip = Net("clip", lambda x: x.mean((2, 3)).flip(1), lambda p: torch.tensor([colours[w] for w in p]).flip(1))
+    clip = Net("clip", lambda x: x.mean((2, 3)) + 1, lambda p: torch.tensor([colours[word] for word in p]) + 1)
     made = {"subject": flat(red, red, green, green), "class": flat(red, blue), "prompt-0": flat(blue, blue)}
     base = {"subject": flat(blue, blue, blue, blue), "class": flat(red, green), "prompt-0": flat(blue, blue)}
-    prompts = {"subject": ["red"] * 4, "class": ["?"] * 2, "prompt-0": ["green"] * 2}
+    prompts = {"subject": ["red"] * 4, "class": ["?"] * 2, "prompt-0": ["blue"] * 2}
     row = features.measure([plain, clip], made, base, flat(red, red, blue), prompts)
     assert row == {
         "subject": pytest.approx(1 / 3),  # 2 of 4 samples equal 2 of 3 photos
         "prior_drift": pytest.approx(1 / 2),  # one of two has turned by a right angle
         "pixel_drift": pytest.approx(1 / 6),  # of that one, in two of three channels, half of the range
         "diversity": pytest.approx((4 / 6 + 0) / 2),  # 4 of 6 pairs of "subject" differ, none of "prompt-0"
-        "clip_i": pytest.approx(1 / 3),
-        "clip_t": pytest.approx(2 / 6),
+        "clip_i": pytest.approx((4 * 1 + 8 * 5 / 6) / 12),  # two colours have the cosine 5 / 6
+        "clip_t": pytest.approx((4 * 1 + 2 * 5 / 6) / 6),
     }
     row = features.measure([plain], {"subject": made["subject"]}, base, flat(red), prompts)
     assert row == {"subject": 0.5, "prior_drift": None, "pixel_drift": None, "diversity": pytest.approx(4 / 6)}

@@ -205,4 +205,4 @@ def table(result: dict) -> str:
     lines += [f"  {row['sample']} of {row['photo']} ({row['similarity']:.3f})" for row in flagged]
     kept = result["spectrum"][str(result["suggested_rank"])]
     lines += [f"rank {result['suggested_rank']} of {len(result['spectrum'])} keeps {kept:.1%} of the update"]
-    return "\n".join(lines + ([f"best: {result['best']}"] if result["best"] else []))
+    return "\n".join(lines + ([f"best: {result['best']}, in best/"] if result["best"] else []))
