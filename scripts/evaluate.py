@@ -9,7 +9,7 @@ The card and the report have the figures too.
 import sys
 from pathlib import Path
 
-from trainers.cli import best_device, exit_status, finished, parser_of, silence
+from trainers.cli import best_device, exit_status, finished, parser_of, positive, silence
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoints", action="store_true", help="measure them all, and export the best to RUN/best")
     parser.add_argument("--strengths", nargs="*", type=float, help="scales of the LoRA; 0 to 1.5 in steps of 0.25")
-    parser.add_argument("--num-images", type=int, help="pictures per prompt; 8")
+    parser.add_argument("--num-images", type=positive, help="pictures per prompt; 8")
     parser.add_argument("--dino", help="a DINO network: a folder, or a Hub name that was fetched before")
     parser.add_argument("--clip", help="a CLIP network, likewise")
     arguments = parser.parse_args()

@@ -9,14 +9,14 @@ python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16  what its trainin
 import sys
 from pathlib import Path
 
-from trainers.cli import described, exit_status, is_pipeline, parser_of, silence
+from trainers.cli import described, exit_status, is_pipeline, parser_of, positive, silence
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("source", type=Path, help="a run folder, a LoRA file, a PEFT folder or a tuned pipeline")
     parser.add_argument("--format", choices=["diffusers", "kohya", "peft", "merged"], default="diffusers")
-    parser.add_argument("--rank", type=int, help="the nearest LoRA of this rank, by SVD")
+    parser.add_argument("--rank", type=positive, help="the nearest LoRA of this rank, by SVD")
     parser.add_argument("--base", help="base model; a run folder knows its own")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged")
     parser.add_argument("--out", type=Path, help="a file, for peft and merged a folder; by default beside the source")

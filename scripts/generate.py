@@ -7,7 +7,7 @@ python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-
 import sys
 from pathlib import Path
 
-from trainers.cli import best_device, described, exit_status, parser_of, silence
+from trainers.cli import best_device, described, exit_status, parser_of, positive, silence
 
 
 def main() -> None:
@@ -15,10 +15,10 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="a run folder or a LoRA .safetensors file")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--base", help="base model; a run folder knows its own")
-    parser.add_argument("--resolution", type=int, help="side in pixels; a run has its own, a file 512")
-    parser.add_argument("--num-images", type=int, help="pictures per prompt")
+    parser.add_argument("--resolution", type=positive, help="side in pixels; a run has its own, a file 512")
+    parser.add_argument("--num-images", type=positive, help="pictures per prompt")
     parser.add_argument("--seed", type=int, help="picture i starts from the noise of seed + i")
-    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="sampler steps")
+    parser.add_argument("--steps", type=positive, dest="num_inference_steps", help="sampler steps")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="classifier-free guidance")
     parser.add_argument("--out", type=Path, default=Path("generated"), help="folder for the pictures")
     arguments = parser.parse_args()

@@ -22,8 +22,9 @@ from trainers.config import load
 from trainers.evaluate import Wishes, plan
 from trainers.families import FAMILIES
 from trainers.features import Net
+from trainers.formats import Update, from_peft
+from trainers.lowrank import energy, smallest_rank, svd
 from trainers.run import run
-from trainers.spectrum import energy, lora_pairs, singular_values, smallest_rank
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 MEAN_COLOUR = Net("mean colour", lambda x: x.mean((2, 3)) + 2)
@@ -110,25 +111,26 @@ def pairs():
     rng = torch.Generator().manual_seed(0)
 
     def pair(a, b):
-        return torch.randn(a, generator=rng), torch.randn(b, generator=rng)
+        return Update(torch.randn(a, generator=rng), torch.randn(b, generator=rng))
 
     return {"wide": pair((4, 9), (7, 4)), "thin": pair((4, 3), (2, 4)), "conv": pair((3, 5, 3, 3), (6, 3, 1, 1))}
 
 
 def full(pair):
-    a, b = (m.flatten(1).double().numpy() for m in pair)
+    a, b = (m.flatten(1).double().numpy() for m in (pair.a, pair.b))
     return b @ a
 
 
 def test_singular_values_are_those_of_the_whole_update(pairs):
-    for name, values in singular_values(pairs).items():
+    for name, update in pairs.items():
+        _, values, _ = svd(update)
         whole = np.linalg.svd(full(pairs[name]), compute_uv=False)
         assert np.allclose(values.numpy(), whole[: len(values)], rtol=1e-10)
         assert np.allclose(whole[len(values) :], 0, atol=1e-10)
 
 
 def test_the_energy_of_a_rank_is_what_cutting_every_layer_keeps(pairs):
-    kept = energy(singular_values(pairs))
+    kept = energy(pairs)
     total = sum(np.square(full(pair)).sum() for pair in pairs.values())
     for rank, share in enumerate(kept, 1):
         lost = 0.0
@@ -143,8 +145,8 @@ def test_the_suggested_rank_is_the_smallest_that_keeps_enough():
     assert smallest_rank([0.5, 0.9, 0.99, 1.0]) == 3
     assert smallest_rank([0.5, 0.9, 0.99, 1.0], keep=0.9) == 2
     assert smallest_rank([0.5, 1 - 1e-12], keep=1.0) == 2
-    untrained = {"layer": (torch.randn(4, 8), torch.zeros(8, 4))}
-    assert smallest_rank(energy(singular_values(untrained))) == 1
+    untrained = {"layer": Update(torch.randn(4, 8), torch.zeros(8, 4))}
+    assert smallest_rank(energy(untrained)) == 1
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ def test_the_script_prints_what_it_measured_and_with_what(settings, nets, bare, 
     assert str(nets[0]) in result["net"] in printed
     assert str(nets[1]) in result["prompt_net"] in printed
     assert result["best"] is None
-    kept = energy(singular_values(lora_pairs(load_file(config.output_dir / WEIGHTS))))
+    kept = energy(from_peft(load_file(config.output_dir / WEIGHTS), {}))
     assert result["spectrum"] == {"1": kept[0], "2": kept[1]}
     before, kept = result["rows"][-1]["clip_t"], png(config.output_dir / "evaluation/final/subject-01.png")
     assert call("evaluate.py", config.output_dir, *options[2:], "--checkpoints") == 0

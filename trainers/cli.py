@@ -91,6 +91,13 @@ def for_pictures(description: str, kind: str, out: str, help: str) -> tuple[argp
     return arguments, config
 
 
+def positive(text: str) -> int:
+    """A number from 1, for `add_argument`."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
 def parser_of(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 

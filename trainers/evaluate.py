@@ -24,12 +24,13 @@ from .dreambooth import Denoiser
 from .export import check_keys, save_lora
 from .families import FAMILIES, Family
 from .features import Net, Row, best, measure, memorisation
+from .formats import from_peft
 from .images import pictures
 from .lora_files import WEIGHT_NAME
+from .lowrank import energy, smallest_rank
 from .observers import write_grid
 from .optim import trained_state
 from .sections import DreamBoothConfig
-from .spectrum import energy, lora_pairs, singular_values, smallest_rank
 
 Shots = dict[str, list[tuple[str, int]]]  # rows of pictures, each by its prompt and the seed of its noise
 
@@ -135,7 +136,8 @@ def evaluate(config: DreamBoothConfig, run: Path, nets: Sequence[Net], wishes: W
     if chosen := best(rows[1:])["checkpoint"] if wishes.checkpoints else None:
         (run / "best").mkdir(exist_ok=True)
         shutil.copyfile(sampler.folders[chosen] / WEIGHT_NAME, run / "best" / WEIGHT_NAME)
-    kept = energy(singular_values(lora_pairs(load_file(run / WEIGHT_NAME))))
+    plain = {name: value for name, value in load_file(run / WEIGHT_NAME).items() if "magnitude" not in name}
+    kept = energy(from_peft(plain, {}))
     result = {
         "net": nets[0].name,
         "prompt_net": next((net.name for net in nets if net.read), None),

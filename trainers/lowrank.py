@@ -1,13 +1,40 @@
-"""LoRA of a lower rank, and LoRA from the difference of two models."""
+"""How much of a LoRA's rank is used, LoRA of a lower rank, and LoRA from the difference of two models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import Lora, Update
+
+KEEP = 0.99  # of the energy, by the suggested rank
+
+
+def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
+    """u (out, r), s (r,), v (r, in x kernel) of B A, in float64, from the thin factors: B A is never made."""
+    q, r = torch.linalg.qr(update.b.flatten(1).double())
+    p, t = torch.linalg.qr(update.a.flatten(1).double().T)
+    u, s, v = torch.linalg.svd(r @ t.T, full_matrices=False)
+    return q @ u, s, v @ p.T
+
+
+def energy(lora: Lora) -> list[float]:
+    """Share of the squared Frobenius norm of all updates together that rank 1, 2, ... in every layer would keep.
+
+    It is what the nearest updates of that rank hold (Eckart and Young 1936).
+    """
+    squares = [svd(update)[1].square() for update in lora.values()]
+    top = max(map(len, squares))
+    kept = sum(F.pad(square, (0, top - len(square))) for square in squares).cumsum(0)
+    return (kept / kept[-1]).nan_to_num(1.0).tolist()
+
+
+def smallest_rank(energy: Sequence[float], keep: float = KEEP) -> int:
+    """The smallest rank that keeps the share `keep`."""
+    return next(rank for rank, share in enumerate(energy, 1) if share >= keep or rank == len(energy))
 
 
 def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
@@ -15,13 +42,8 @@ def shrink(lora: Lora, rank: int) -> tuple[Lora, float]:
 
     The distance is the Frobenius norm of all layers' differences, relative to that of all updates.
     """
-    factors = {}
-    for name, update in lora.items():  # from the thin factors: the whole product is never made
-        q, r = torch.linalg.qr(update.b.flatten(1).double())
-        p, t = torch.linalg.qr(update.a.flatten(1).double().T)
-        u, s, v = torch.linalg.svd(r @ t.T)
-        factors[name] = (q @ u, s, v @ p.T, update.a.shape[1:], update.b.shape[2:])
-    return nearest(factors, rank)
+    ends = {name: (update.a.shape[1:], update.b.shape[2:]) for name, update in lora.items()}
+    return nearest({name: (*svd(update), *ends[name]) for name, update in lora.items()}, rank)
 
 
 def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:

@@ -47,7 +47,7 @@ def main() -> None:
     unet = (f"data.image_dir={chosen.isbi}", "data.folds=null", "train.ema_decay=null")
     cases = [
         ("autoencoder", load("configs/autoencoder_mnist.yaml", half), autoencoder, Rows(digits), 90),
-        ("width 8", load("configs/autoencoder_mnist.yaml", [*half, "model.width=8"]), autoencoder, Rows(digits), 90),
+        ("width 32", load("configs/autoencoder_mnist.yaml", [*half, "model.width=32"]), autoencoder, Rows(digits), 90),
         ("GAN", load("configs/gan_mnist.yaml", [*half, *gan]), adversaries, Rows(digits), 60),
         ("U-Net", load("configs/unet_segment.yaml", unet), segment, Pairs(chosen.isbi), 9),
     ]
