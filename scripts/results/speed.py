@@ -1,6 +1,6 @@
 """Images per second of the small trainers beside plain loops of the same maths, in turns (docs/results.md).
 
-python scripts/results/speed.py --mnist FOLDER --isbi FOLDER [--rounds 3]
+python scripts/results/speed.py --mnist FOLDER --isbi FOLDER [--rounds 3] [--only NAME]
 
 The plain loops have the same networks, losses and Adam, a DataLoader over `datasets` rows or files, and ToTensor.
 "memory": the same over pictures decoded beforehand. A round is one seed; what is shown are medians.
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--mnist", default="ylecun/mnist", help="Hub name, or a folder")
     parser.add_argument("--isbi", type=Path, default=Path("data/isbi2012"), help="folder")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="one line of the table, by its name")
     chosen = parser.parse_args()
     silence()
     import datasets
@@ -49,10 +50,10 @@ def main() -> None:
         ("autoencoder", load("configs/autoencoder_mnist.yaml", half), autoencoder, Rows(digits), 90),
         ("width 32", load("configs/autoencoder_mnist.yaml", [*half, "model.width=32"]), autoencoder, Rows(digits), 90),
         ("GAN", load("configs/gan_mnist.yaml", [*half, *gan]), adversaries, Rows(digits), 60),
-        ("U-Net", load("configs/unet_segment.yaml", unet), segment, Pairs(chosen.isbi), 9),
+        ("U-Net", load("configs/unet_segment.yaml", unet), segment, Pairs(chosen.isbi), 18),
     ]
     table = []
-    for name, config, loop, rows, steps in cases:
+    for name, config, loop, rows, steps in (case for case in cases if chosen.only in (case[0], None)):
         results: dict[str, list] = {"ours": [], "plain": [], "memory": []}
         kept, decoded = Kept(rows), TASKS[config.kind](config, Accelerator(cpu=True))[0].train
         for seed in range(chosen.rounds):
