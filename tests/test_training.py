@@ -20,7 +20,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainers import UserError, config, dreambooth
+from trainers import Interrupted, UserError, config, dreambooth
 from trainers.draws import Draws
 from trainers.optim import trained_parameters
 from trainers.run import run
@@ -390,3 +390,21 @@ def test_the_held_out_loss_has_the_same_times_and_noise_at_every_step(settings, 
 def test_a_held_out_folder_that_is_not_there_is_told(settings, tmp_path):
     with pytest.raises(UserError, match=r"data\.held_out_dir: no such folder"):
         settings(f"data.held_out_dir={tmp_path}/nowhere")
+
+
+def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch):
+    def finish(task):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0)
+        pytest.fail("it went on")
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(dreambooth.DreamBooth, "finish", finish)
+    final = settings()
+    try:
+        with pytest.raises(Interrupted):
+            run(final)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert (final.output_dir / "checkpoints/step-000006").is_dir()
