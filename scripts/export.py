@@ -33,8 +33,12 @@ def main() -> None:
     source, family = arguments.source, FAMILIES[config.model.family](config.model)
     parts = (family.denoiser_name, *family.clip_encoders)
     if is_pipeline(source):
-        lora, lost = lora_files.extract(family, source, arguments.rank or 16)
-        print(f"LoRA of rank {arguments.rank or 16} holds all but {lost:.2%} of what training changed (Frobenius norm)")
+        model, rank = (
+            config.model.model_copy(update={"pretrained_model_name_or_path": str(source)}),
+            arguments.rank or 16,
+        )
+        lora, lost = lora_files.extract(family, type(family)(model), rank)
+        print(f"LoRA of rank {rank} holds all but {lost:.2%} of what training changed (Frobenius norm)")
     else:
         file = source / lora_files.WEIGHT_NAME
         lora = lora_files.read_lora(file if file.is_file() else source, family)

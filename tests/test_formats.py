@@ -516,6 +516,29 @@ def test_a_kohya_file_on_a_pipeline_is_the_diffusers_file(made, bases, name):
     check(states[1], states[0])
 
 
+def test_a_peft_folder_on_a_pipeline_is_the_diffusers_file(made, bases, tmp_path):
+    folder, _ = made["sd15"]
+    family = family_of(bases["sd15"], "sd15")
+    lora_files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
+    states = []
+    for place in (folder / WEIGHT_NAME, tmp_path):
+        family = family_of(bases["sd15"], "sd15")
+        family.load(family.denoiser_name, *family.clip_encoders)
+        load_lora(family, place)
+        states.append(to_products(family))
+    check(states[1], states[0])
+
+
+def test_a_difference_merged_again_goes_into_the_base(made, bases, tmp_path, monkeypatch):
+    """Not into the tuned pipeline that it was taken from."""
+    tuned, again = tmp_path / "tuned", tmp_path / "again"
+    call(monkeypatch, made["sd15"][0] / WEIGHT_NAME, "--base", bases["sd15"], "--format", "merged", "--out", tuned)
+    call(monkeypatch, tuned, "--base", bases["sd15"], "--rank", 2, "--format", "merged", "--out", again)
+    states = [DiffusionPipeline.from_pretrained(place).unet.state_dict() for place in (tuned, again)]
+    for name, weight in states[0].items():
+        torch.testing.assert_close(states[1][name], weight, rtol=1e-3, atol=1e-3)
+
+
 def to_products(family):
     found = {}
     for part in (family.denoiser_name, *family.clip_encoders):

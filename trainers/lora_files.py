@@ -49,12 +49,11 @@ def write_kohya(lora: Lora, layers: Layers, family: str, file: Path, facts: dict
     """With the ss_ and sshs_ keys by which sd-scripts, A1111 and its extensions know a file."""
     state = to_kohya(lora, layers, family)
     ranks = {update.rank for update in lora.values()}
+    version, module = {"sd15": ("sd_v1", "lora"), "sd3": ("sd3", "lora_sd3"), "flux": ("flux1", "lora_flux")}[family]
     known = {
         "ss_v2": "False",
-        "ss_base_model_version": {"sd15": "sd_v1", "sd3": "sd3", "flux": "flux1"}[family],
-        "ss_network_module": {"sd15": "networks.lora", "sd3": "networks.lora_sd3", "flux": "networks.lora_flux"}[
-            family
-        ],
+        "ss_base_model_version": version,
+        "ss_network_module": f"networks.{module}",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_args": "{}",
     }
@@ -128,9 +127,8 @@ def family_name(family: Family) -> str:
 
 
 def load_lora(family: Family, file: Path) -> None:
-    """Put a file of any format that `read_lora` knows on the loaded pipeline; DoRA only of diffusers' kind."""
-    with safe_open(file, "pt") as opened:
-        dora = any("lora_magnitude_vector" in key for key in opened.keys())  # noqa: SIM118
+    """Put what `read_lora` reads on the loaded pipeline; DoRA only from a file of diffusers' kind."""
+    dora = file.is_file() and any("lora_magnitude_vector" in key for key in load_file(file))
     family.pipe.load_lora_weights(file if dora else to_peft(read_lora(file, family)))
 
 
@@ -161,14 +159,11 @@ def merge(family: Family, lora: Lora) -> float:
     return (lost / whole) ** 0.5
 
 
-def extract(family: Family, tuned: Path, rank: int) -> tuple[Lora, float]:
-    """What a pipeline's training added to the family's base, at `rank`; and the share that this leaves out."""
-    parts, weights = (family.denoiser_name, *family.clip_encoders), []
-    for folder in (family.folder, tuned):
-        family.folder = folder
-        family.load(*parts)
-        weights.append(loaded_weights(family))
-    return difference(*weights, rank)
+def extract(base: Family, tuned: Family, rank: int) -> tuple[Lora, float]:
+    """What training added to the base, at `rank`; and the share that this leaves out."""
+    for family in (base, tuned):
+        family.load(family.denoiser_name, *family.clip_encoders)
+    return difference(loaded_weights(base), loaded_weights(tuned), rank)
 
 
 def distance(a: Lora, b: Lora) -> float:

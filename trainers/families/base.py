@@ -128,6 +128,7 @@ class Family(ABC):
     def scheduler(self) -> SchedulerMixin:
         return self.pipe.scheduler
 
+    @lru_cache  # noqa: B019
     def skeleton(self, part: str) -> nn.Module:
         """A model without weights."""
         library, kind = self.parts[part]
