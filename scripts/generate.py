@@ -26,9 +26,9 @@ def main() -> None:
 
     import torch
 
-    from trainers.dreambooth import write_samples
     from trainers.families import FAMILIES
     from trainers.lora_files import WEIGHT_NAME, load_lora
+    from trainers.sampling import write_samples
 
     config = described(arguments.weights, arguments.base)
     chosen = {k: getattr(arguments, k) for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")}
@@ -43,7 +43,7 @@ def main() -> None:
     if config.lora:
         weights = arguments.weights
         load_lora(family, weights / WEIGHT_NAME if (weights / WEIGHT_NAME).is_file() else weights)
-    family.compress()
+    family.settle()
     write_samples(family, config, arguments.out)
     print(arguments.out / "grid.png")
 

@@ -31,7 +31,7 @@ TESTS = {  # a file under trainers/, or its folder, to the tests that should not
     "families": ["test_families.py"],
     "lora.py": ["test_families.py"],
     "dreambooth.py": ["test_families.py"],
-    "class_images.py": ["test_families.py"],
+    "sampling.py": ["test_families.py"],
     "cache.py": ["test_cache.py", "test_families.py"],
     "export.py": ["test_families.py", "test_formats.py"],
     "formats.py": ["test_formats.py"],
@@ -192,7 +192,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "family.load(*names, *family.text_encoder_names)",
     ),
     (
-        "class_images.py",
+        "sampling.py",
         "T5 draws class pictures",
         'family.load("vae", family.denoiser_name, *encoder.live)',
         'family.load("vae", family.denoiser_name, *family.text_encoder_names)',

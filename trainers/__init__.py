@@ -9,6 +9,12 @@ class UserError(Exception):
     status = 2
 
 
+class RunFailedError(UserError):
+    """Memory, disk, network or another process failed: no mistake in the config, and nothing to mend in the code."""
+
+    status = 1
+
+
 class Interrupted(BaseException):
     """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 + number."""
 

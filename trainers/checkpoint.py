@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from . import UserError
 from .loop import Task
 from .optim import trained_state
 from .sections import Config
+from .trouble import tolerated
 
 IRRELEVANT = {  # what may change between two parts of a run
     "": {"output_dir"},
@@ -28,7 +30,10 @@ IRRELEVANT = {  # what may change between two parts of a run
     "validation": None,
     "tracking": None,
     "hub": None,
-    "train": {"gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps"},
+    "train": {
+        *("gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "auto_micro_batch"),
+        *("max_skipped_steps", "on_divergence"),
+    },
     # the pictures and captions themselves are compared instead of where they lie
     "data": {
         *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir", "held_out_dir"),
@@ -52,43 +57,66 @@ def relevant(config: Config, world: int, data: str) -> dict[str, object]:
     return facts
 
 
-def save_checkpoint(root: Path, step: int, task: Task, accelerator: Accelerator, facts: dict, limit: int) -> None:
-    """Write root/step-NNNNNN aside, checksummed and synced, rename it, then remove the oldest beyond `limit`."""
+@dataclass
+class State:
+    """Where a run is, beside its tensors. facts: from `relevant`; rollbacks: each has halved the learning rate."""
+
+    facts: dict[str, object]
+    step: int = 0
+    rollbacks: int = 0
+
+
+def save_checkpoint(config: Config, step: int, task: Task, accelerator: Accelerator, state: State) -> None:
+    """Write checkpoints/step-NNNNNN, and remove the oldest beyond the limit. What fails, as on a full disk, is told."""
     if accelerator.is_main_process:
-        files = {}
-        for name, player in task.players.items():
-            trained = trained_state(accelerator.unwrap_model(player.module))
-            tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
-            files[f"{name}.safetensors"] = save(tensors)
-            buffer = io.BytesIO()
-            torch.save(player.optimizer.state_dict(), buffer)
-            files[f"{name}.optimizer.pt"] = buffer.getvalue()
-            if player.ema:
-                average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
-                files[f"{name}.ema.safetensors"] = save(average)
-        manifest = {
-            "step": step,
-            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-            "facts": facts,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        }
-        files["manifest.json"] = json.dumps(manifest, indent=2).encode()
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".*"):
-            shutil.rmtree(leftover)
+        root = config.output_dir / "checkpoints"
         aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
-        aside.mkdir()
-        for name, content in files.items():
-            with open(aside / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        for old in checkpoints(root)[limit:]:
-            shutil.rmtree(old)
+        try:
+            with tolerated(f"writing {final}"):
+                write_aside(aside, packed(step, task, accelerator, state))
+                if final.exists():
+                    shutil.rmtree(final)
+                aside.rename(final)
+                for old in checkpoints(root)[config.checkpoint.checkpoints_total_limit :]:
+                    shutil.rmtree(old)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dict[str, bytes]:
+    """The files of a checkpoint; the manifest has a checksum of each."""
+    files = {}
+    for name, player in task.players.items():
+        trained = trained_state(accelerator.unwrap_model(player.module))
+        tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+        files[f"{name}.safetensors"] = save(tensors)
+        buffer = io.BytesIO()
+        torch.save(player.optimizer.state_dict(), buffer)
+        files[f"{name}.optimizer.pt"] = buffer.getvalue()
+        if player.ema:
+            average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
+            files[f"{name}.ema.safetensors"] = save(average)
+    manifest = {
+        "step": step,
+        "rollbacks": state.rollbacks,
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "facts": state.facts,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+    }
+    return files | {"manifest.json": json.dumps(manifest, indent=2).encode()}
+
+
+def write_aside(aside: Path, files: dict[str, bytes]) -> None:
+    """What an earlier, killed run left aside is removed first."""
+    for leftover in aside.parent.glob(".*"):
+        shutil.rmtree(leftover)
+    aside.mkdir(parents=True)
+    for name, content in files.items():
+        with open(aside / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -108,19 +136,26 @@ def verified(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
     return None
 
 
-def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator, facts: dict) -> int:
-    """Put the state back in place and return its step; 0 when there is none.
+def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, before: int | None = None) -> State:
+    """Put the state back in place, that of the newest valid checkpoint unless the config names one or wants none.
 
-    wanted: "latest" for the newest valid one, a path, or None. Raises: UserError when the run has changed, or when a
-    path is no valid checkpoint, or when None would overwrite an earlier run.
+    before: for a run that diverged; later checkpoints are renamed to diverged-NNNNNN. Raises: UserError when the run
+    has changed, when the named folder is no valid checkpoint, or when a new beginning would overwrite an earlier run.
     """
+    root, wanted = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
+    if before is not None:
+        wanted = "latest"
+        for folder in checkpoints(root) if accelerator.is_main_process else ():
+            if int(folder.name.removeprefix("step-")) >= before:
+                folder.rename(root / folder.name.replace("step", "diverged"))
+        accelerator.wait_for_everyone()
     found = checkpoints(root)
     if wanted is None:
         if found:
             raise UserError(
-                f"{root.parent} holds a run already ({found[0].name}): choose another output_dir or resume it"
+                f"{config.output_dir} holds a run already ({found[0].name}): choose another output_dir or resume it"
             )
-        return 0
+        return State(facts)
     for folder in found if wanted == "latest" else [Path(wanted)]:
         if state := verified(folder):
             break
@@ -130,7 +165,7 @@ def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator,
     else:
         if found:
             raise UserError(f"none of the {len(found)} checkpoints in {root} is complete: choose another output_dir")
-        return 0
+        return State(facts)
     manifest, files = state
     then, now = manifest["facts"], json.loads(json.dumps(facts))
     changed = [f"  {k}: was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
@@ -151,4 +186,4 @@ def resume(root: Path, wanted: str | None, task: Task, accelerator: Accelerator,
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
     accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
-    return manifest["step"]
+    return State(facts, manifest["step"], manifest.get("rollbacks", 0))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
-    """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failed push, 130 or 143 for a signal."""
+    """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 + a signal."""
     try:
         return main() or 0
     except UserError as error:

@@ -266,16 +266,27 @@ class Batches:
         return shares.repeat_interleave(self.share.batch_size).to(self.device)
 
     def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
-        for rows in self.share.micro_batches():
-            visits = [(pool, row) for pool in range(len(self.pools)) for row in rows]
+        for visits in self.visits():
             of_all = [self.share.total * pool + row for pool, row in visits]
             yield self.collate(step, visits), Draws(self.share.seed, step, of_all, self.device, self.share.total)
+
+    def visits(self) -> list[list[tuple[int, int]]]:
+        """Pool and row of each sample of each micro-batch."""
+        pools = range(len(self.pools))
+        return [[(pool, row) for pool in pools for row in rows] for rows in self.share.micro_batches()]
+
+    def names(self, step: int) -> list[list[str]]:
+        """Of the pictures in each micro-batch."""
+        return [[self.picture(step, pool, row).name for pool, row in visits] for visits in self.visits()]
+
+    def picture(self, step: int, pool: int, row: int) -> Picture:
+        return self.pools[pool][self.share.visited(step, row, len(self.pools[pool]), pool)]
 
     def collate(self, step: int, visits: list[tuple[int, int]]) -> dict:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
         moments, texts = [], []
         for pool, row in visits:
-            picture = self.pools[pool][self.share.visited(step, row, len(self.pools[pool]), pool)]
+            picture = self.picture(step, pool, row)
             r = random.Random(mix(self.share.seed, step, self.share.total * pool + row, "data"))
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -69,6 +69,11 @@ class Share:
     def of(cls, seed: int, config: TrainConfig, accelerator: Accelerator) -> Share:
         rank, world = accelerator.process_index, accelerator.num_processes
         return cls(seed, config.train_batch_size, config.gradient_accumulation_steps, rank, world)
+
+    def in_smaller_parts(self) -> Share:
+        """The same global batches in smaller micro-batches: halves if that goes, of one row at the least."""
+        factor = next((n for n in range(2, self.batch_size) if self.batch_size % n == 0), self.batch_size)
+        return replace(self, batch_size=self.batch_size // factor, accumulation=self.accumulation * factor)
 
     @property
     def total(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from . import card, export
 from .cache import CachedEncoder
-from .class_images import make_class_images
 from .data import Batches, class_pictures, held_out_pictures, instance_pictures, view
 from .draws import Draws, Share, mix
 from .families import FAMILIES, Family
 from .loop import Means, make_player
-from .observers import averaged, write_grid
+from .observers import averaged
 from .optim import trained_parameters
+from .processes import Shard, cut
+from .sampling import make_class_images, write_samples
 from .sections import DreamBoothConfig
 
 DRAWS = 4  # of time and noise for each held-out photo
@@ -55,9 +56,10 @@ class DreamBooth:
             family.add_lora(config.lora, encoder.train)
         else:
             self.module.requires_grad_(True)
-        family.compress()
+        family.settle()
         if config.train.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
+        self.module._ddp_params_and_buffers_to_ignore = cut(self.module)
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
         parts = [(self.module.denoiser, rate), (self.module.text_encoders, text_rate)]
@@ -88,12 +90,21 @@ class DreamBooth:
             self.module.train()
             means["held_out_loss"] = torch.stack(losses).mean()
 
+    @property
+    def joint(self) -> bool:
+        return self.family.shard is not None
+
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
         if self.config.validation.prompts:
             self.module.eval()
-            write_samples(self.family, self.config, folder, self.encoder.outputs)
+            write_samples(self.family, self.config, folder, self.encoder.outputs, self.crew)
             self.module.train()
+
+    @property
+    def crew(self) -> Accelerator | None:
+        """Who works on one thing together, if not each process alone."""
+        return self.accelerator if self.joint else None
 
     def save(self, folder: Path) -> None:
         """LoRA weights, or the whole pipeline when all weights train."""
@@ -110,10 +121,14 @@ class DreamBooth:
     def finish(self) -> None:
         """Save, prove that the file reloads, sample from it, write the card. The trained model is freed on the way."""
         config, family, prompt = self.config, self.family, self.batches.pools[0][0].caption
+        main, crew = self.accelerator.is_main_process, self.crew
         with averaged(self):
             self.module.eval()
-            self.save(config.output_dir)
+            if main:
+                self.save(config.output_dir)
             expected = self.probe(prompt)
+        if crew:
+            crew.wait_for_everyone()
         self.players.clear()
         del self.module
         self.accelerator.free_memory()
@@ -121,16 +136,20 @@ class DreamBooth:
         fresh, encode, difference = export.prove(config, self.encoder, expected, prompt)
         self.accelerator.print(f"reload proof: relative difference {difference:.1e}")
         if config.validation.prompts:
-            write_samples(fresh, config, config.output_dir / "samples" / "final", encode)
-        card.write_card(config, difference, [picture.digest for picture in self.batches.pools[0]])
+            write_samples(fresh, config, config.output_dir / "samples" / "final", encode, crew)
+        if main:
+            card.write_card(config, difference, [picture.digest for picture in self.batches.pools[0]])
 
 
-def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBooth, Batches, str]:
+def build(
+    config: DreamBoothConfig, accelerator: Accelerator, shard: Shard | None = None
+) -> tuple[DreamBooth, Batches, str]:
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
     data = config.data
     pools = [instance_pictures(data)]
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    family = FAMILIES[config.model.family](config.model, accelerator.device, half if config.lora else torch.float32)
+    dtype = half if config.lora else torch.float32
+    family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
     text = (
         (family.clip_encoders if config.lora else family.text_encoder_names) if config.train.train_text_encoder else ()
     )
@@ -157,16 +176,3 @@ def build(config: DreamBoothConfig, accelerator: Accelerator) -> tuple[DreamBoot
         task.held_out = Batches([held_out], encoder, plain, every, accelerator.device)
     digest = f"{mix(*(part for picture in pools[0] for part in (picture.digest, picture.caption))):x}"
     return task, task.batches, digest
-
-
-def write_samples(family: Family, config: DreamBoothConfig, folder: Path, encode: Callable | None = None) -> None:
-    """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled grid.png."""
-    validation, rows = config.validation, []
-    folder.mkdir(parents=True, exist_ok=True)
-    for p, prompt in enumerate(validation.prompts):
-        pictures = []
-        for i in range(validation.num_images):
-            pictures.append(family.sample(prompt, validation, validation.seed + i, config.data.resolution, encode))
-            pictures[-1].save(folder / f"{p:02d}-{i}.png")
-        rows.append((prompt, pictures))
-    write_grid(rows, folder / "grid.png")

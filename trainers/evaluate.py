@@ -66,7 +66,7 @@ class Sampler:
                 warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
                 family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)
             check_keys(family, (family.denoiser_name, *text), folder / WEIGHT_NAME)
-        family.compress()
+        family.settle()
         self.family, self.config = family, config
 
     def __call__(self, name: str, shots: Shots, folder: Path, scale: float = 1.0) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def prove(
     folder, model, dtype = config.output_dir, config.model, encoder.family.dtype
     if not config.lora:
         model = model.model_copy(update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None})
-    fresh = FAMILIES[model.family](model, encoder.family.device, dtype)
+    fresh = FAMILIES[model.family](model, encoder.family.device, dtype, encoder.family.shard)
     fresh.load("vae", fresh.denoiser_name, *encoder.live)
     if config.lora:
         fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
@@ -124,7 +124,7 @@ def prove(
         far = distance(read_lora(folder / WEIGHT_NAME, fresh), read_lora(folder / KOHYA_NAME, fresh))
         if not far <= TOLERANCE[torch.float32]:
             raise ExportError(f"{KOHYA_NAME} reads back as other updates: relative difference {far:.2e}")
-    fresh.compress()
+    fresh.settle()
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
         return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)

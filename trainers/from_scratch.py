@@ -28,6 +28,7 @@ class FromScratch(ABC):
     saved: str  # the player whose network the run is for
     tag: str  # the Hub's name of what it does
     masks = 0  # channels at the end that hold classes
+    joint = False
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device

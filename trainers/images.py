@@ -177,7 +177,7 @@ class Batches:
 
     def __call__(self, step: int) -> Iterator[tuple[dict[str, Tensor], Draws]]:
         for rows in self.share.micro_batches():
-            chosen = [self.share.visited(step, row, len(self.images)) for row in rows]
+            chosen = self.chosen(step, rows)
             if self.config.side is None:
                 pixels = torch.stack([self.crop(step, row, i) for row, i in zip(rows, chosen, strict=True)])
             else:
@@ -185,6 +185,14 @@ class Batches:
             rng = Draws(self.share.seed, step, rows, self.images.device, self.share.total)
             labels = self.images.labels[torch.tensor(chosen, device=self.images.device)]
             yield {"pixels": augment(pixels, self.config, rng, self.masks), "label": labels}, rng
+
+    def chosen(self, step: int, rows: range) -> list[int]:
+        return [self.share.visited(step, row, len(self.images)) for row in rows]
+
+    def names(self, step: int) -> list[list[str]]:
+        """Of the pictures in each micro-batch."""
+        parts = [self.chosen(step, rows) for rows in self.share.micro_batches()]
+        return [[self.images.samples[i].picture.name for i in part] for part in parts]
 
     def crop(self, step: int, row: int, chosen: int) -> Tensor:
         """(C, S, S) at a random place; what is smaller is mirrored at its edges."""

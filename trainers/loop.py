@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .draws import Draws, mix
-from .optim import EMA, make_optimizer
+from .draws import Draws, Share, mix
+from .optim import EMA, hold, make_optimizer
 from .sections import OptimizerConfig, TrainConfig
 
 
@@ -36,6 +36,7 @@ def make_player(
 class Task(Protocol):
     players: dict[str, Player]
     observers: Sequence[Observer]  # the task's own; called before the others, they may add to the means
+    joint: bool  # whether every process must take part in `sample` and `finish`, as where a model is cut among them
 
     def losses(self, batch: Any, rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """Yield (player, scalar loss); when resumed, that player's optimiser has stepped."""
@@ -48,8 +49,13 @@ class Task(Protocol):
 
 
 class Batches(Protocol):
+    share: Share
+
     def __call__(self, step: int) -> Iterable[tuple[Any, Draws]]:
         """This process's micro-batches of one step, each with its random draws."""
+
+    def names(self, step: int) -> list[list[str]]:
+        """Of the samples in each of them."""
 
 
 Means = dict[str, Tensor]  # scalars on the device: each player's mean loss and gradient norm
@@ -70,29 +76,30 @@ def train(
     for player in task.players.values():
         player.module.train()
         for group in player.optimizer.param_groups:
-            group.setdefault(
-                "initial_lr", group["lr"]
-            )  # kept with the optimiser, so a resumed run does not decay twice
+            group.setdefault("initial_lr", group["lr"])  # kept with the optimiser: a resumed run decays once
     modules = [player.module for player in task.players.values()]
     for step in range(start, config.max_train_steps):
-        means: Means = {}
+        means: Means = {"skipped": torch.zeros((), device=accelerator.device)}
         for micro, (batch, rng) in enumerate(batches(step)):
             torch.manual_seed(mix(seed, step, micro, "dropout", accelerator.process_index))
             with accelerator.accumulate(*modules):
                 for name, loss in task.losses(batch, rng):
                     player = task.players[name]
+                    for group in player.optimizer.param_groups:
+                        group["lr"] = group["initial_lr"] * rate(step)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        trained = [p for p in player.module.parameters() if p.requires_grad]
-                        means[f"{name}_grad_norm"] = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-                        for group in player.optimizer.param_groups:
-                            group["lr"] = group["initial_lr"] * rate(step)
-                    player.optimizer.step()
-                    player.optimizer.zero_grad()
                     share = loss.detach() / accelerator.gradient_accumulation_steps
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
+                    if accelerator.sync_gradients:
+                        trained = [p for p in player.module.parameters() if p.requires_grad]
+                        norm = means[f"{name}_grad_norm"] = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+                        finite = (means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()
+                        means["skipped"] = means["skipped"].maximum((~finite).float())
+                    if not accelerator.sync_gradients or hold(player.optimizer.optimizer, finite):
+                        player.optimizer.step()
+                    player.optimizer.zero_grad()
         for player in task.players.values():
-            if player.ema:
+            if player.ema and accelerator.sync_gradients:
                 player.ema.update(step)
         for observe in observers:
             observe(step + 1, means)

@@ -8,7 +8,6 @@ import resource
 import signal
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from . import Interrupted
-from .checkpoint import save_checkpoint
+from .checkpoint import State, save_checkpoint
 from .loop import Means, Task
+from .processes import Crew
 from .sections import Config
-
-
-class NonFiniteLossError(RuntimeError):
-    """Training has diverged."""
+from .trouble import tolerated
 
 
 class Log:
@@ -37,35 +34,34 @@ class Log:
         train = config.train
         self.batch = train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
         self.sums: Means = {}
-        self.counts: Counter[str] = Counter()  # a player may step less often than others
+        self.counts: Means = {}  # a player may step less often than others
         self.since, self.last = start, time.perf_counter()
         shown = accelerator.is_main_process
         self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
-        if shown and self.file.exists():  # a killed run may have logged steps past its last checkpoint
-            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= start]
+        if shown and self.file.exists():  # a killed run may have logged steps past its last checkpoint, or half a line
+            kept = [line for line in self.file.read_text().splitlines() if step_of(line) <= start]
             self.file.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, step: int, means: Means) -> None:
         for name, value in means.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] += 1
+            finite = torch.as_tensor(value).isfinite()  # a step that was skipped does not spoil the mean
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+            self.counts[name] = self.counts.get(name, 0) + finite
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
         steps, now = step - self.since, time.perf_counter()
-        values = {k: self.accelerator.reduce(v / self.counts[k], "mean").item() for k, v in sorted(self.sums.items())}
+        sums, counts = (self.accelerator.reduce(part, "sum") for part in (self.sums, self.counts))
+        values = {name: (sums[name] / counts[name]).item() for name in sorted(sums) if counts[name]}
+        if not values["skipped"]:
+            del values["skipped"]
         values["learning_rate"] = self.config.optimizer.learning_rate * self.rate(step - 1)
         values["images_per_second"] = steps * self.batch / (now - self.last)
         values["peak_memory_gib"] = peak_memory()
-        self.sums, self.counts, self.since, self.last = {}, Counter(), step, now
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise NonFiniteLossError(
-                f"{', '.join(bad)} is not finite at step {step}: the last checkpoint is intact. Lower "
-                "optimizer.learning_rate, or use mixed precision bf16 instead of fp16"
-            )
-        self.accelerator.log(values, step=step)
+        self.sums, self.counts, self.since, self.last = {}, {}, step, now
         if self.accelerator.is_main_process:
-            with open(self.file, "a") as file:
+            with tolerated("the tracker"):
+                self.accelerator.log(values, step=step)
+            with tolerated(f"writing {self.file}"), open(self.file, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in values.items() if k.endswith("_loss"))
         self.bar.set_postfix_str(
@@ -73,6 +69,14 @@ class Log:
             f"peak {values['peak_memory_gib']:.1f} GiB"
         )
         self.bar.update(steps)
+
+
+def step_of(line: str) -> float:
+    """Of a line of metrics.jsonl; endless for one that a full disk or a kill cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def peak_memory() -> float:
@@ -89,13 +93,15 @@ class Sample:
         self.task, self.config, self.accelerator = task, config, accelerator
 
     def __call__(self, step: int, means: Means) -> None:
-        if step % self.config.validation.validation_steps or not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if step % self.config.validation.validation_steps or not (main or self.task.joint):
             return
         folder = self.config.output_dir / "samples" / f"step-{step:06d}"
-        with averaged(self.task):
+        with averaged(self.task), tolerated("sampling"):
             self.task.sample(folder)
-        if (folder / "grid.png").exists():
-            track_pictures(self.accelerator, folder, step)
+        if main and (folder / "grid.png").exists():
+            with tolerated("the tracker"):
+                track_pictures(self.accelerator, folder, step)
 
 
 class averaged:  # noqa: N801
@@ -112,13 +118,15 @@ class averaged:  # noqa: N801
 
 
 class Checkpoint:
-    """The state every `checkpointing_steps`, at the end, and when SIGINT or SIGTERM asks the run to stop."""
+    """The state every so many steps or minutes, at the end, and when a signal asks the run to stop.
 
-    def __init__(self, task: Task, config: Config, accelerator: Accelerator, facts: dict) -> None:
-        self.task, self.config, self.accelerator, self.facts = task, config, accelerator, facts
-        self.signal: int | None = None
-        self.done = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+    Processes agree on minutes and signals after each step, so that all of them stop after the same one.
+    """
+
+    def __init__(self, task: Task, config: Config, crew: Crew, state: State) -> None:
+        self.task, self.config, self.crew, self.state = task, config, crew, state
+        self.signal, self.done, self.saved = 0, False, time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
@@ -128,11 +136,13 @@ class Checkpoint:
 
     def __call__(self, step: int, means: Means) -> None:
         settings, last = self.config.checkpoint, step == self.config.train.max_train_steps
-        if step % settings.checkpointing_steps == 0 or last or self.signal:
-            root, limit = self.config.output_dir / "checkpoints", settings.checkpoints_total_limit
-            save_checkpoint(root, step, self.task, self.accelerator, self.facts, limit)
-        if self.signal:
-            raise Interrupted(self.signal)
+        late = settings.every_minutes is not None and time.monotonic() - self.saved > 60 * settings.every_minutes
+        number, late = self.crew.agree(self.signal, late)
+        if step % settings.checkpointing_steps == 0 or last or late or number:
+            save_checkpoint(self.config, step, self.task, self.crew.accelerator, self.state)
+            self.saved = time.monotonic()
+        if number:
+            raise Interrupted(number)
         self.done = last
 
 

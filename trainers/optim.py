@@ -55,6 +55,18 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     return rate
 
 
+def hold(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
+    """Whether the next step may be called, for gradients of which `finite` (a scalar on the device) tells.
+
+    AdamW is told, and does nothing on the device if it is false. For the others the host must look, as torch's
+    GradScaler does.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = (~finite).float()
+        return True
+    return bool(finite)
+
+
 class EMA:
     """A running average of a module's trained parameters, kept beside them.
 

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from . import UserError
+from . import RunFailedError, UserError
 from .sections import Config
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ WAITS = (2, 8)  # seconds before another try, on top of the client's own
 TOKENS = "Make one that may write at https://huggingface.co/settings/tokens, then run `hf auth login`"
 
 
-class PushError(UserError):
+class PushError(RunFailedError):
     """A finished run did not reach the Hub; it is whole on the disk, and the message has the command to try again."""
-
-    status = 1
 
 
 def check_access(config: Config) -> str | None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
+import gc
+import warnings
+from contextlib import ExitStack
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils.memory import should_reduce_batch_size
 
-from . import UserError, config, dreambooth
+from . import RunFailedError, UserError, config, dreambooth
 from .autoencoder import Autoencoder
-from .checkpoint import relevant, resume
+from .checkpoint import State, relevant, resume
 from .gan import Gan
-from .loop import train
+from .guard import DivergenceError, Guard
+from .loop import Batches, Task, train
 from .observers import Checkpoint, Log, Sample
 from .optim import make_rate
+from .processes import Crew, Shard, make_accelerator, on_main
 from .push import Push, check_access
 from .report import write_report
 from .sections import Config
+from .trouble import claimed, explained, tolerated
 from .unet import UNetTask
 
 TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan": Gan.build, "unet": UNetTask.build}
@@ -26,53 +30,113 @@ TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan"
 
 def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
-    accelerator = make_accelerator(settings)
-    repo = check_access(settings) if accelerator.is_main_process else None
-    folder = settings.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    task, batches, data = TASKS[settings.kind](settings, accelerator)
+    accelerator, shard = make_accelerator(settings)
+    with ExitStack() as claims, explained(settings, accelerator.num_processes):
+        repo = on_main(accelerator, lambda: check_access(settings))
+        on_main(accelerator, lambda: claims.enter_context(claimed(settings.output_dir)))
+        tell(settings, accelerator, shard, repo)
+
+
+def tell(settings: Config, accelerator: Accelerator, shard: Shard | None, repo: str | None) -> None:
+    build, crew, main = TASKS[settings.kind], Crew(accelerator), accelerator.is_main_process
+    task, batches, data = build(settings, accelerator, shard) if shard else build(settings, accelerator)
     facts = relevant(settings, accelerator.num_processes, data)
-    start = resume(folder / "checkpoints", settings.checkpoint.resume_from_checkpoint, task, accelerator, facts)
-    if accelerator.is_main_process:
-        (folder / "config.yaml").write_text(config.dump(settings))
-    if settings.tracking.report_to:
+    state = resume(settings, task, accelerator, facts)
+    newest, oldest = crew.agree(state.step, -state.step)
+    if newest != -oldest:
+        raise UserError(
+            f"output_dir: the processes find other checkpoints: {settings.output_dir} must be on a shared disk"
+        )
+    if main:
+        (settings.output_dir / "config.yaml").write_text(config.dump(settings))
+    with tolerated("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
-    rate = make_rate(settings.optimizer, settings.train.max_train_steps)
-    log, push = Log(settings, accelerator, rate, start), Push(task, settings, repo)
-    observers = [
-        *task.observers,
-        log,
-        Sample(task, settings, accelerator),
-        Checkpoint(task, settings, accelerator, facts),
-        push,
-    ]
-    train(task, batches, settings.train, settings.seed, accelerator, rate, observers, start)
-    log.bar.close()
-    if accelerator.is_main_process:
+    if settings.train.auto_micro_batch:
+        fit_in_memory(task, batches, settings, crew, state.step)
+    push = Push(task, settings, repo)
+    while True:
+        try:
+            learn(task, batches, settings, crew, state, push)
+            break
+        except DivergenceError as error:
+            state = recover(error, task, settings, accelerator, facts, state.rollbacks)
+    if main or task.joint:
         task.finish()
-        write_report(folder)
+    if main:
+        write_report(settings.output_dir)
         if repo:
-            write_report(folder, pictures=False)
-        accelerator.print(f"done: {folder}")
+            write_report(settings.output_dir, pictures=False)
+        accelerator.print(f"done: {settings.output_dir}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with tolerated("the tracker"):
+        accelerator.end_training()
     push.finish()
 
 
-def make_accelerator(settings: Config) -> Accelerator:
-    """Raises: UserError when the launcher was asked for more processes than it started."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=settings.train.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # while one process samples or exports
-        log_with=settings.tracking.report_to or None,
-        project_config=ProjectConfiguration(str(settings.output_dir), str(settings.output_dir / "tracking")),
-    )
-    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT for two processes and then starts one
-    wanted = int(os.environ.get("WORLD_SIZE", 2 if "MASTER_PORT" in os.environ else 1))
-    if wanted != accelerator.num_processes:
-        raise UserError(
-            f"the launcher was asked for {'several processes' if 'WORLD_SIZE' not in os.environ else wanted}, but each "
-            f"sees {accelerator.num_processes}. On a CPU use: accelerate launch --multi_gpu --num_processes 2 ..."
-        )
-    return accelerator
+def learn(task: Task, batches: Batches, settings: Config, crew: Crew, state: State, push: Push) -> None:
+    """From the state to the last step. Raises: DivergenceError."""
+    accelerator, peak = crew.accelerator, make_rate(settings.optimizer, settings.train.max_train_steps)
+
+    def rate(step: int) -> float:
+        return peak(step) * 0.5**state.rollbacks
+
+    log = Log(settings, accelerator, rate, state.step)
+    observers = [
+        *task.observers,
+        Guard(task, batches, settings, accelerator),
+        log,
+        Sample(task, settings, accelerator),
+        Checkpoint(task, settings, crew, state),
+        push,
+    ]
+    try:
+        train(task, batches, settings.train, settings.seed, accelerator, rate, observers, state.step)
+    finally:
+        log.bar.close()
+
+
+def recover(
+    error: DivergenceError, task: Task, settings: Config, accelerator: Accelerator, facts: dict, rollbacks: int
+) -> State:
+    """The state of the last checkpoint that was trained from without fail, at half the learning rate."""
+    advice = "Lower optimizer.learning_rate, or use mixed precision bf16 instead of fp16"
+    if settings.train.on_divergence == "stop":
+        raise RunFailedError(f"{error}. {advice}; the same command then needs another output_dir") from None
+    state = resume(settings, task, accelerator, facts, before=error.first - 1)
+    state.rollbacks = rollbacks + 1
+    if state.step == 0:
+        raise RunFailedError(f"{error}. There is no checkpoint from before that to go back to. {advice}") from None
+    warnings.warn(f"{error}. Back to step {state.step}, at half the learning rate", stacklevel=2)
+    return state
+
+
+def fit_in_memory(task: Task, batches: Batches, settings: Config, crew: Crew, start: int) -> None:
+    """Make the micro-batches smaller until a step and Adam's two moments fit in each process; nothing is trained."""
+    accelerator, once = crew.accelerator, settings.train.model_copy(update={"max_train_steps": start + 1})
+    accelerator.gradient_accumulation_steps = 2**30  # so that no step is due
+    while True:
+        moments, failed = [], False
+        try:
+            for player in task.players.values():
+                moments += [
+                    torch.empty(2, *p.shape, device=p.device) for p in player.module.parameters() if p.requires_grad
+                ]
+            train(task, batches, once, settings.seed, accelerator, lambda step: 0.0, start=start)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            failed = True
+            if batches.share.batch_size == 1:
+                raise
+        del moments
+        for player in task.players.values():
+            player.module.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not crew.agree(failed)[0]:
+            break
+        batches.share = batches.share.in_smaller_parts()
+    accelerator.gradient_accumulation_steps, accelerator.step = batches.share.accumulation, 0
+    rows = batches.share
+    accelerator.print(f"micro-batches of {rows.batch_size}, {rows.accumulation} for each step")

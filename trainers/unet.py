@@ -38,8 +38,7 @@ class UNetTask(FromScratch):
         if isinstance(self.use, Colorize):
             self.use.prepare(self.train, self.test)
         self.add("unet", UNet(self.use.inputs, self.use.outputs, **dict(config.model)))
-        self.adversarial = config.use == "pix2pix" and config.objective.adversarial
-        if self.adversarial:
+        if config.adversarial:
             critic = PatchDiscriminator(self.use.inputs - self.use.noise + self.use.outputs, config.model.width)
             self.add("discriminator", critic, average=False)
 
@@ -50,7 +49,7 @@ class UNetTask(FromScratch):
         x, y = self.use.pair(batch["pixels"], rng)
         prediction = self.players["unet"].module(x)
         loss = self.use.loss(prediction, y)
-        if self.adversarial:
+        if self.config.adversarial:
             critic_loss, generator_loss = LOSSES["non_saturating"]
             discriminator, given = self.players["discriminator"].module, self.given(x)
             true, made = torch.cat([given, y], 1), torch.cat([given, prediction], 1)

@@ -22,6 +22,7 @@ from .. import UserError
 from ..draws import Draws
 from ..lora import add_adapter
 from ..objectives import Flow, Objective, resolution_shift
+from ..processes import Shard
 from ..quantize import load_quantized
 from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
 
@@ -39,10 +40,17 @@ class Family(ABC):
     middle: float = 0.5  # a time in the middle of the schedule
 
     def __init__(
-        self, model: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        model: ModelConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shard: Shard | None = None,
     ) -> None:
-        """Finds or downloads the base model. Raises: UserError when it cannot be had."""
-        self.device, self.dtype = torch.device(device), dtype
+        """Finds or downloads the base model. Raises: UserError when it cannot be had.
+
+        shard: cuts a denoiser's frozen weights among the processes, see `processes.sharding`.
+        """
+        self.device, self.dtype, self.shard = torch.device(device), dtype, shard
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization = model.quantization
         index = self.pipeline.load_config(self.folder)
@@ -101,16 +109,19 @@ class Family(ABC):
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
-            if not (placed and name == self.denoiser_name):
+            if name != self.denoiser_name or not (placed or self.shard):
                 module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
 
-    def compress(self) -> None:
-        """With fp8: from now on the denoiser's weights are 8 bits wide but while their layer computes; LoRA's are not.
+    def settle(self) -> None:
+        """Once the denoiser has all its layers: cut its frozen weights among the processes, if that was asked for.
 
-        What a layer saves for the backward pass is gone by then, so only checkpointed blocks can train.
+        With fp8 they are 8 bits wide from now on but while their layer computes; LoRA's are not. What a layer saves for
+        the backward pass is gone by then, so only checkpointed blocks can train.
         """
+        if self.shard:
+            self.shard(self.denoiser)
         if self.quantization == "fp8":
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
 

@@ -14,8 +14,8 @@ class Flux(Family):
     attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     mlp = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
-    def __init__(self, model, device="cpu", dtype=torch.float32):
-        super().__init__(model, device, dtype)
+    def __init__(self, model, device="cpu", dtype=torch.float32, shard=None):
+        super().__init__(model, device, dtype, shard)
         self.guidance = model.guidance_scale if self.denoiser_config["guidance_embeds"] else None
         if self.guidance is None and not model.allow_schnell:
             raise UserError(

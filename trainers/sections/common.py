@@ -40,11 +40,22 @@ class TrainConfig(Section):
     train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
     gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
     max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
+    max_skipped_steps: PositiveInt = field(
+        5, "A step without a finite gradient is skipped; so many in a row end it all."
+    )
+    on_divergence: Literal["rollback", "stop"] = field(
+        "rollback", "How it ends: back to the last good checkpoint at half the learning rate, or with a message."
+    )
+    auto_micro_batch: bool = field(
+        False,
+        "Find at the start how often train_batch_size must be halved, and accumulation doubled, to fit in memory.",
+    )
     ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
 
 
 class CheckpointConfig(Section):
     checkpointing_steps: PositiveInt = field(500, "Steps between checkpoints; the last step is always saved.")
+    every_minutes: PositiveFloat | None = field(None, "Minutes between checkpoints, beside the steps.")
     checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
     resume_from_checkpoint: str | None = field("latest", "latest, the path of a checkpoint, or null to begin anew.")
 
@@ -84,6 +95,18 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     hub: HubConfig = HubConfig()
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a batch may be trained on in parts: not where a player must step before another one is shown it."""
+        return True
+
+    def lighter(self) -> Iterator[str]:
+        """Settings that need less memory than these, those that cost least first."""
+        if self.train.train_batch_size > 1 and self.accumulates:
+            yield "train.auto_micro_batch=true: the batch is trained on in parts that fit, the same result"
+        elif self.train.train_batch_size > 2:
+            yield f"train.train_batch_size={self.train.train_batch_size // 2}: smaller batches"
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """Rules that one field's type cannot state, as (path, message)."""
         optimizer = self.optimizer
@@ -95,6 +118,10 @@ class Config(Section):
         yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
         for tracker in self.tracking.report_to:
             yield from missing("tracking.report_to", tracker, tracker)
+        for name in ("gradient_accumulation_steps", "auto_micro_batch"):
+            least = TrainConfig.model_fields[name].default
+            if not self.accumulates and getattr(self.train, name) != least:
+                yield f"train.{name}", f"must be {least}: a player must step before the other one is shown it"
         hub = self.hub
         if hub.create_pr and hub.hub_revision:
             yield "hub.create_pr", "a pull request is made against main: drop this or hub.hub_revision"

@@ -57,6 +57,12 @@ class ScratchConfig(Config):
 
     data: ImagesConfig = ImagesConfig()
 
+    def lighter(self) -> Iterator[str]:
+        if self.data.in_memory:
+            yield "data.in_memory=false: pictures are decoded at each step, the same result, slower"
+        yield from super().lighter()
+        yield f"data.resolution={self.data.resolution // 2}, or a smaller model.width"
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         data = self.data
@@ -153,10 +159,12 @@ class GanConfig(ScratchConfig):
     optimizer: GanOptimizerConfig = GanOptimizerConfig()
     validation: GanValidationConfig = GanValidationConfig()
 
+    @property
+    def accumulates(self) -> bool:
+        return False
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
-        if self.train.gradient_accumulation_steps > 1:
-            yield "train.gradient_accumulation_steps", "must be 1: a player must step before the other one is shown it"
         data = self.data
         if self.train.train_batch_size < 2:
             yield "train.train_batch_size", "must be at least 2: how varied the pictures are is watched"
@@ -213,6 +221,14 @@ class UNetConfig(ScratchConfig):
     data: PairsConfig = PairsConfig()
     objective: UNetObjectiveConfig = UNetObjectiveConfig()
 
+    @property
+    def accumulates(self) -> bool:
+        return not self.adversarial
+
+    @property
+    def adversarial(self) -> bool:
+        return self.use == "pix2pix" and self.objective.adversarial
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         yield from foreign(self, self.use, USES)
@@ -225,5 +241,3 @@ class UNetConfig(ScratchConfig):
             yield "data.target_suffix", "is that of the pictures themselves"
         if self.use == "colorize" and data.channels != 3:
             yield "data.channels", "colorize needs pictures in colour: 3"
-        if self.use == "pix2pix" and self.objective.adversarial and self.train.gradient_accumulation_steps > 1:
-            yield "train.gradient_accumulation_steps", "must be 1: a player must step before the other one is shown it"

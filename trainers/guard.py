@@ -1,0 +1,90 @@
+"""Steps whose gradient is not finite. The loop skips each; here they are counted, explained and, if many, undone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .loop import Batches, Means, Task
+from .sections import Config
+
+SHOWN = 3  # findings in a message
+
+
+class DivergenceError(Exception):
+    """So many steps in a row had no finite gradient; `first` is the first of them."""
+
+    def __init__(self, first: int, message: str) -> None:
+        super().__init__(message)
+        self.first = first
+
+
+class Guard:
+    """Reads the count from the device when the log is due. Raises: DivergenceError after too many in a row."""
+
+    def __init__(self, task: Task, batches: Batches, config: Config, accelerator: Accelerator) -> None:
+        self.task, self.batches, self.config, self.accelerator = task, batches, config, accelerator
+        self.record = torch.zeros(3, dtype=torch.int64, device=accelerator.device)  # skipped in all, in a row, the last
+        self.told = 0
+
+    def __call__(self, step: int, means: Means) -> None:
+        skipped = means["skipped"].long()
+        total, row, last = self.record.unbind()
+        self.record = torch.stack([total + skipped, (row + 1) * skipped, torch.where(skipped > 0, step, last)])
+        if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
+            return
+        total, row, last = self.accelerator.reduce(self.record, "max").tolist()
+        if total == self.told:
+            return
+        self.told, found = total, "; ".join(self.findings(last - 1))
+        message = f"the gradient was not finite at step {last}, which was skipped ({total} so far): {found}"
+        if row >= self.config.train.max_skipped_steps:
+            raise DivergenceError(last - row + 1, f"{row} steps in a row were skipped. {message}")
+        warnings.warn(message, stacklevel=2)
+
+    def findings(self, step: int) -> list[str]:
+        """What is not finite when this process's part of a step (from 0) is computed again, first things first."""
+        found, modules = [], [player.module for player in self.task.players.values()]
+        for (batch, rng), samples in zip(self.batches(step), self.batches.names(step), strict=True):
+            seen = [(name, value) for name, value in leaves(batch)]
+            seen += [(f"weight {name}", p) for module in modules for name, p in module.named_parameters()]
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(self.accelerator.no_sync(module))
+                    stack.callback(module.train)
+                    module.eval()
+                    for name, layer in module.named_modules():
+                        note = partial(self.note, seen, f"the output of {name}")
+                        stack.callback(layer.register_forward_hook(note).remove)
+                seen += [(f"loss of {name}", loss) for name, loss in self.task.losses(batch, rng)]
+            first = next(((name, value) for name, value in seen if not value.isfinite().all()), None)
+            if first:
+                found.append(f"{first[0]} is not finite, of {', '.join(culprits(first[1], samples))}")
+        every = [sample for samples in self.batches.names(step) for sample in samples]
+        return found[:SHOWN] or [f"only the gradient is not, of {', '.join(every)}"]
+
+    @staticmethod
+    def note(seen: list, name: str, layer: nn.Module, inputs: object, output: object) -> None:
+        seen += [
+            (name, tensor.detach())
+            for tensor in (output if isinstance(output, tuple) else (output,))
+            if isinstance(tensor, Tensor)
+        ]
+
+
+def leaves(batch: dict) -> Iterator[tuple[str, Tensor]]:
+    for name, value in batch.items():
+        yield from leaves(value) if isinstance(value, dict) else [(name, value)]
+
+
+def culprits(value: Tensor, samples: list[str]) -> list[str]:
+    """The samples whose rows are not finite; all, where the rows are no samples."""
+    if value.dim() < 2 or len(value) != len(samples):
+        return samples
+    return [name for name, row in zip(samples, value, strict=True) if not row.isfinite().all()]

@@ -1,0 +1,93 @@
+"""What goes wrong around a run: explained in a message, or survived."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
+
+from . import RunFailedError, UserError
+from .sections import Config
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+GONE = ("closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "gloo")  # in lower case
+
+
+@contextmanager
+def explained(config: Config, processes: int) -> Iterator[None]:
+    """Failures that lie outside of the code become a `RunFailedError` that tells what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        if should_reduce_batch_size(error):
+            wishes = "\n".join(f"  {wish}" for wish in config.lighter())
+            raise RunFailedError(
+                f"out of memory ({said[:200]}). The cheapest remedies first:\n{wishes}\n{kept(config)}"
+            ) from error
+        if full(error):
+            raise RunFailedError(f"the disk is full ({said}). Free some space. {kept(config)}") from error
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            raise RunFailedError(f"cannot use {error.filename} ({error.strerror}). {kept(config)}") from error
+        if processes > 1 and any(word in said.lower() for word in GONE):
+            raise RunFailedError(f"another process ended or hangs ({said[:200]}). {kept(config)}") from error
+        raise
+
+
+def full(error: Exception) -> bool:
+    """Whether the disk is, also as told by safetensors, which has its own error."""
+    return getattr(error, "errno", None) in FULL or "No space left" in str(error) or "StorageFull" in str(error)
+
+
+def kept(config: Config) -> str:
+    """What remains, and how to go on."""
+    from .checkpoint import checkpoints
+
+    found = checkpoints(config.output_dir / "checkpoints")
+    if not found:
+        return "There is no checkpoint yet: the same command begins anew"
+    return f"The checkpoint {found[0].name} is intact: the same command goes on from it"
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """A failure of what training does not need is told, and training goes on."""
+    try:
+        yield
+    except Exception as error:  # trackers and their servers raise whatever they like
+        warnings.warn(f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run folder and keep other runs out of it; the system forgets the claim of a process that dies.
+
+    Raises: UserError when it is taken or cannot be written to.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+    with open(path, "rb+", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read().decode()
+            raise UserError(f"output_dir: {folder} is in use ({owner}): wait for its end, or choose another") from None
+        except OSError:  # a network disk without locks
+            warnings.warn(f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2)
+        with tolerated("noting who uses the run folder"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
