@@ -59,7 +59,12 @@ class DreamBooth:
         family.settle()
         if config.train.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
-        self.module._ddp_params_and_buffers_to_ignore = cut(self.module)
+        if parts := cut(self.module):
+            self.module._ddp_params_and_buffers_to_ignore = list(parts)
+            held, whole = (
+                sum(p.numel() for p in of) for of in ([p.to_local() for p in parts.values()], parts.values())
+            )
+            accelerator.print(f"FSDP2: each process holds {held / whole:.1%} of the base's {whole:,} weights")
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
         parts = [(self.module.denoiser, rate), (self.module.text_encoders, text_rate)]

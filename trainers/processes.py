@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -79,6 +80,7 @@ def shard(model: nn.Module, **how) -> None:
 
     What trains stays whole in each: `DistributedDataParallel` averages its gradients, and leaves the rest alone.
     """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into one
     trained = {p for p in model.parameters() if p.requires_grad}
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in (*reversed(blocks), model):
@@ -87,9 +89,9 @@ def shard(model: nn.Module, **how) -> None:
         parameter.data = parameter.data.to(how["mesh"].device_type)
 
 
-def cut(module: nn.Module) -> list[str]:
-    """Names of the parameters of which this process has a part only."""
-    return [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+def cut(module: nn.Module) -> dict[str, DTensor]:
+    """The parameters of which this process has a part only."""
+    return {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
 
 
 class Crew:
