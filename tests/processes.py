@@ -21,18 +21,29 @@ def start(script, *arguments, log, before=None, **environment):
     return process
 
 
-def launch(script, *arguments, log, processes, before=None):
-    """As many processes as one group, as a launcher would start them; their exit statuses, -9 for those that hang."""
+def group(script, *arguments, log, processes, before=None, **environment):
+    """As many processes as one group, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        start(script, *arguments, log=f"{log}.{rank}", before=before, RANK=rank, LOCAL_RANK=rank, **group)
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            script,
+            *arguments,
+            log=f"{log}.{rank}",
+            before=before,
+            **(common | {"RANK": rank, "LOCAL_RANK": rank} | environment),
+        )
         for rank in range(processes)
     ]
+
+
+def launch(script, *arguments, log, processes, before=None, **environment):
+    """The exit statuses of a group, -9 for those that hang."""
+    ranks = group(script, *arguments, log=log, processes=processes, before=before, **environment)
     for rank in ranks:
-        rank.join(30)
+        rank.join(60)
         rank.kill()
         rank.join()
     return [rank.exitcode for rank in ranks]

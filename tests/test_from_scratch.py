@@ -31,7 +31,7 @@ KINDS = {
     "autoencoder": "kind=autoencoder use=denoise model.latent_dim=4 data.resolution=16 data.random_flip=true",
     "gan": "kind=gan data.resolution=28 model.latent_dim=4 model.spectral_norm=true model.conditional=true "
     "objective.augment=[color,translation,cutout] objective.r2=0.5 objective.penalty_every=3 "
-    "objective.generator_every=2",
+    "objective.generator_every=2 train.train_batch_size=8",
     "segment": "kind=unet use=segment data.crop=true data.elastic=2 data.random_flip=true data.random_rotate=true "
     "data.random_vertical_flip=true",
     "pix2pix": "kind=unet use=pix2pix data.target_suffix=_target data.channels=3 data.random_flip=true",
@@ -188,11 +188,13 @@ def test_kill_9_and_the_same_command_give_the_same_weights(kind, make, whole, tm
     assert_same(whole, killed)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(kind, make, whole, tmp_path):
-    two = make(kind, "two", "train.train_batch_size=2", *(["data.test_split=null"] if kind == "gan" else []))
-    statuses = launch("train.py", written(two, tmp_path / "two.yaml"), log=tmp_path / "log", processes=2)
-    assert statuses == [0, 0], (tmp_path / "log.0").read_text()
-    assert_close(two, whole)
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one_with_their_batches_together(kind, make, whole, tmp_path, world):
+    unmeasured = ["data.test_split=null"] if kind == "gan" else []
+    parts = make(kind, f"of-{world}", f"train.train_batch_size={whole.train.train_batch_size // world}", *unmeasured)
+    statuses = launch("train.py", written(parts, tmp_path / "parts.yaml"), log=tmp_path / "log", processes=world)
+    assert statuses == [0] * world, (tmp_path / "log.0").read_text()
+    assert_close(parts, whole)
 
 
 def test_two_processes_measure_a_gan_with_a_classifier(make, tmp_path):
@@ -205,12 +207,12 @@ def test_two_processes_measure_a_gan_with_a_classifier(make, tmp_path):
 
 
 def test_accumulation_equals_one_batch_or_is_refused(kind, make, whole):
-    halves = ("train.train_batch_size=2", "train.gradient_accumulation_steps=2")
+    quarters = ("train.train_batch_size=1", "train.gradient_accumulation_steps=4")
     if kind in ("gan", "pix2pix"):
         with pytest.raises(UserError, match=r"train.gradient_accumulation_steps: must be 1"):
-            make(kind, "accumulated", *halves)
+            make(kind, "accumulated", *quarters)
         return
-    accumulated = make(kind, "accumulated", *halves)
+    accumulated = make(kind, "accumulated", *quarters)
     run(accumulated)
     assert_close(accumulated, whole)
 

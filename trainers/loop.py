@@ -95,7 +95,7 @@ def train(
                         norm = means[f"{name}_grad_norm"] = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                         finite = (means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()
                         means["skipped"] = means["skipped"].maximum((~finite).float())
-                    if not accelerator.sync_gradients or hold(player.optimizer.optimizer, finite):
+                    if not accelerator.sync_gradients or hold(player.optimizer, finite):
                         player.optimizer.step()
                     player.optimizer.zero_grad()
         for player in task.players.values():

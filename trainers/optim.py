@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from .sections import OptimizerConfig
@@ -61,6 +62,7 @@ def hold(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
     AdamW is told, and does nothing on the device if it is false. For the others the host must look, as torch's
     GradScaler does.
     """
+    optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.found_inf = (~finite).float()
         return True

@@ -1,0 +1,181 @@
+"""Laws of several processes: the same training whatever their number, a cut base, stopping together, dying alone."""
+
+import json
+import os
+import signal
+import socket
+import time
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import group, launch
+from safetensors.torch import load_file
+from test_training import PRIOR, losses
+
+from trainers import UserError, config, processes
+from trainers.checkpoint import checkpoints, verified
+from trainers.processes import equal_share, in_turns, make_accelerator
+from trainers.run import run
+
+FAMILIES = ("sd15", "sd3", "flux")
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def lora(settings):
+    return load_file(settings.output_dir / "pytorch_lora_weights.safetensors")
+
+
+def assert_close(one, other):
+    torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=0)
+    torch.testing.assert_close(lora(one), lora(other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def trained(settings, tmp_path):
+    """A function: name, processes, family, overrides -> settings of a finished run and what its processes printed."""
+
+    def make(name, world, *overrides, family="sd15", **environment):
+        final = settings(*overrides, f"output_dir={tmp_path}/{name}", family=family)
+        (tmp_path / f"{name}.yaml").write_text(config.dump(final))
+        log = tmp_path / f"{name}.log"
+        statuses = launch("train.py", tmp_path / f"{name}.yaml", log=log, processes=world, **environment)
+        printed = [(tmp_path / f"{name}.log.{rank}").read_text() for rank in range(world)]
+        assert statuses == [0] * world, printed[0][-3000:]
+        return final, printed
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_two_and_four_processes_train_alike(trained, settings, tmp_path, family):
+    one = settings("train.train_batch_size=1", "train.gradient_accumulation_steps=4", *PRIOR, family=family)
+    run(one)
+    for world in (2, 4):
+        parts = ("train.train_batch_size=1", f"train.gradient_accumulation_steps={4 // world}", *PRIOR)
+        assert_close(one, trained(f"of-{world}", world, *parts, family=family)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_is_cut_among_two_processes_trains_and_samples_like_a_whole_one(trained, settings, family):
+    """Class pictures, held-out photos, samples, text encoders and the reload proof too; then one process goes on."""
+    everything = (*PRIOR, "validation.prompts=[a b c, x, y]", "validation.validation_steps=2", "train.ema_decay=0.9")
+    everything += ("train.train_text_encoder=true", f"data.held_out_dir={settings().data.instance_data_dir}")
+    whole = settings(*everything, "train.train_batch_size=2", family=family)
+    run(whole)
+    half = (*everything, "train.train_batch_size=1", "train.max_train_steps=4")
+    cut, printed = trained("cut", 2, *half, family=family, **FSDP)
+    assert "FSDP2: each process holds 50.0% of the base's" in printed[0]
+    run(settings(*everything, "train.train_batch_size=2", f"output_dir={cut.output_dir}", family=family))
+    assert_close(whole, cut)
+    for name in ("step-000002/00-0.png", "step-000004/02-0.png", "step-000004/grid.png"):
+        assert (cut.output_dir / "samples" / name).exists()
+    names = [path.name for path in sorted((whole.output_dir / "class_images").glob("*.png"))]
+    assert names == [path.name for path in sorted((cut.output_dir / "class_images").glob("*.png"))]
+
+
+def test_a_cut_base_samples_what_a_whole_one_samples(trained):
+    overrides = ("validation.prompts=[a b c, x, y]", "validation.num_images=2", "optimizer.learning_rate=0")
+    whole, _ = trained("whole", 1, *overrides)
+    cut, _ = trained("cut", 2, *overrides, "train.train_batch_size=1", **FSDP)
+    for path in sorted((whole.output_dir / "samples/final").glob("*.png")):
+        assert path.read_bytes() == (cut.output_dir / "samples/final" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "message"),
+    [
+        ((), {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        (("lora=null",), FSDP, "nothing is frozen"),
+        (("model.quantization=nf4",), FSDP, "cannot cut weights in nf4"),
+    ],
+)
+def test_a_cut_that_cannot_be_made_is_refused(settings, monkeypatch, overrides, environment, message):
+    for name, value in (FSDP | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        make_accelerator(settings(*overrides))
+
+
+def test_shares_are_equal_and_what_comes_back_is_in_order(monkeypatch):
+    for world in (1, 2, 3, 4):
+        for count in (1, 2, 5, 8):
+            ranks = [SimpleNamespace(process_index=rank, num_processes=world) for rank in range(world)]
+            shares = [equal_share(range(count), rank) for rank in ranks]
+            assert len({len(share) for share in shares}) == 1
+            assert set().union(*shares) == set(range(count))
+            monkeypatch.setattr(processes, "gather_object", lambda mine, every=shares: list(chain(*every)))
+            assert in_turns([partial(int, i) for i in range(count)], ranks[-1]) == list(range(count))
+
+
+# Stopping together, dying alone
+
+
+@pytest.fixture
+def long(settings, tmp_path):
+    """The config of a run of two processes that does not end by itself."""
+    endless = settings("train.train_batch_size=1", "train.max_train_steps=100000", "checkpoint.checkpointing_steps=5")
+    (tmp_path / "long.yaml").write_text(config.dump(endless))
+    return endless
+
+
+def started(settings, tmp_path, **environment):
+    """Its two processes, once they have written a checkpoint."""
+    ranks = group("train.py", tmp_path / "long.yaml", log=tmp_path / "log", processes=2, **environment)
+    while not checkpoints(settings.output_dir / "checkpoints") and all(rank.is_alive() for rank in ranks):
+        time.sleep(0.01)
+    return ranks
+
+
+def ended(ranks):
+    for rank in ranks:
+        rank.join(60)
+    return [rank.exitcode for rank in ranks]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(long, settings, tmp_path, number):
+    ranks = started(long, tmp_path)
+    os.kill(ranks[1].pid, number)
+    assert ended(ranks) == [128 + number] * 2
+    newest = checkpoints(long.output_dir / "checkpoints")[0]
+    assert verified(newest)
+    steps = json.loads((long.output_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert newest.name == f"step-{steps:06d}"
+    run(settings("train.train_batch_size=2", f"train.max_train_steps={steps + 2}"))
+    whole = settings("train.train_batch_size=2", f"train.max_train_steps={steps + 2}", f"output_dir={tmp_path}/whole")
+    run(whole)
+    assert_close(whole, long)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_when_one_process_is_killed_the_other_ends_with_a_message_and_the_run_goes_on(
+    long, settings, tmp_path, victim, environment
+):
+    ranks = started(long, tmp_path, **environment)
+    ranks[victim].kill()
+    statuses = ended(ranks)
+    assert statuses[victim] == -signal.SIGKILL
+    assert statuses[1 - victim] == 1
+    printed = (tmp_path / f"log.{1 - victim}").read_text()
+    assert "another process ended or hangs" in printed
+    assert "the same command goes on from it" in printed
+    assert "Traceback" not in printed
+    newest = checkpoints(long.output_dir / "checkpoints")[0]
+    steps = int(newest.name.removeprefix("step-"))
+    run(settings("train.train_batch_size=2", f"train.max_train_steps={steps + 1}"))
+
+
+def test_a_mistake_that_one_process_finds_ends_all_and_is_told_once(long, tmp_path):
+    first = started(long, tmp_path)
+    second = group("train.py", tmp_path / "long.yaml", log=tmp_path / "second", processes=2)
+    assert ended(second) == [2, 2]
+    printed = [(tmp_path / f"second.{rank}").read_text() for rank in range(2)]
+    assert f"is in use (process {first[0].pid} on {socket.gethostname()})" in printed[0]
+    assert "in use" not in printed[1]
+    for rank in first:
+        rank.kill()
+    ended(first)
