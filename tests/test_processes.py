@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from functools import partial
 from itertools import chain
@@ -13,7 +15,7 @@ import pytest
 import torch
 from processes import group, launch
 from safetensors.torch import load_file
-from test_training import PRIOR, losses
+from test_training import PRIOR, ROOT, environment, losses
 
 from trainers import UserError, config, processes
 from trainers.checkpoint import checkpoints, verified
@@ -76,6 +78,16 @@ def test_a_base_that_is_cut_among_two_processes_trains_and_samples_like_a_whole_
     assert names == [path.name for path in sorted((cut.output_dir / "class_images").glob("*.png"))]
 
 
+@pytest.mark.parametrize("family", ["flux"])
+def test_a_base_in_four_bits_can_be_cut_too(trained, settings, family):
+    small = ("model.quantization=nf4", "validation.prompts=[a b c]", "validation.validation_steps=4")
+    whole = settings(*small, family=family)
+    run(whole)
+    cut, printed = trained("cut", 2, *small, "train.train_batch_size=1", family=family, **FSDP)
+    assert "FSDP2: each process holds 50.0% of the base's" in printed[0]
+    assert_close(whole, cut)
+
+
 def test_a_cut_base_samples_what_a_whole_one_samples(trained):
     overrides = ("validation.prompts=[a b c, x, y]", "validation.num_images=2", "optimizer.learning_rate=0")
     whole, _ = trained("whole", 1, *overrides)
@@ -89,7 +101,7 @@ def test_a_cut_base_samples_what_a_whole_one_samples(trained):
     [
         ((), {"FSDP_VERSION": "1"}, "fsdp_version: 2"),
         (("lora=null",), FSDP, "nothing is frozen"),
-        (("model.quantization=nf4",), FSDP, "cannot cut weights in nf4"),
+        (("model.quantization=int8",), FSDP, "cannot cut weights in int8"),
     ],
 )
 def test_a_cut_that_cannot_be_made_is_refused(settings, monkeypatch, overrides, environment, message):
@@ -179,3 +191,37 @@ def test_a_mistake_that_one_process_finds_ends_all_and_is_told_once(long, tmp_pa
     for rank in first:
         rank.kill()
     ended(first)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_queues_a_stopped_run_again_and_a_finished_one_not(settings, tmp_path):
+    """With an srun that starts two tasks here and, when asked, sends them what SLURM sends before the time is over."""
+    start = f'SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" > {tmp_path}/task.$rank 2>&1 & pids="$pids $!"'
+    saved = f"ls -d {tmp_path}/run/checkpoints/step-* > /dev/null 2>&1"
+    srun = f"""
+for rank in 0 1; do {start}; done
+if [ -n "$STOPPED" ]; then until {saved}; do sleep 0.1; done; kill -USR1 $pids; fi
+worst=0
+for pid in $pids; do wait $pid; status=$?; [ $status -gt $worst ] && worst=$status; done
+exit $worst"""
+    scontrol = f'case "$1" in show) echo 127.0.0.1 ;; *) echo "$@" >> {tmp_path}/scontrol.log ;; esac'
+    tools = {"srun": srun, "scontrol": scontrol, "python": f'exec {sys.executable} "$@"'}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.yaml").write_text(
+        config.dump(settings("train.train_batch_size=1", "checkpoint.checkpointing_steps=1"))
+    )
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    job = [ROOT / "scripts/train.sbatch", tmp_path / "job.yaml"]
+    known = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", **slurm) | {"ACCELERATE_MIXED_PRECISION": "no"}
+    stopped = subprocess.run(
+        [*job, "train.max_train_steps=100000"], cwd=ROOT, env=known | {"STOPPED": "1"}, timeout=200
+    )
+    assert stopped.returncode == 138, (tmp_path / "task.0").read_text()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    steps = int(checkpoints(tmp_path / "run/checkpoints")[0].name.removeprefix("step-")) + 2
+    finished = subprocess.run([*job, f"train.max_train_steps={steps}"], cwd=ROOT, env=known, timeout=200)
+    assert finished.returncode == 0, (tmp_path / "task.0").read_text()
+    assert "resumed from" in (tmp_path / "task.0").read_text()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"

@@ -66,10 +66,8 @@ def sharding(config: Config, accelerator: Accelerator) -> Shard:
         )
     if config.kind != "dreambooth" or config.lora is None:
         raise UserError("FSDP2 cuts the frozen base of a LoRA among the processes, and here nothing is frozen: use DDP")
-    if config.model.quantization != "none":
-        raise UserError(
-            f"FSDP2 cannot cut weights in {config.model.quantization}: set model.quantization: none, or use DDP"
-        )
+    if config.model.quantization in ("int8", "fp8"):
+        raise UserError(f"FSDP2 cannot cut weights in {config.model.quantization}: use model.quantization: nf4 or none")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     how = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     return partial(shard, mesh=mesh, **how)
