@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .processes import Shard, cut
 from .sampling import make_class_images, write_samples
 from .sections import DreamBoothConfig
 
+AHEAD = 32  # steps whose modulation is computed at once
 DRAWS = 4  # of time and noise for each held-out photo
 
 
@@ -59,12 +60,7 @@ class DreamBooth:
         family.settle()
         if config.train.gradient_checkpointing:
             family.denoiser.enable_gradient_checkpointing()
-        if parts := cut(self.module):
-            self.module._ddp_params_and_buffers_to_ignore = list(parts)
-            held, whole = (
-                sum(p.numel() for p in of) for of in ([p.to_local() for p in parts.values()], parts.values())
-            )
-            accelerator.print(f"FSDP2: each process holds {held / whole:.1%} of the base's {whole:,} weights")
+        self.module._ddp_params_and_buffers_to_ignore = cut(self.module, accelerator)
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
         parts = [(self.module.denoiser, rate), (self.module.text_encoders, text_rate)]
@@ -77,13 +73,33 @@ class DreamBooth:
 
     def losses(self, batch: dict, rng: Draws) -> Iterator[tuple[str, Tensor]]:
         """batch: moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,), see `data.Batches`."""
-        x0 = self.family.latents(batch["moments"], rng)  # (B, C, h, w)
-        eps = self.objective.noise(x0, rng)
-        t = self.objective.times(rng)  # (B,)
+        x0, eps, t = self.draw(batch, rng)
         x_t = self.objective.corrupt(x0, eps, t)
+        if self.family.modulation and self.module.training:
+            self.recall(rng)
         prediction = self.players["denoiser"].module(x_t, t, batch["text"])
         error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean(dim=(1, 2, 3))  # (B,)
         yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
+
+    def draw(self, batch: dict, rng: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 and eps (B, C, h, w), t (B,)."""
+        x0 = self.family.latents(batch["moments"], rng)
+        return x0, self.objective.noise(x0, rng), self.objective.times(rng)
+
+    def recall(self, rng: Draws) -> None:
+        """Bring what adaptive norms give for this micro-batch; computed for the next steps too, when it is lacking."""
+        modulation, now = self.family.modulation, (rng.step, rng.rows[0])
+        if now not in modulation.ahead:
+            with self.accelerator.autocast():
+                modulation.refill({key: modulation.embedding(self.module, *x) for key, x in self.coming(rng.step)})
+        modulation.recall(now)
+
+    def coming(self, first: int) -> Iterator[tuple[Hashable, tuple]]:
+        """Key and the denoiser's inputs of this process's micro-batches in the steps from `first` on."""
+        for step in range(first, first + AHEAD):
+            for batch, rng in self.batches(step):
+                x0, _, t = self.draw(batch, rng)
+                yield (step, rng.rows[0]), (x0, t, batch["text"])
 
     @torch.no_grad()
     def hold_out(self, step: int, means: Means) -> None:

@@ -87,9 +87,13 @@ def shard(model: nn.Module, **how) -> None:
         parameter.data = parameter.data.to(how["mesh"].device_type)
 
 
-def cut(module: nn.Module) -> dict[str, DTensor]:
-    """The parameters of which this process has a part only."""
-    return {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+def cut(module: nn.Module, accelerator: Accelerator) -> list[str]:
+    """The names of the parameters of which this process has a part only; how large a part is told."""
+    parts = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    if parts:
+        held, whole = sum(p.to_local().numel() for p in parts.values()), sum(p.numel() for p in parts.values())
+        accelerator.print(f"FSDP2: each process holds {held / whole:.1%} of the base's {whole:,} weights")
+    return list(parts)
 
 
 class Crew:
