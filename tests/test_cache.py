@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
+from trainers import RunFailedError
 from trainers.cache import Cache, CachedEncoder
 from trainers.data import Picture, View, instance_pictures
 from trainers.families import SD15
@@ -201,7 +202,7 @@ def test_a_damaged_entry_stops_the_run_and_the_next_fill_makes_it_again(filled, 
     good = first.moments(pictures[1], VIEWS[0]).clone()  # what is read is the file, mapped
     path = first.cache.path(first.image_key(pictures[1], VIEWS[0]))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(RuntimeError, match=pictures[1].name):
+    with pytest.raises(RunFailedError, match=pictures[1].name):
         encoder().moments(pictures[1], VIEWS[0])
     again = fill(encoder())
     assert again.family.encoded == 1

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import RunFailedError
 from .data import Picture, View
 from .families import Family
 from .families.base import tokenizer_of
@@ -104,7 +105,7 @@ class CachedEncoder:
 
     def entry(self, key: str, name: str) -> dict[str, Tensor]:
         if (tensors := self.cache.read(key)) is None:
-            raise RuntimeError(f"the cache entry of {name} went missing or was damaged during the run: start it again")
+            raise RunFailedError(f"the cached encoding of {name} was lost or damaged during the run: start it again")
         return tensors
 
     def image_key(self, picture: Picture, view: View) -> str:

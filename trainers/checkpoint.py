@@ -66,8 +66,10 @@ class State:
     rollbacks: int = 0
 
 
-def save_checkpoint(config: Config, step: int, task: Task, accelerator: Accelerator, state: State) -> None:
-    """Write checkpoints/step-NNNNNN, and remove the oldest beyond the limit. What fails, as on a full disk, is told."""
+def save_checkpoint(
+    config: Config, step: int, task: Task, accelerator: Accelerator, state: State, prune: bool = True
+) -> None:
+    """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told, as a full disk."""
     if accelerator.is_main_process:
         root = config.output_dir / "checkpoints"
         aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
@@ -77,7 +79,7 @@ def save_checkpoint(config: Config, step: int, task: Task, accelerator: Accelera
                 if final.exists():
                     shutil.rmtree(final)
                 aside.rename(final)
-                for old in checkpoints(root)[config.checkpoint.checkpoints_total_limit :]:
+                for old in checkpoints(root)[config.checkpoint.checkpoints_total_limit :] if prune else ():
                     shutil.rmtree(old)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -104,7 +106,14 @@ def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dic
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
+    manifest["sha256"] = checksum(manifest)
     return files | {"manifest.json": json.dumps(manifest, indent=2).encode()}
+
+
+def checksum(manifest: dict) -> str:
+    """Of all else that it holds."""
+    held = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def write_aside(aside: Path, files: dict[str, bytes]) -> None:
@@ -124,10 +133,23 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(root.glob("step-*"), reverse=True)
 
 
+def set_aside(root: Path, first: int, name: str, accelerator: Accelerator) -> None:
+    """Rename checkpoints from step `first` on to NAME-NNNNNN, once all processes have done with them."""
+    accelerator.wait_for_everyone()
+    for folder in checkpoints(root) if accelerator.is_main_process else ():
+        number = folder.name.removeprefix("step-")
+        if int(number) >= first:
+            shutil.rmtree(aside := root / f"{name}-{number}", ignore_errors=True)
+            folder.rename(aside)
+    accelerator.wait_for_everyone()
+
+
 def verified(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
     """Manifest and files of a checkpoint, or None when it is incomplete or damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["sha256"] != checksum(manifest):
+            return None
         files = {name: (folder / name).read_bytes() for name in manifest["files"]}
     except (OSError, ValueError, KeyError):
         return None
@@ -145,10 +167,7 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
     root, wanted = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
     if before is not None:
         wanted = "latest"
-        for folder in checkpoints(root) if accelerator.is_main_process else ():
-            if int(folder.name.removeprefix("step-")) >= before:
-                folder.rename(root / folder.name.replace("step", "diverged"))
-        accelerator.wait_for_everyone()
+        set_aside(root, before, "diverged", accelerator)
     found = checkpoints(root)
     if wanted is None:
         if found:
@@ -185,5 +204,6 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
         player.optimizer.load_state_dict(torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True))
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
+    set_aside(root, manifest["step"] + 1, "left", accelerator)  # damaged ones, or those of another way from here
     accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
     return State(facts, manifest["step"], manifest.get("rollbacks", 0))

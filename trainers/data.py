@@ -259,11 +259,11 @@ class Batches:
     share: Share
     device: torch.device | str = "cpu"
 
-    @cached_property
+    @property
     def weight(self) -> Tensor:
         """(B,)"""
-        shares = torch.tensor([1.0, self.config.prior_loss_weight])[: len(self.pools)] / self.share.batch_size
-        return shares.repeat_interleave(self.share.batch_size).to(self.device)
+        rows, weights = self.share.batch_size, [1.0, self.config.prior_loss_weight][: len(self.pools)]
+        return torch.cat([torch.full((rows,), weight / rows, device=self.device) for weight in weights])
 
     def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
         for visits in self.visits():

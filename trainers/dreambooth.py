@@ -119,8 +119,10 @@ class DreamBooth:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
         if self.config.validation.prompts:
             self.module.eval()
-            write_samples(self.family, self.config, folder, self.encoder.outputs, self.crew)
-            self.module.train()
+            try:
+                write_samples(self.family, self.config, folder, self.encoder.outputs, self.crew)
+            finally:
+                self.module.train()
 
     @property
     def crew(self) -> Accelerator | None:

@@ -43,10 +43,13 @@ class Guard:
         if total == self.told:
             return
         self.told, found = total, "; ".join(self.findings(last - 1))
-        message = f"the gradient was not finite at step {last}, which was skipped ({total} so far): {found}"
         if row >= self.config.train.max_skipped_steps:
-            raise DivergenceError(last - row + 1, f"{row} steps in a row were skipped. {message}")
-        warnings.warn(message, stacklevel=2)
+            raise DivergenceError(
+                last - row + 1, f"{row} steps in a row had no finite gradient, the last of them step {last}: {found}"
+            )
+        warnings.warn(
+            f"step {last} was skipped, for its gradient is not finite ({total} so far): {found}", stacklevel=2
+        )
 
     def findings(self, step: int) -> list[str]:
         """What is not finite when this process's part of a step (from 0) is computed again, first things first."""
@@ -63,11 +66,13 @@ class Guard:
                         note = partial(self.note, seen, f"the output of {name}")
                         stack.callback(layer.register_forward_hook(note).remove)
                 seen += [(f"loss of {name}", loss) for name, loss in self.task.losses(batch, rng)]
-            first = next(((name, value) for name, value in seen if not value.isfinite().all()), None)
-            if first:
-                found.append(f"{first[0]} is not finite, of {', '.join(culprits(first[1], samples))}")
+            name, value = next(((name, value) for name, value in seen if not value.isfinite().all()), ("", None))
+            if name.startswith("weight "):
+                found.append(f"{name} is not finite")
+            elif name:
+                found.append(f"{name} is not finite, of {', '.join(dict.fromkeys(culprits(value, samples)))}")
         every = [sample for samples in self.batches.names(step) for sample in samples]
-        return found[:SHOWN] or [f"only the gradient is not, of {', '.join(every)}"]
+        return found[:SHOWN] or [f"only the gradient is not, of {', '.join(dict.fromkeys(every))}"]
 
     @staticmethod
     def note(seen: list, name: str, layer: nn.Module, inputs: object, output: object) -> None:

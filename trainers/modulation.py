@@ -51,8 +51,8 @@ class Modulation:
         """Raises: UserError when LoRA changes what they are given."""
         if any(p.requires_grad for p in denoiser.time_text_embed.parameters()):
             raise UserError(
-                "model.modulation_cache: lora.target_modules has layers of time_text_embed, which adaptive norms depend "
-                "on: leave them out, as attention+mlp does, or drop the cache"
+                "model.modulation_cache: lora.target_modules has layers of time_text_embed, on which adaptive norms "
+                "depend: leave them out, as attention+mlp does, or drop the cache"
             )
         self.denoiser, self.layers = denoiser, []
         self.ahead: dict[Hashable, list[Tensor]] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import signal
 import textwrap
@@ -22,7 +24,7 @@ from .checkpoint import State, save_checkpoint
 from .loop import Means, Task
 from .processes import Crew
 from .sections import Config
-from .trouble import tolerated
+from .trouble import tolerated, write_whole
 
 
 class Log:
@@ -40,7 +42,7 @@ class Log:
         self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
         if shown and self.file.exists():  # a killed run may have logged steps past its last checkpoint, or half a line
             kept = [line for line in self.file.read_text().splitlines() if step_of(line) <= start]
-            self.file.write_text("".join(line + "\n" for line in kept))
+            write_whole(self.file, "".join(line + "\n" for line in kept))
 
     def __call__(self, step: int, means: Means) -> None:
         for name, value in means.items():
@@ -61,14 +63,26 @@ class Log:
         if self.accelerator.is_main_process:
             with tolerated("the tracker"):
                 self.accelerator.log(values, step=step)
-            with tolerated(f"writing {self.file}"), open(self.file, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with tolerated(f"writing {self.file}"):
+                append(self.file, json.dumps({"step": step, **values}) + "\n")
         losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in values.items() if k.endswith("_loss"))
         self.bar.set_postfix_str(
             f"{losses}  lr {values['learning_rate']:.1e}  {values['images_per_second']:.1f} images/s  "
             f"peak {values['peak_memory_gib']:.1f} GiB"
         )
         self.bar.update(steps)
+
+
+def append(path: Path, line: str) -> None:
+    """All of the line or, as on a full disk, nothing of it."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(line.encode()) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def step_of(line: str) -> float:
@@ -139,7 +153,8 @@ class Checkpoint:
         late = settings.every_minutes is not None and time.monotonic() - self.saved > 60 * settings.every_minutes
         number, late = self.crew.agree(self.signal, late)
         if step % settings.checkpointing_steps == 0 or last or late or number:
-            save_checkpoint(self.config, step, self.task, self.crew.accelerator, self.state)
+            prune = not means["skipped"]  # else the older ones may be needed yet
+            save_checkpoint(self.config, step, self.task, self.crew.accelerator, self.state, prune)
             self.saved = time.monotonic()
         if number:
             raise Interrupted(number)

@@ -12,7 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from . import RunFailedError, UserError, config, dreambooth
 from .autoencoder import Autoencoder
-from .checkpoint import State, relevant, resume
+from .checkpoint import State, relevant, resume, save_checkpoint
 from .gan import Gan
 from .guard import DivergenceError, Guard
 from .loop import Batches, Task, train
@@ -22,7 +22,7 @@ from .processes import Crew, Shard, make_accelerator, on_main
 from .push import Push, check_access
 from .report import write_report
 from .sections import Config
-from .trouble import claimed, explained, tolerated
+from .trouble import claimed, explained, tolerated, write_whole
 from .unet import UNetTask
 
 TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan": Gan.build, "unet": UNetTask.build}
@@ -48,7 +48,7 @@ def tell(settings: Config, accelerator: Accelerator, shard: Shard | None, repo: 
             f"output_dir: the processes find other checkpoints: {settings.output_dir} must be on a shared disk"
         )
     if main:
-        (settings.output_dir / "config.yaml").write_text(config.dump(settings))
+        write_whole(settings.output_dir / "config.yaml", config.dump(settings))
     with tolerated("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
     if settings.train.auto_micro_batch:
@@ -106,6 +106,7 @@ def recover(
     state.rollbacks = rollbacks + 1
     if state.step == 0:
         raise RunFailedError(f"{error}. There is no checkpoint from before that to go back to. {advice}") from None
+    save_checkpoint(settings, state.step, task, accelerator, state)  # a run that is killed now keeps the halved rate
     warnings.warn(f"{error}. Back to step {state.step}, at half the learning rate", stacklevel=2)
     return state
 

@@ -37,7 +37,7 @@ def explained(config: Config, processes: int) -> Iterator[None]:
         if full(error):
             raise RunFailedError(f"the disk is full ({said}). Free some space. {kept(config)}") from error
         if isinstance(error, OSError) and error.errno in REFUSED:
-            raise RunFailedError(f"cannot use {error.filename} ({error.strerror}). {kept(config)}") from error
+            raise RunFailedError(f"{said}. {kept(config)}") from error
         if processes > 1 and any(word in said.lower() for word in GONE):
             raise RunFailedError(f"another process ended or hangs ({said[:200]}). {kept(config)}") from error
         raise
@@ -65,6 +65,13 @@ def tolerated(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # trackers and their servers raise whatever they like
         warnings.warn(f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The new text or, as on a full disk, the old one."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)
 
 
 @contextmanager

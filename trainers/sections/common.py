@@ -103,7 +103,8 @@ class Config(Section):
     def lighter(self) -> Iterator[str]:
         """Settings that need less memory than these, those that cost least first."""
         if self.train.train_batch_size > 1 and self.accumulates:
-            yield "train.auto_micro_batch=true: the batch is trained on in parts that fit, the same result"
+            if not self.train.auto_micro_batch:
+                yield "train.auto_micro_batch=true: the batch is trained on in parts that fit, the same result"
         elif self.train.train_batch_size > 2:
             yield f"train.train_batch_size={self.train.train_batch_size // 2}: smaller batches"
 
@@ -121,7 +122,10 @@ class Config(Section):
         for name in ("gradient_accumulation_steps", "auto_micro_batch"):
             least = TrainConfig.model_fields[name].default
             if not self.accumulates and getattr(self.train, name) != least:
-                yield f"train.{name}", f"must be {least}: a player must step before the other one is shown it"
+                yield (
+                    f"train.{name}",
+                    f"must be {str(least).lower()}: a player must step before the other one is shown it",
+                )
         hub = self.hub
         if hub.create_pr and hub.hub_revision:
             yield "hub.create_pr", "a pull request is made against main: drop this or hub.hub_revision"

@@ -163,7 +163,8 @@ class DreamBoothConfig(Config):
             yield "model.quantization=nf4: a quarter of the base's memory, rounded"
         if self.train.train_text_encoder:
             yield "train.train_text_encoder=false: the text encoders are freed"
-        yield f"data.resolution={self.data.resolution * 3 // 4 // 16 * 16}: less detail"
+        if self.data.resolution > 64:
+            yield f"data.resolution={self.data.resolution * 3 // 4 // 16 * 16}: less detail"
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
