@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load, save
+from torch import Tensor
 
-from . import UserError
-from .loop import Task
+from . import UserError, zero
+from .loop import Player, Task
 from .optim import trained_state
 from .sections import Config
 from .trouble import tolerated
@@ -68,12 +69,13 @@ class State:
 
 def save_checkpoint(config: Config, step: int, task: Task, accelerator: Accelerator, state: State) -> None:
     """Write checkpoints/step-NNNNNN, and remove the oldest beyond the limit. What fails, as on a full disk, is told."""
+    states = {name: whole_state(player, accelerator) for name, player in task.players.items()}
     if accelerator.is_main_process:
         root = config.output_dir / "checkpoints"
         aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
         try:
             with tolerated(f"writing {final}"):
-                write_aside(aside, packed(step, task, accelerator, state))
+                write_aside(aside, packed(step, task, accelerator, state, states))
                 if final.exists():
                     shutil.rmtree(final)
                 aside.rename(final)
@@ -84,15 +86,25 @@ def save_checkpoint(config: Config, step: int, task: Task, accelerator: Accelera
     accelerator.wait_for_everyone()
 
 
-def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dict[str, bytes]:
+def whole_state(player: Player, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict]:
+    """Weights by name and the optimiser's state as one process has them; every process must come."""
+    module = accelerator.unwrap_model(player.module)
+    if zero.stage(accelerator):
+        return zero.gathered(module, player.optimizer)
+    return trained_state(module), player.optimizer.state_dict()
+
+
+def packed(
+    step: int, task: Task, accelerator: Accelerator, state: State, states: dict[str, tuple[dict[str, Tensor], dict]]
+) -> dict[str, bytes]:
     """The files of a checkpoint; the manifest has a checksum of each."""
     files = {}
     for name, player in task.players.items():
-        trained = trained_state(accelerator.unwrap_model(player.module))
+        trained, optimizer = states[name]
         tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
         files[f"{name}.safetensors"] = save(tensors)
         buffer = io.BytesIO()
-        torch.save(player.optimizer.state_dict(), buffer)
+        torch.save(optimizer, buffer)
         files[f"{name}.optimizer.pt"] = buffer.getvalue()
         if player.ema:
             average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
@@ -175,14 +187,19 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
             f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir"
         )
     for name, player in task.players.items():
-        trained = trained_state(accelerator.unwrap_model(player.module))
+        module, weights = accelerator.unwrap_model(player.module), load(files[f"{name}.safetensors"])
+        optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True)
         with torch.no_grad():
-            for key, tensor in load(files[f"{name}.safetensors"]).items():
-                trained[key].copy_(tensor)
+            if zero.stage(accelerator):
+                zero.restore(module, player.optimizer, weights, optimizer)
+            else:
+                trained = trained_state(module)
+                for key, tensor in weights.items():
+                    trained[key].copy_(tensor)
+                player.optimizer.load_state_dict(optimizer)
             if player.ema:
                 for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
                     player.ema.average[key].copy_(tensor)
-        player.optimizer.load_state_dict(torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True))
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
     accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
