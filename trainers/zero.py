@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-2 and ZeRO-3: Adam's state and the gradients are cut among the processes, by ZeRO-3 the weights too.
 
-DeepSpeed clips, steps and skips by itself, within `accelerator.backward`. Nothing is cast: LoRA is float32 on a bfloat16
-base, and what trains whole is float32 under autocast, as everywhere. Checkpoints are those of one plain process.
+DeepSpeed clips, steps and skips by itself, within `accelerator.backward`. Nothing is cast: LoRA is float32 on a base in
+bfloat16, and what trains whole is float32 under autocast, as everywhere. Checkpoints are those of one plain process.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from types import MethodType
@@ -50,7 +51,9 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("DeepSpeed was asked for and is not installed: pip install deepspeed")
     if "LOCAL_RANK" not in os.environ:
-        raise UserError("DeepSpeed needs a launcher: accelerate launch --config_file accelerate_configs/... ")
+        raise UserError(
+            "DeepSpeed needs a launcher: accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml ..."
+        )
     import deepspeed
 
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -76,8 +79,8 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     return plugin
 
 
-def mistakes(config: Config, plugin: DeepSpeedPlugin):
-    """What is asked for and cannot be had."""
+def mistakes(config: Config, plugin: DeepSpeedPlugin) -> Iterator[str]:
+    """What is asked for and cannot be had, with what to do."""
     cut, settings, train = plugin.zero_stage == 3, plugin.deepspeed_config, config.train
     if plugin.zero_stage not in (2, 3):
         yield f"ZeRO stage {plugin.zero_stage} was asked for: set zero_stage: 2 or 3"
