@@ -102,6 +102,8 @@ def mistakes(config: Config, plugin: DeepSpeedPlugin) -> Iterator[str]:
         yield "with ZeRO-3 no process has the weights to average: remove train.ema_decay, or use ZeRO-2"
     if cut and config.kind == "dreambooth" and config.model.quantization != "none":
         yield f"ZeRO-3 cannot cut {config.model.quantization} weights: set model.quantization=none, or use ZeRO-2"
+    if cut and config.kind == "dreambooth" and config.model.modulation_cache:
+        yield "ZeRO-3 needs whole forward passes: set model.modulation_cache=false, or use ZeRO-2"
     if cut and config.hub.push_every:
         yield "with ZeRO-3 weights are put together at the end only: remove hub.push_every; hub.push_to_hub works"
 
@@ -120,7 +122,7 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.
         module._original_forward = module.forward  # as accelerate does, whose `unwrap_model` undoes it
         compute = torch.autocast(accelerator.device.type, dtype)(module.forward.__func__)
         module.forward = MethodType(convert_outputs_to_fp32(compute), module)
-    engine, optimizer = accelerator.prepare(module, optimizer)
+    engine, optimizer = accelerator.prepare(module.to(memory_format=torch.contiguous_format), optimizer)
     optimizer.groups = groups
     return engine, optimizer
 
