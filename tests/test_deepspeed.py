@@ -33,7 +33,9 @@ def launched(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(config.dump(settings))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path, **more}
         log = tmp_path / f"{name}.log"
-        ended = launch("train.py", tmp_path / f"{name}.yaml", log=log, processes=2, before=before, **environment)
+        ended = launch(
+            "train.py", tmp_path / f"{name}.yaml", log=log, processes=2, before=before, limit=240, **environment
+        )
         printed = [(tmp_path / f"{name}.log.{rank}").read_text() for rank in range(2)]
         assert ended == list(statuses), "\n".join(printed)[-4000:]
         return printed
@@ -81,7 +83,7 @@ def held(tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("flux", marks=pytest.mark.slow)])
 def test_two_processes_train_lora_as_one(settings, held, launched, tmp_path, family, stage):
     """With class pictures, held-out photos, samples, the text encoder and the reload proof."""
     more = (
@@ -101,6 +103,7 @@ def test_two_processes_train_lora_as_one(settings, held, launched, tmp_path, fam
         assert (two.output_dir / "samples" / name).exists()
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_processes_train_all_weights_as_one(settings, held, launched, tmp_path, stage):
     more = ("lora=null", "optimizer.learning_rate=1e-3", "optimizer.eps=1e-3", *EVERYTHING, *held)
@@ -189,6 +192,7 @@ def test_a_step_whose_loss_is_no_number_in_one_process_is_skipped_in_both(
     torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("change", [(), ("lora=null", "optimizer.learning_rate=1e-3")], ids=["lora", "all weights"])
 def test_bf16_computes_in_bf16_and_trains_in_float32(settings, launched, tmp_path, monkeypatch, change, stage):
@@ -245,7 +249,7 @@ def test_what_deepspeed_cannot_do_is_refused(settings, asked, environment, overr
 def test_two_networks_and_small_ones_with_zero_3_are_refused(bars, asked, tmp_path):
     asked()
     with pytest.raises(UserError, match=r"here are two: use accelerate_configs/multi_gpu\.yaml"):
-        make_accelerator(networks(bars, tmp_path, "gan"))
+        make_accelerator(networks(bars, tmp_path, "gan", "data.resolution=32", "data.label_column=label"))
     asked(ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
     with pytest.raises(UserError, match=r"this network is small: use accelerate_configs/deepspeed_zero2\.yaml"):
         make_accelerator(networks(bars, tmp_path, "autoencoder"))
