@@ -39,11 +39,11 @@ def group(script, *arguments, log, processes, before=None, **environment):
     ]
 
 
-def launch(script, *arguments, log, processes, before=None, **environment):
-    """The exit statuses of a group, -9 for those that hang."""
+def launch(script, *arguments, log, processes, before=None, limit=60, **environment):
+    """The exit statuses of a group, -9 for those that hang, which is told after `limit` seconds."""
     ranks = group(script, *arguments, log=log, processes=processes, before=before, **environment)
     for rank in ranks:
-        rank.join(60)
+        rank.join(limit)
         rank.kill()
         rank.join()
     return [rank.exitcode for rank in ranks]

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load, save
 
-from . import UserError
+from . import UserError, zero
 from .loop import Task
 from .optim import trained_state
 from .sections import Config
@@ -70,12 +70,14 @@ def save_checkpoint(
     config: Config, step: int, task: Task, accelerator: Accelerator, state: State, prune: bool = True
 ) -> None:
     """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told, as a full disk."""
+    if accelerator.is_main_process or zero.stage(accelerator):
+        files = packed(step, task, accelerator, state)
     if accelerator.is_main_process:
         root = config.output_dir / "checkpoints"
         aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
         try:
             with tolerated(f"writing {final}"):
-                write_aside(aside, packed(step, task, accelerator, state))
+                write_aside(aside, files)
                 if final.exists():
                     shutil.rmtree(final)
                 aside.rename(final)
@@ -87,14 +89,18 @@ def save_checkpoint(
 
 
 def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dict[str, bytes]:
-    """The files of a checkpoint; the manifest has a checksum of each."""
+    """The files of a checkpoint, as one plain process has them; the manifest has a checksum of each."""
     files = {}
     for name, player in task.players.items():
-        trained = trained_state(accelerator.unwrap_model(player.module))
+        module = accelerator.unwrap_model(player.module)
+        if zero.stage(accelerator):
+            trained, optimizer = zero.gathered(module, player.optimizer)
+        else:
+            trained, optimizer = trained_state(module), player.optimizer.state_dict()
         tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
         files[f"{name}.safetensors"] = save(tensors)
         buffer = io.BytesIO()
-        torch.save(player.optimizer.state_dict(), buffer)
+        torch.save(optimizer, buffer)
         files[f"{name}.optimizer.pt"] = buffer.getvalue()
         if player.ema:
             average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
@@ -194,14 +200,19 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
             f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir"
         )
     for name, player in task.players.items():
-        trained = trained_state(accelerator.unwrap_model(player.module))
+        module, weights = accelerator.unwrap_model(player.module), load(files[f"{name}.safetensors"])
+        optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True)
         with torch.no_grad():
-            for key, tensor in load(files[f"{name}.safetensors"]).items():
-                trained[key].copy_(tensor)
+            if zero.stage(accelerator):
+                zero.restore(module, player.optimizer, weights, optimizer)
+            else:
+                trained = trained_state(module)
+                for key, tensor in weights.items():
+                    trained[key].copy_(tensor)
+                player.optimizer.load_state_dict(optimizer)
             if player.ema:
                 for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
                     player.ema.average[key].copy_(tensor)
-        player.optimizer.load_state_dict(torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True))
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
     set_aside(root, manifest["step"] + 1, "left", accelerator)  # damaged ones, or those of another way from here

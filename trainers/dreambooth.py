@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import card, export
+from . import card, export, zero
 from .cache import CachedEncoder
 from .data import Batches, class_pictures, held_out_pictures, instance_pictures, view
 from .draws import Draws, Share, mix
@@ -113,7 +113,7 @@ class DreamBooth:
 
     @property
     def joint(self) -> bool:
-        return self.family.shard is not None
+        return self.family.shard is not None or zero.stage(self.accelerator) == 3
 
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
@@ -147,8 +147,9 @@ class DreamBooth:
         main, crew = self.accelerator.is_main_process, self.crew
         with averaged(self):
             self.module.eval()
-            if main:
-                self.save(config.output_dir)
+            with zero.whole(self.module, self.accelerator):
+                if main:
+                    self.save(config.output_dir)
             expected = self.probe(prompt)
         if crew:
             crew.wait_for_everyone()
@@ -170,8 +171,7 @@ def build(
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
     data = config.data
     pools = [instance_pictures(data)]
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    dtype = half if config.lora else torch.float32
+    dtype = zero.precision(accelerator) if config.lora else torch.float32
     family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
     text = (
         (family.clip_encoders if config.lora else family.text_encoder_names) if config.train.train_text_encoder else ()

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from . import zero
 from .draws import Draws, Share, mix
 from .optim import EMA, hold, make_optimizer
 from .sections import OptimizerConfig, TrainConfig
@@ -30,7 +31,10 @@ def make_player(
 ) -> Player:
     """groups: the optimiser's parameters, each {"params": [...], "lr": peak rate}."""
     average = EMA(module, ema_decay) if ema_decay else None
-    return Player(*accelerator.prepare(module, make_optimizer(optimizer, groups)), average)
+    plain = module, make_optimizer(optimizer, groups)
+    return Player(
+        *(zero.prepare(accelerator, *plain) if zero.stage(accelerator) else accelerator.prepare(*plain)), average
+    )
 
 
 class Task(Protocol):
@@ -92,7 +96,8 @@ def train(
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
                     if accelerator.sync_gradients:
                         trained = [p for p in player.module.parameters() if p.requires_grad]
-                        norm = means[f"{name}_grad_norm"] = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+                        norm = means[f"{name}_grad_norm"] = torch.as_tensor(norm, device=accelerator.device)
                         finite = (means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()
                         means["skipped"] = means["skipped"].maximum((~finite).float())
                     if not accelerator.sync_gradients or hold(player.optimizer, finite):

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from . import UserError
+from . import UserError, zero
 from .sections import Config
 
 Shard = Callable[[nn.Module], None]
@@ -40,10 +40,15 @@ def make_accelerator(config: Config) -> tuple[Accelerator, Shard | None]:
     """
     # accelerate would take FSDP on CPUs for DDP, without a word, and cut the small LoRA together with the large base
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deep, on_cpu = zero.asked(), not torch.accelerator.is_available()
+    if deep and sharded:
+        raise UserError("FSDP and DeepSpeed were both asked for: choose one")
+    # on CPUs accelerate would leave DeepSpeed out without a word, and with it sees one process unless told the backend
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu and not deep,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT, **({"backend": "gloo"} if deep and on_cpu else {}))],
+        **({"deepspeed_plugin": zero.make_plugin(config), "mixed_precision": "no"} if deep else {}),
         log_with=config.tracking.report_to or None,
         project_config=ProjectConfiguration(str(config.output_dir), str(config.output_dir / "tracking")),
     )
@@ -54,6 +59,8 @@ def make_accelerator(config: Config) -> tuple[Accelerator, Shard | None]:
             f"the launcher was asked for {'several processes' if 'WORLD_SIZE' not in os.environ else wanted}, but each "
             f"sees {accelerator.num_processes}. On a CPU use: accelerate launch --multi_gpu --num_processes 2 ..."
         )
+    if deep:
+        zero.started(accelerator)
     return accelerator, sharding(config, accelerator) if sharded else None
 
 
