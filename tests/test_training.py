@@ -4,11 +4,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainers import Interrupted, RunFailedError, UserError, config, dreambooth
+from trainers import Interrupted, RunFailedError, UserError, checkpoint, config, dreambooth, observers
+from trainers.checkpoint import verified
 from trainers.draws import Draws
 from trainers.optim import trained_parameters
 from trainers.run import run
@@ -392,19 +395,59 @@ def test_a_held_out_folder_that_is_not_there_is_told(settings, tmp_path):
         settings(f"data.held_out_dir={tmp_path}/nowhere")
 
 
-def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch):
+@pytest.fixture
+def handlers():
+    """The signals' handlers are put back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["after training", "after a resume"])
+def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch, handlers, trained):
+    if trained:
+        run(settings())
+
     def finish(task):
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0)
         pytest.fail("it went on")
 
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(dreambooth.DreamBooth, "finish", finish)
-    final = settings()
-    try:
-        with pytest.raises(Interrupted):
-            run(final)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-    assert (final.output_dir / "checkpoints/step-000006").is_dir()
+    with pytest.raises(Interrupted):
+        run(settings())
+    assert (settings().output_dir / "checkpoints/step-000006").is_dir()
+
+
+def test_a_signal_in_the_last_save_stops_the_run_after_it(settings, monkeypatch, handlers):
+    save = observers.save_checkpoint
+
+    def signalled(config, step, *rest):
+        save(config, step, *rest)
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(observers, "save_checkpoint", signalled)
+    with pytest.raises(Interrupted):
+        run(settings())
+    assert verified(settings().output_dir / "checkpoints/step-000006")
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(settings, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def half(folder, ignore_errors=False):
+        if "000002" in str(folder) and not ignore_errors:
+            next(folder.glob("*.safetensors")).unlink()
+            raise Killed
+        shutil.rmtree(folder, ignore_errors)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=half))
+        run(settings("checkpoint.checkpoints_total_limit=1"))
+    root = settings().output_dir / "checkpoints"
+    assert all(verified(folder) for folder in checkpoint.checkpoints(root))
+    run(settings())
+    assert not list(root.glob(".*"))

@@ -79,10 +79,10 @@ def save_checkpoint(
             with tolerated(f"writing {final}"):
                 write_aside(aside, files)
                 if final.exists():
-                    shutil.rmtree(final)
+                    discard(final)
                 aside.rename(final)
                 for old in checkpoints(root)[config.checkpoint.checkpoints_total_limit :] if prune else ():
-                    shutil.rmtree(old)
+                    discard(old)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -132,6 +132,13 @@ def write_aside(aside: Path, files: dict[str, bytes]) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+
+def discard(folder: Path) -> None:
+    """Under another name first, so that a kill leaves no half of it under its own."""
+    gone = folder.with_name(f".gone-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -139,7 +139,8 @@ class Checkpoint:
 
     def __init__(self, task: Task, config: Config, crew: Crew, state: State) -> None:
         self.task, self.config, self.crew, self.state = task, config, crew, state
-        self.signal, self.done, self.saved = 0, False, time.monotonic()
+        self.signal, self.saved = 0, time.monotonic()
+        self.done = state.step >= config.train.max_train_steps
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.stop)
 
@@ -156,9 +157,11 @@ class Checkpoint:
             prune = not means["skipped"]  # else the older ones may be needed yet
             save_checkpoint(self.config, step, self.task, self.crew.accelerator, self.state, prune)
             self.saved = time.monotonic()
+        if last:  # no later step would see a signal that came while this one was saved
+            self.done = True
+            (number,) = self.crew.agree(self.signal)
         if number:
             raise Interrupted(number)
-        self.done = last
 
 
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
