@@ -444,9 +444,10 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(settings
             raise Killed
         shutil.rmtree(folder, ignore_errors)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=half))
-        run(settings("checkpoint.checkpoints_total_limit=1"))
+        with pytest.raises(Killed):
+            run(settings("checkpoint.checkpoints_total_limit=1"))
     root = settings().output_dir / "checkpoints"
     assert all(verified(folder) for folder in checkpoint.checkpoints(root))
     run(settings())
