@@ -169,8 +169,7 @@ def build(
     config: DreamBoothConfig, accelerator: Accelerator, shard: Shard | None = None
 ) -> tuple[DreamBooth, Batches, str]:
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
-    data = config.data
-    pools = [instance_pictures(data)]
+    data, pools = config.data, [instance_pictures(config.data)]
     dtype = zero.precision(accelerator) if config.lora else torch.float32
     family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
     text = (

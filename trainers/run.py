@@ -38,6 +38,8 @@ def run(settings: Config) -> None:
 
 
 def tell(settings: Config, accelerator: Accelerator, shard: Shard | None, repo: str | None) -> None:
+    for preset, values in settings.chosen.items():
+        accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
     build, crew, main = TASKS[settings.kind], Crew(accelerator), accelerator.is_main_process
     task, batches, data = build(settings, accelerator, shard) if shard else build(settings, accelerator)
     facts = relevant(settings, accelerator.num_processes, data)

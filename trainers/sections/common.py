@@ -100,6 +100,11 @@ class Config(Section):
         """Whether a batch may be trained on in parts: not where a player must step before another one is shown it."""
         return True
 
+    @property
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """Presets, and the settings that they came to."""
+        return {}
+
     def lighter(self) -> Iterator[str]:
         """Settings that need less memory than these, those that cost least first."""
         if self.train.train_batch_size > 1 and self.accumulates:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from .common import Config, Section, TrainConfig, ValidationConfig, field, foreign, missing
 
@@ -107,7 +107,18 @@ class ObjectiveConfig(Section):
     precondition: bool = field(False, "SD3, Flux.1: the loss of x0 instead of v, as the diffusers script for SD3.")
 
 
+MEMORY = {  # preset: what it sets where the config says nothing
+    "fast": {},
+    "balanced": {"model": {"modulation_cache": True}},
+    "low": {"model": {"modulation_cache": True}, "train": {"gradient_checkpointing": True}},
+    "lowest": {"model": {"quantization": "nf4"}, "train": {"gradient_checkpointing": True}},
+}
+
+
 class DreamBoothTrainConfig(TrainConfig):
+    memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
+        None, "Preset for modulation_cache, gradient_checkpointing and quantization; scripts/plan.py tells what fits."
+    )
     gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
     train_text_encoder: bool = field(False, "Train the text encoder too.")
 
@@ -139,6 +150,30 @@ class DreamBoothConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: DreamBoothTrainConfig = DreamBoothTrainConfig()
     validation: PromptsConfig = PromptsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def preset(cls, tree: Any) -> Any:
+        """What `train.memory` stands for, written out; what a run cannot have is left out."""
+        parts = {name: dict(tree.get(name) or {}) for name in ("model", "train")} if isinstance(tree, dict) else {}
+        chosen = MEMORY.get(str(parts["train"].get("memory"))) if parts else None
+        if not chosen:
+            return tree
+        frozen = tree.get("lora", {}) is not None
+        known = (
+            frozen and parts["model"].get("family", "sd15") != "sd15" and not parts["train"].get("train_text_encoder")
+        )
+        for section, values in chosen.items():
+            for name, value in values.items():
+                if {"modulation_cache": known, "quantization": frozen}.get(name, True):
+                    parts[section].setdefault(name, value)
+        return {**tree, **parts}
+
+    @property
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        keys = {"model": ["modulation_cache", "quantization"], "train": ["gradient_checkpointing"]}
+        values = {f"{part}.{key}": getattr(getattr(self, part), key) for part, names in keys.items() for key in names}
+        return {f"train.memory={self.train.memory}": values} if self.train.memory else {}
 
     @property
     def kohya(self) -> bool:

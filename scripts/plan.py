@@ -1,0 +1,80 @@
+"""How much memory a DreamBooth config will take under each preset of train.memory, and which is the first to fit.
+
+python scripts/plan.py configs/NAME.yaml [section.key=value ...] [--memory GIB] [--precision bf16] [--tflops N]
+
+Reads the base's configs and no weights. What the config sets itself, no preset changes. Seconds are the least that a
+step can take: its multiplications at the rate of a large matrix product here, or at --tflops.
+"""
+
+import sys
+import time
+
+from trainers import UserError
+from trainers.cli import best_device, exit_status, parser_of, silence
+from trainers.config import load
+from trainers.sections.dreambooth import MEMORY
+
+TYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("config", help="a YAML file of a DreamBooth run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--memory", type=float, help="GiB to fit in; else what this machine has")
+    parser.add_argument("--precision", choices=TYPES, help="as accelerate's --mixed_precision; else bf16, no on a CPU")
+    parser.add_argument("--tflops", type=float, help="what the accelerator reaches; else it is measured here")
+    chosen = parser.parse_args()
+    configs = {name: load(chosen.config, [*chosen.overrides, f"train.memory={name}"]) for name in MEMORY}
+    if any(config.kind != "dreambooth" for config in configs.values()):
+        raise UserError(f"{chosen.config} is no DreamBooth run: the small networks need no plan")
+    silence()
+    import torch
+
+    from trainers.plan import plan
+
+    device = best_device()
+    gpu = device.type != "cpu" or chosen.memory is not None
+    dtype = getattr(torch, TYPES[chosen.precision or ("bf16" if gpu else "no")])
+    room = chosen.memory or memory(device)
+    rate = chosen.tflops * 1e12 if chosen.tflops else measured(device, dtype)
+    print(f"{room:.1f} GiB, {dtype}, {rate / 1e12:.2f} TFLOP/s")
+    print("| memory | peak GiB | of it | TFLOP per step | seconds at least | fits |\n|---|---|---|---|---|---|")
+    fits, seen = None, set()
+    for name, config in configs.items():
+        if (same := config.model_dump_json(exclude={"train": {"memory"}})) in seen:
+            continue
+        seen.add(same)
+        needed = plan(config, dtype, gpu)
+        peak, flops = needed.peak / 2**30, needed.flops * config.train.gradient_accumulation_steps
+        if fits is None and peak < room:
+            fits = name
+        of_it = ", ".join(f"{phase} {size / 2**30:.2f}" for phase, size in needed.phases.items())
+        print(f"| {name} | {peak:.2f} | {of_it} | {flops / 1e12:.2f} | {flops / rate:.2f} | {peak < room} |")
+    print(f"train.memory={fits}" if fits else "none of them fits: see also accelerate_configs/fsdp2.yaml")
+
+
+def memory(device) -> float:
+    """GiB of the accelerator, or free in the CPU's memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**30
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
+
+
+def measured(device, dtype) -> float:
+    """FLOP/s of a matrix product."""
+    import torch
+
+    a, best = torch.randn(2048, 2048, device=device, dtype=dtype), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

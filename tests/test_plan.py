@@ -1,0 +1,84 @@
+"""The plan counts what a step really holds; presets are written out, and what a config says itself stays."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from processes import call
+
+from trainers import config, dreambooth, plan
+from trainers.plan import Meter
+
+FAMILIES = ("sd15", "sd3", "flux")
+CHECKPOINTED = "train.gradient_checkpointing=true"
+
+
+def real_peak(settings):
+    """Bytes at the peak of two real steps, counted by the same meter on real tensors."""
+    with Meter() as meter:
+        task, batches, _ = dreambooth.build(settings, Accelerator(cpu=True))
+        start = sum(p.untyped_storage().nbytes() for p in task.module.parameters())
+        (player,) = task.players.values()
+        player.module.train()
+        meter.peak = meter.live
+        before = meter.live
+        for step in range(2):
+            for batch, rng in batches(step):
+                for _, loss in task.losses(batch, rng):
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_([p for p in player.module.parameters() if p.requires_grad], 1.0)
+                    player.optimizer.step()
+                    player.optimizer.zero_grad()
+        return start + meter.peak - before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("overrides", [(), (CHECKPOINTED, "lora.rank=8"), ("lora=null", "data.resolution=32")])
+def test_the_planned_step_is_the_real_one(settings, family, overrides):
+    chosen = settings("train.train_batch_size=4", "data.resolution=32", *overrides, family=family)
+    planned, real = plan.plan(chosen, torch.float32, away=False).phases["train"], real_peak(chosen)
+    assert planned == pytest.approx(real, rel=0.2)  # what does not grow, such as the batch, weighs much here
+
+
+def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_more(settings):
+    def peak(*overrides):
+        return plan.plan(settings(*overrides, family="flux"), torch.float32, away=True).phases["train"]
+
+    assert peak(CHECKPOINTED) < peak() < peak("train.train_batch_size=8")
+    assert peak("model.quantization=nf4") < peak("model.quantization=int8") < peak()
+    assert peak("model.modulation_cache=true") < peak()
+
+
+def test_a_multiplication_costs_what_flops_say(settings):
+    one, two = (plan.plan(settings(f"train.train_batch_size={n}"), torch.float32, away=False).flops for n in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.memory=fast",), (False, False, "none")),
+        (("train.memory=balanced",), (True, False, "none")),
+        (("train.memory=low",), (True, True, "none")),
+        (("train.memory=lowest",), (False, True, "nf4")),
+        (("train.memory=low", "train.gradient_checkpointing=false"), (True, False, "none")),
+        (("train.memory=low", "train.train_text_encoder=true"), (False, True, "none")),
+        (("train.memory=lowest", "lora=null"), (False, True, "none")),
+    ],
+)
+def test_presets_set_what_the_config_leaves_open(settings, overrides, expected):
+    chosen = settings(*overrides, family="flux")
+    assert (chosen.model.modulation_cache, chosen.train.gradient_checkpointing, chosen.model.quantization) == expected
+
+
+def test_a_preset_survives_being_written_down(settings, tmp_path):
+    chosen = settings("train.memory=low", family="flux")
+    (tmp_path / "written.yaml").write_text(config.dump(chosen))
+    assert config.load(tmp_path / "written.yaml") == chosen
+
+
+def test_the_script_names_the_first_preset_that_fits(settings, tmp_path, capsys):
+    (tmp_path / "flux.yaml").write_text(config.dump(settings(family="flux")).replace("modulation_cache: false", ""))
+    assert call("plan.py", tmp_path / "flux.yaml", "--memory", "100", "--tflops", "1") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "train.memory=fast"
+    assert call("plan.py", tmp_path / "flux.yaml", "--memory", "1e-6", "--tflops", "1") == 0
+    assert "none of them fits" in capsys.readouterr().out

@@ -1,0 +1,182 @@
+"""How much memory a DreamBooth run will take, counted without a weight: each phase is played with tensors that have
+shapes and no content.
+
+The step is the real one, with its LoRA, its optimiser and its saved activations. Weights in 8 and 4 bits, and those
+that wait in the CPU's memory, are taken off by their number. Measured beside real runs in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import UserError
+from .families import FAMILIES, Family
+from .modulation import ADAPTIVE
+from .optim import make_optimizer
+from .sections import DreamBoothConfig, ModelConfig
+
+NARROW = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}  # bytes of a weight; nf4 has a float32 scale for each 64
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside: `live` now, and `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return made
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@dataclass
+class Plan:
+    """Bytes at the peak of each phase, and the FLOPs of a step in one process."""
+
+    phases: dict[str, int]
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def plan(config: DreamBoothConfig, dtype: torch.dtype, away: bool) -> Plan:
+    """dtype: of the frozen base; away: whether there is a CPU's memory beside the accelerator's. Raises: UserError."""
+    model = config.model.model_copy(update={"pretrained_model_name_or_path": str(described(config.model))})
+    family = FAMILIES[model.family](model, dtype=dtype if config.lora else torch.float32)
+    family.load()
+    phases = {"encode": encoding(family, config)} if config.data.cache else {}
+    phases["train"], flops = training(family, config, away)
+    if config.validation.prompts:
+        weights = size(family.skeleton(family.denoiser_name), family.dtype) - saved(family, config, away)
+        phases["sample"] = weights + decoding(family, config)
+    return Plan(phases, flops)
+
+
+def described(model: ModelConfig) -> Path:
+    """A folder with the base's configs and tokenizers; of the Hub's, these alone are fetched."""
+    name = model.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=["*.json", "*.txt", "*.model"]))
+    except Exception as error:  # of the HTTP library, which differs between versions of the client
+        raise UserError(f"model.pretrained_model_name_or_path: no configs of {name!r} to be had ({error})") from error
+
+
+def training(family: Family, config: DreamBoothConfig, away: bool) -> tuple[int, int]:
+    """Peak and FLOPs of two steps, the second with the optimiser's state; the autoencoder is there for samples."""
+    denoiser = fresh(family, family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
+    family.pipe.register_modules(**{family.denoiser_name: denoiser})
+    if config.lora:
+        family.add_lora(config.lora, ())
+    if config.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    rows = config.train.train_batch_size * (2 if config.data.prior else 1)
+    side = config.data.resolution // family.vae_factor
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        denoiser.to_empty(device="cpu").train()
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config.optimizer, [{"params": trained, "lr": 0.0}])
+        x = torch.empty(rows, family.vae_config["latent_channels"], side, side)
+        t, given = torch.full((rows,), family.middle), condition(family, rows)
+        counter = FlopCounterMode(display=False)
+        for watch in (counter, nullcontext()):  # the counter holds on to what checkpointing would let go
+            meter.peak = meter.live
+            with watch, torch.autocast("cpu", family.dtype, half(family)):
+                loss = family.predict(denoiser, x.to(family.dtype), t, given).float().square().mean()
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+        peak = meter.peak - saved(family, config, away)
+    vae = size(family.skeleton("vae"), torch.float32) if config.validation.prompts or not config.data.cache else 0
+    family.release()
+    return peak + vae, counter.get_total_flops()
+
+
+def half(family: Family) -> bool:
+    return family.dtype != torch.float32
+
+
+def condition(family: Family, rows: int) -> dict[str, Tensor]:
+    """What the text encoders give, empty."""
+    shape, words = family.denoiser_config, family.pipe.tokenizer.model_max_length
+    if family.t5_encoder is None:
+        return {"encoder_hidden_states": torch.empty(rows, words, shape["cross_attention_dim"], dtype=family.dtype)}
+    words = family.max_sequence_length + (words if len(family.clip_encoders) > 1 else 0)
+    return {
+        "encoder_hidden_states": torch.empty(rows, words, shape["joint_attention_dim"], dtype=family.dtype),
+        "pooled_projections": torch.empty(rows, shape["pooled_projection_dim"], dtype=family.dtype),
+    }
+
+
+def encoding(family: Family, config: DreamBoothConfig) -> int:
+    """Of the largest encoder; of the autoencoder, with what it computes."""
+    texts = [size(family.skeleton(name), family.dtype) for name in family.text_encoder_names]
+    pixels = (1, 3, config.data.resolution, config.data.resolution)
+    return max(*texts, played(fresh(family, "vae"), lambda vae: vae.encode(torch.empty(pixels))))
+
+
+def decoding(family: Family, config: DreamBoothConfig) -> int:
+    side = config.data.resolution // family.vae_factor
+    latents = (1, family.vae_config["latent_channels"], side, side)
+    return played(fresh(family, "vae"), lambda vae: vae.decode(torch.empty(latents)))
+
+
+def played(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        call(module.to_empty(device="cpu"))
+        return meter.peak
+
+
+def fresh(family: Family, part: str) -> nn.Module:
+    """A model without weights that may be changed."""
+    return Family.skeleton.__wrapped__(family, part)
+
+
+def size(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+
+
+def saved(family: Family, config: DreamBoothConfig, away: bool) -> int:
+    """Bytes that are not there: of weights kept in fewer bits, and of adaptive norms in the CPU's memory."""
+    model, total = family.skeleton(family.denoiser_name), 0
+    if config.model.quantization != "none":
+        linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in name]
+        narrow = family.dtype.itemsize - NARROW[config.model.quantization]
+        total += int(sum(layer.weight.numel() for layer in linears) * narrow)
+        total -= max(layer.weight.numel() for layer in linears) * family.dtype.itemsize  # one at a time is whole
+    if config.model.modulation_cache and away:
+        total += sum(size(norm.linear, family.dtype) for norm in model.modules() if isinstance(norm, ADAPTIVE))
+    return total
