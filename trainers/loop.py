@@ -95,7 +95,7 @@ def train(
                     share = loss.detach() / accelerator.gradient_accumulation_steps
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
                     if accelerator.sync_gradients:
-                        trained = [p for p in player.module.parameters() if p.requires_grad]
+                        trained = [p for group in player.optimizer.param_groups for p in group["params"]]
                         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                         norm = means[f"{name}_grad_norm"] = torch.as_tensor(norm, device=accelerator.device)
                         finite = (means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()

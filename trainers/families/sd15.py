@@ -16,7 +16,7 @@ class SD15(Family):
     def make_objective(self, config, resolution):
         scheduler, options = self.scheduler, config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
         kind = scheduler.config.prediction_type
-        return DDPM(scheduler.alphas_cumprod, kind, **options, stratified=config.stratified)
+        return DDPM(scheduler.alphas_cumprod.to(self.device), kind, **options, stratified=config.stratified)
 
     def encode_text(self, name, ids):
         return {name: self.pipe.text_encoder(ids)[0]}  # (B, 77, 768)

@@ -1,0 +1,67 @@
+"""Runs a training script as it is, and writes when it had loaded, when each optimiser step ended, and peak memory.
+
+python clock.py SCRIPT [ARGUMENT ...]   with the file to write in BENCHMARK_CLOCK
+"""
+
+import atexit
+import json
+import os
+import resource
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Clock:
+    """Seconds since the epoch, and the process's CPU seconds.
+
+    On a GPU the steps' ends are read from its own events, so that nothing waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.ready, self.steps, self.cpu, self.events = 0.0, [], [], []
+        prepare = Accelerator.prepare
+
+        def prepared(*args, **kwargs):
+            result = prepare(*args, **kwargs)
+            self.ready = time.time()
+            return result
+
+        Accelerator.prepare = prepared
+        register_optimizer_step_post_hook(self.step)
+
+    def step(self, *_: object) -> None:
+        self.cpu.append(time.process_time())
+        if not torch.cuda.is_available():
+            self.steps.append(time.time())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+        if len(self.events) == 1:
+            torch.cuda.synchronize()
+            self.steps.append(time.time())
+
+    def write(self) -> None:
+        record = {"ready": self.ready, "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        if self.events:
+            torch.cuda.synchronize()
+            first = self.events[0]
+            self.steps += [self.steps[0] + first.elapsed_time(event) / 1000 for event in self.events[1:]]
+            record["peak_allocated"] = torch.cuda.max_memory_allocated()
+            record["peak_reserved"] = torch.cuda.max_memory_reserved()
+        Path(os.environ["BENCHMARK_CLOCK"]).write_text(json.dumps(record | {"steps": self.steps, "cpu": self.cpu}))
+
+
+if __name__ == "__main__":
+    clock = Clock()
+    atexit.register(clock.write)
+    script = sys.argv[1]
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(script).resolve().parent)
+    runpy.run_path(script, run_name="__main__")
