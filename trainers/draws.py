@@ -24,6 +24,13 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def reseed(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, on the host and `device` alone: that writes down a stack trace for each kind of device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 class Draws:
     """The random streams of one micro-batch: row i of every draw comes from the stream of global row `rows[i]`.
 

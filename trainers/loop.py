@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import zero
-from .draws import Draws, Share, mix
+from .draws import Draws, Share, mix, reseed
 from .optim import EMA, hold, make_optimizer
 from .sections import OptimizerConfig, TrainConfig
 
@@ -85,7 +85,7 @@ def train(
     for step in range(start, config.max_train_steps):
         means: Means = {"skipped": torch.zeros((), device=accelerator.device)}
         for micro, (batch, rng) in enumerate(batches(step)):
-            torch.manual_seed(mix(seed, step, micro, "dropout", accelerator.process_index))
+            reseed(mix(seed, step, micro, "dropout", accelerator.process_index), accelerator.device)
             with accelerator.accumulate(*modules):
                 for name, loss in task.losses(batch, rng):
                     player = task.players[name]
