@@ -25,7 +25,7 @@ def mix(*parts: int | str) -> int:
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, on the host and `device` alone: that writes down a stack trace for each kind of device."""
+    """As `torch.manual_seed`, on the host and `device` only; that one also writes down stack traces."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
