@@ -187,7 +187,7 @@ def test_a_step_whose_loss_is_no_number_in_one_process_is_skipped_in_both(
     assert rows(two, "skipped") == [1]
     monkeypatch.setattr(DreamBooth, "losses", DreamBooth.losses)
     spoil()
-    with pytest.warns(UserWarning, match="not finite at step 3"):
+    with pytest.warns(UserWarning, match="step 3 was skipped"):
         run(one)
     torch.testing.assert_close(weights(one), weights(two), rtol=1e-3, atol=1e-4)
 
