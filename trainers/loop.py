@@ -84,13 +84,14 @@ def train(
     modules = [player.module for player in task.players.values()]
     for step in range(start, config.max_train_steps):
         means: Means = {"skipped": torch.zeros((), device=accelerator.device)}
+        for player in task.players.values():
+            for group in player.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate(step)
         for micro, (batch, rng) in enumerate(batches(step)):
             reseed(mix(seed, step, micro, "dropout", accelerator.process_index), accelerator.device)
             with accelerator.accumulate(*modules):
                 for name, loss in task.losses(batch, rng):
                     player = task.players[name]
-                    for group in player.optimizer.param_groups:
-                        group["lr"] = group["initial_lr"] * rate(step)
                     accelerator.backward(loss)
                     share = loss.detach() / accelerator.gradient_accumulation_steps
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share

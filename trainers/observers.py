@@ -46,7 +46,7 @@ class Log:
 
     def __call__(self, step: int, means: Means) -> None:
         for name, value in means.items():
-            finite = torch.as_tensor(value).isfinite()  # a step that was skipped does not spoil the mean
+            finite = value.isfinite()  # a step that was skipped does not spoil the mean
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
             self.counts[name] = self.counts.get(name, 0) + finite
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:

@@ -7,13 +7,15 @@ that wait in the CPU's memory, are taken off by their number. Measured beside re
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import UserError
 from .families import FAMILIES, Family
+from .loop import Player, train
 from .modulation import ADAPTIVE
 from .optim import make_optimizer
 from .sections import DreamBoothConfig, ModelConfig
@@ -105,28 +108,33 @@ def training(family: Family, config: DreamBoothConfig, away: bool) -> tuple[int,
     side = config.data.resolution // family.vae_factor
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         denoiser.to_empty(device="cpu").train()
-        trained = [p for p in denoiser.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config.optimizer, [{"params": trained, "lr": 0.0}])
         x = torch.empty(rows, family.vae_config["latent_channels"], side, side)
-        t, given = torch.full((rows,), family.middle), condition(family, rows)
+        task, accelerator = Played(family, config, x, condition(family, rows)), Accelerator(cpu=True)
         counter = FlopCounterMode(display=False)
-        for watch in (counter, nullcontext()):  # the counter holds on to what checkpointing would let go
+        for step, watch in enumerate((counter, nullcontext())):  # it holds on to what checkpointing would let go
             meter.peak = meter.live
-            with watch, torch.autocast("cpu", family.dtype, half(family)):
-                loss = family.predict(denoiser, x.to(family.dtype), t, given).float().square().mean()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            del loss
+            once = config.train.model_copy(update={"max_train_steps": step + 1})
+            with watch:
+                train(task, lambda step: [(None, None)], once, 0, accelerator, lambda step: 0.0, start=step)
         peak = meter.peak - saved(family, config, away)
     vae = size(family.skeleton("vae"), torch.float32) if config.validation.prompts or not config.data.cache else 0
     family.release()
     return peak + vae, counter.get_total_flops()
 
 
-def half(family: Family) -> bool:
-    return family.dtype != torch.float32
+class Played:
+    """The task of the loop, with one batch for all steps."""
+
+    def __init__(self, family: Family, config: DreamBoothConfig, x: Tensor, given: dict[str, Tensor]) -> None:
+        self.family, self.x, self.given = family, x, given
+        groups = [{"params": [p for p in family.denoiser.parameters() if p.requires_grad], "lr": 0.0}]
+        self.players = {"denoiser": Player(family.denoiser, make_optimizer(config.optimizer, groups))}
+
+    def losses(self, batch: None, rng: None) -> Iterator[tuple[str, Tensor]]:
+        family, t = self.family, torch.full((len(self.x),), self.family.middle)
+        with torch.autocast("cpu", family.dtype, enabled=family.dtype != torch.float32):
+            prediction = family.predict(family.denoiser, self.x.to(family.dtype), t, self.given)
+        yield "denoiser", prediction.float().square().mean()
 
 
 def condition(family: Family, rows: int) -> dict[str, Tensor]:
@@ -163,6 +171,24 @@ def played(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
 def fresh(family: Family, part: str) -> nn.Module:
     """A model without weights that may be changed."""
     return Family.skeleton.__wrapped__(family, part)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product, the best of several: what the matrix units of this machine give."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return max(2 * n**3 / timed(lambda: a @ b, device) for _ in range(12))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds, until the device is through."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def size(module: nn.Module, dtype: torch.dtype) -> int:

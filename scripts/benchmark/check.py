@@ -9,7 +9,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from trainers.guard import Guard
 from trainers.loop import train
 from trainers.observers import Log
 from trainers.optim import make_rate, trained_parameters
+from trainers.plan import matmul_rate, timed
 from trainers.processes import make_accelerator
 from trainers.sections import DreamBoothConfig
 
@@ -52,7 +52,7 @@ def main() -> None:
     if result["equal"]:
         result["flops"] = costs(family, SIZES[family][size])
         dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
-        result["matmul_tflops"] = matmul_rate(accelerator.device, dtype)
+        result["matmul_tflops"] = matmul_rate(accelerator.device, dtype) / 1e12
         if size == "tiny":
             result["overhead_ms"] = overhead(settings, task, batches, accelerator)
     Path(out).write_text(json.dumps(result))
@@ -192,23 +192,6 @@ def flops(call: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large product, the best of several: what the matrix units of this machine give."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return max(2e-12 * n**3 / timed(lambda: a @ b, device) for _ in range(12))
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 # Overhead -------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def table(results: dict) -> str:
     notes = []
     for name, found in results["cases"].items():
         for arm, rows in found["rounds"].items():
-            row, steps = {figure: f"{middle(rows, figure):.3g}" for figure in heads}, [r["step"] for r in rows]
+            row, steps = {figure: f"{middle(rows, figure):.4g}" for figure in heads}, [r["step"] for r in rows]
             row["step"] = f"{statistics.median(steps):.4g} ({min(steps):.4g} to {max(steps):.4g})"
             lines.append([f"{name}, {arm}", *row.values()])
             if arm != "ours":

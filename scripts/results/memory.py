@@ -8,11 +8,13 @@ is measured twice: as it is, and told to give large blocks back at once (slower)
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 import yaml
 from common import print_table
@@ -21,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.bases import PROMPT, SIZES, make_base, make_photos
 
 from trainers.cli import exit_status, parser_of, silence
-from trainers.config import load
+from trainers.config import dump, load
+from trainers.observers import peak_memory
 from trainers.plan import plan
 from trainers.run import run
 
@@ -43,9 +46,9 @@ def main() -> None:
     chosen = parser.parse_args()
     silence()
     if chosen.child:
-        before = resident("VmRSS")
+        before = psutil.Process().memory_info().rss / 2**20
         run(load(chosen.child))
-        print(f"grown {resident('VmHWM') - before}")
+        print(f"grown {1024 * peak_memory() - before}")
         return
     rows = []
     with TemporaryDirectory() as folder:
@@ -72,25 +75,20 @@ def written(root: Path, family: str, overrides: list[str], steps: int, i: int):
     }
     if family != "sd15":
         tree["model"]["max_sequence_length"] = size.t5_tokens
-    (root / f"{i}.yaml").write_text(yaml.dump(tree))
-    config = load(root / f"{i}.yaml", overrides)
-    from trainers.config import dump
-
-    (root / f"{i}.yaml").write_text(dump(config))
+    path = root / f"{i}.yaml"
+    path.write_text(yaml.dump(tree))
+    config = load(path, overrides)
+    path.write_text(dump(config))
     return config
 
 
 def measured(config: Path, root: Path, environment: dict[str, str]) -> float:
     """MiB."""
-    subprocess.run(["rm", "-rf", *map(str, root.glob("run-*"))], check=True)
+    for run_folder in root.glob("run-*"):
+        shutil.rmtree(run_folder)
     command = [sys.executable, __file__, "--child", str(config)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    return int(re.search(r"grown (\d+)", done.stdout)[1]) / 1024
-
-
-def resident(name: str) -> int:
-    """KiB."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return float(re.search(r"grown (\S+)", done.stdout)[1])
 
 
 if __name__ == "__main__":
