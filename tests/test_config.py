@@ -61,6 +61,15 @@ def test_a_bad_file_exits_2_in_seconds_without_a_traceback(written, text, lines)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("optimizer", "imported"), [("adamw", False), ("adamw_8bit", True)])
+def test_a_package_that_slows_the_start_is_imported_only_by_those_who_need_it(optimizer, imported):
+    told = f"cli.silence(DreamBoothConfig(optimizer={{'name': '{optimizer}'}})); import trainers.run"
+    script = f"from trainers import cli; from trainers.sections import DreamBoothConfig; {told}; import sys; "
+    script += "print(bool(sys.modules.get('bitsandbytes')), bool(sys.modules.get('scipy')))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(imported), "False"], done.stderr
+
+
 @pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff", "seed: 1\nseed: 2"])
 def test_a_file_that_cannot_be_understood_is_named(written, text):
     assert "written.yaml" in complaints(config.load, written(text))[0]

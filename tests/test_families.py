@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import layer as lora_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -34,7 +37,7 @@ from trainers.cache import CachedEncoder
 from trainers.draws import Draws
 from trainers.export import lora_state
 from trainers.families import FAMILIES, Family
-from trainers.lora import targets
+from trainers.lora import LoraLinear, targets
 from trainers.objectives import DDPM, Flow
 from trainers.optim import trained_parameters
 from trainers.run import run
@@ -403,6 +406,26 @@ def test_the_update_is_scaled_by_alpha_over_rank_and_written_as_b_a(settings, rs
         written = lora_state(getattr(family.pipe, part))
         product = written[f"{name}.lora_B.weight"] @ written[f"{name}.lora_A.weight"]
         torch.testing.assert_close(update, x @ product.T, rtol=1e-4, atol=1e-4, msg=part)
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (2, 7, 6), (2, 3, 7, 6)])
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_a_lora_layer_in_training_gives_the_output_and_gradients_of_pefts_own(shape, dtype, autocast):
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5).to(getattr(torch, dtype)).requires_grad_(False)
+    layer = LoraLinear(base, "default", PeftConfig(init_lora_weights=False), r=3, lora_alpha=5)
+    for parameter in trained_parameters(layer).values():
+        parameter.data = parameter.data.float()
+    x, toward, found = torch.randn(shape), torch.randn(*shape[:-1], 5), []
+    for forward in (layer.train(), partial(lora_layer.Linear.forward, layer)):
+        given = x.clone().to(base.weight.dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(given)
+        layer.zero_grad()
+        y.backward(toward.to(y.dtype))
+        found.append([y, given.grad, *(p.grad for p in trained_parameters(layer).values())])
+    close = {"rtol": 0.02, "atol": 0.05} if autocast else {}
+    torch.testing.assert_close(found[0], found[1], **close)
 
 
 def test_a_blocks_name_is_not_the_beginning_of_anothers():

@@ -315,7 +315,7 @@ def test_adamw_that_is_told_to_hold_changes_nothing_and_else_steps_as_ever():
         if not finite:
             ours.grad[3, 3] = torch.nan
         before = copy.deepcopy([ours, held.state_dict()["state"]])
-        assert hold(held, torch.tensor(finite))
+        assert hold(held, torch.tensor(float(not finite)))
         held.step()
         if finite:
             plain.step()

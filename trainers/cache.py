@@ -38,7 +38,10 @@ class Cache:
         try:
             with safe_open(self.path(key), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors if (file.metadata() or {}).get("sha256") == checksum(tensors) else None
+                if (file.metadata() or {}).get("sha256") != checksum(tensors):
+                    return None
+                pinned = torch.cuda.is_available()  # so that a copy to the GPU does not make the host wait
+                return {name: t.pin_memory() for name, t in tensors.items()} if pinned else tensors
         except (OSError, SafetensorError):
             return None
 
@@ -75,6 +78,8 @@ class CachedEncoder:
         self.family, self.keep, self.train = family, keep, train
         self.cache = Cache(folder)
         self.tokens = lru_cache(maxsize=65536)(family.tokenize)
+        self.image_key = lru_cache(maxsize=65536)(self._image_key)
+        self.prompt_key = lru_cache(maxsize=65536)(self._prompt_key)
 
     @property
     def live(self) -> Sequence[str]:
@@ -108,10 +113,10 @@ class CachedEncoder:
             raise RunFailedError(f"the cached encoding of {name} was lost or damaged during the run: start it again")
         return tensors
 
-    def image_key(self, picture: Picture, view: View) -> str:
+    def _image_key(self, picture: Picture, view: View) -> str:
         return key_of(image=picture.digest, view=asdict(view), encoder=self.family.identity("vae"))
 
-    def prompt_key(self, name: str, prompt: str) -> str:
+    def _prompt_key(self, name: str, prompt: str) -> str:
         parts = [self.family.identity(part) for part in (name, tokenizer_of(name))]
         length = self.family.max_sequence_length if name == self.family.t5_encoder else None
         return key_of(prompt=prompt, encoder=parts, length=length)

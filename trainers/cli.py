@@ -14,6 +14,7 @@ from .sections import Config, DreamBoothConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
+SPARED = {"bitsandbytes", "kornia", "lomo_optim", "scipy"}  # imported, or looked for at each step, wherever they are
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -108,8 +109,14 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def silence() -> None:
-    """Keep the libraries' notices out of the progress line."""
+def silence(config: Config | None = None) -> None:
+    """Keep the libraries' notices out of the progress line, and what a run of `config` does not use out of memory.
+
+    diffusers, transformers and PEFT import some packages wherever they are installed: seconds, and 100 MiB.
+    """
+    if isinstance(config, DreamBoothConfig):
+        for package in SPARED.difference(package for _, _, package in config.needs()):
+            sys.modules.setdefault(package, None)  # as if it were not installed
     import diffusers
     import transformers
 

@@ -229,6 +229,8 @@ class View:
 
 def view(picture: Picture, variant: int, config: DataConfig) -> View:
     """Variant v of a picture: a random crop and flip that depend on the picture's content and v only."""
+    if config.variants == 1:
+        return View(config.resolution)
     r = random.Random(mix(picture.digest, variant))
     left, top, flip = r.random(), r.random(), r.random() < 0.5
     if config.center_crop:
@@ -291,9 +293,8 @@ class Batches:
             variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
             texts.append(self.encoded.text("" if dropped else picture.caption))
-        text = {name: torch.stack([row[name] for row in texts]).to(self.device) for name in texts[0]}
-        return {
-            "moments": torch.stack(moments).to(self.device),
-            "text": text,
-            "weight": self.weight,
-        }
+        text = {name: self.stacked([row[name] for row in texts]) for name in texts[0]}
+        return {"moments": self.stacked(moments), "text": text, "weight": self.weight}
+
+    def stacked(self, rows: list[Tensor]) -> Tensor:
+        return torch.stack([row.to(self.device, non_blocking=True) for row in rows])

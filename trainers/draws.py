@@ -52,10 +52,10 @@ class Draws:
 
     def uniform(self, stratified: bool = False) -> Tensor:
         """(B,) uniform in (0, 1), float32. Stratified: each of `count` equal parts has one row of each global pool."""
-        u = torch.cat([torch.rand(1, generator=g, device=self.device) for g in self.streams])
-        if stratified:
-            u = (torch.tensor([self.stratum(row) for row in self.rows], device=self.device) + u) / self.count
-        return u.clamp(2**-24, 1 - 2**-24)
+        u = [torch.rand(1, generator=g, device=self.device) for g in self.streams]
+        if stratified:  # with Python's numbers: a tensor of them would make the host wait for the device
+            u = [(part + self.stratum(row)) / self.count for part, row in zip(u, self.rows, strict=True)]
+        return torch.cat(u).clamp(2**-24, 1 - 2**-24)
 
     def stratum(self, row: int) -> int:
         pool, place = divmod(row, self.count)

@@ -30,25 +30,27 @@ class Guard:
 
     def __init__(self, task: Task, batches: Batches, config: Config, accelerator: Accelerator) -> None:
         self.task, self.batches, self.config, self.accelerator = task, batches, config, accelerator
-        self.record = torch.zeros(3, dtype=torch.int64, device=accelerator.device)  # skipped in all, in a row, the last
-        self.told = 0
+        self.unread: list[Tensor] = []
+        self.total = self.row = 0  # skipped so far, and without one between
 
     def __call__(self, step: int, means: Means) -> None:
-        skipped = means["skipped"].long()
-        total, row, last = self.record.unbind()
-        self.record = torch.stack([total + skipped, (row + 1) * skipped, torch.where(skipped > 0, step, last)])
+        self.unread.append(means["skipped"])
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
-        total, row, last = self.accelerator.reduce(self.record, "max").tolist()
-        if total == self.told:
+        skipped, last = self.accelerator.reduce(torch.stack(self.unread), "max").tolist(), 0
+        for number, was in enumerate(skipped, step + 1 - len(skipped)):
+            self.total, self.row, last = (self.total + 1, self.row + 1, number) if was else (self.total, 0, last)
+        self.unread = []
+        if not last:
             return
-        self.told, found = total, "; ".join(self.findings(last - 1))
-        if row >= self.config.train.max_skipped_steps:
+        found = "; ".join(self.findings(last - 1))
+        if self.row >= self.config.train.max_skipped_steps:
             raise DivergenceError(
-                last - row + 1, f"{row} steps in a row had no finite gradient, the last of them step {last}: {found}"
+                last - self.row + 1,
+                f"{self.row} steps in a row had no finite gradient, the last of them step {last}: {found}",
             )
         warnings.warn(
-            f"step {last} was skipped, for its gradient is not finite ({total} so far): {found}", stacklevel=2
+            f"step {last} was skipped, for its gradient is not finite ({self.total} so far): {found}", stacklevel=2
         )
 
     def findings(self, step: int) -> list[str]:

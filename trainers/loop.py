@@ -99,11 +99,12 @@ def train(
                         trained = [p for group in player.optimizer.param_groups for p in group["params"]]
                         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                         norm = means[f"{name}_grad_norm"] = torch.as_tensor(norm, device=accelerator.device)
-                        finite = (means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()
-                        means["skipped"] = means["skipped"].maximum((~finite).float())
-                    if not accelerator.sync_gradients or hold(player.optimizer, finite):
-                        player.optimizer.step()
-                    player.optimizer.zero_grad()
+                        broken = (~(means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()).float()
+                        means["skipped"] = means["skipped"].maximum(broken)
+                        if hold(player.optimizer, broken):
+                            player.optimizer.step()
+                        for parameter in trained:
+                            parameter.grad = None
         for player in task.players.values():
             if player.ema and accelerator.sync_gradients:
                 player.ema.update(step)

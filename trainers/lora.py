@@ -1,4 +1,4 @@
-"""LoRA layers through PEFT."""
+"""LoRA layers through PEFT (Hu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
+import torch
+import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
-from torch import nn
+from peft.tuners import lora
+from torch import Tensor, nn
 
 from . import UserError
 from .sections import LoraConfig
 
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 Presets = Mapping[str, Sequence[str]]  # a preset's name to the endings of module names within blocks
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's layer for one adapter without dropout, which trains with fewer passes over memory and less Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        ((name, a),), b = self.lora_A.items(), self.lora_B
+        y, narrow = self.base_layer(x), F.linear(x, a.weight.to(x.dtype))
+        up = b[name].weight.to(y.dtype).t()
+        return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), up, alpha=self.scaling[name]).view_as(y)
 
 
 def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None = None) -> None:
@@ -27,6 +42,8 @@ def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None =
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
+    if not (config.dropout or config.use_dora):
+        peft._register_custom_module({nn.Linear: LoraLinear})
     module.add_adapter(peft)
     for parameter in module.parameters():
         if parameter.requires_grad:

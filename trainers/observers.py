@@ -35,8 +35,7 @@ class Log:
         self.file = config.output_dir / "metrics.jsonl"
         train = config.train
         self.batch = train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
-        self.sums: Means = {}
-        self.counts: Means = {}  # a player may step less often than others
+        self.unread: list[Means] = []
         self.since, self.last = start, time.perf_counter()
         shown = accelerator.is_main_process
         self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
@@ -45,21 +44,18 @@ class Log:
             write_whole(self.file, "".join(line + "\n" for line in kept))
 
     def __call__(self, step: int, means: Means) -> None:
-        for name, value in means.items():
-            finite = value.isfinite()  # a step that was skipped does not spoil the mean
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
-            self.counts[name] = self.counts.get(name, 0) + finite
+        self.unread.append(means)
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
         steps, now = step - self.since, time.perf_counter()
-        sums, counts = (self.accelerator.reduce(part, "sum") for part in (self.sums, self.counts))
+        sums, counts = (self.accelerator.reduce(part, "sum") for part in self.read())
         values = {name: (sums[name] / counts[name]).item() for name in sorted(sums) if counts[name]}
         if not values["skipped"]:
             del values["skipped"]
         values["learning_rate"] = self.config.optimizer.learning_rate * self.rate(step - 1)
         values["images_per_second"] = steps * self.batch / (now - self.last)
         values["peak_memory_gib"] = peak_memory()
-        self.sums, self.counts, self.since, self.last = {}, {}, step, now
+        self.unread, self.since, self.last = [], step, now
         if self.accelerator.is_main_process:
             with tolerated("the tracker"):
                 self.accelerator.log(values, step=step)
@@ -71,6 +67,13 @@ class Log:
             f"peak {values['peak_memory_gib']:.1f} GiB"
         )
         self.bar.update(steps)
+
+    def read(self) -> tuple[Means, Means]:
+        """Sums of what is finite, for a skipped step must not spoil the mean; and how many: a player may step less."""
+        names = sorted({name for means in self.unread for name in means})  # the same order in every process
+        every = {name: torch.stack([means[name] for means in self.unread if name in means]) for name in names}
+        finite = {name: values.isfinite() for name, values in every.items()}
+        return {n: v.where(finite[n], 0).sum() for n, v in every.items()}, {n: f.sum() for n, f in finite.items()}
 
 
 def append(path: Path, line: str) -> None:

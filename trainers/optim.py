@@ -56,17 +56,17 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def hold(optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
-    """Whether the next step may be called, for gradients of which `finite` (a scalar on the device) tells.
+def hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> bool:
+    """Whether the next step may be called; `broken`, a scalar on the device, is 1 if its gradient is not finite, or 0.
 
-    AdamW is told, and does nothing on the device if it is false. For the others the host must look, as torch's
+    AdamW is told, and does nothing on the device if so. For the others the host must look, as torch's
     GradScaler does.
     """
     optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = (~finite).float()
+        optimizer.found_inf = broken
         return True
-    return bool(finite)
+    return not broken
 
 
 class EMA:

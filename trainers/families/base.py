@@ -14,7 +14,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 
@@ -200,8 +199,8 @@ class Family(ABC):
 
     def latents(self, moments: Tensor, rng: Draws) -> Tensor:
         """A fresh draw from moments (B, 2C, h, w) in the denoiser's units: (B, C, h, w)."""
-        posterior = DiagonalGaussianDistribution(moments)
-        z = posterior.mean + posterior.std * rng.normal(posterior.mean.shape)
+        mean, logvar = moments.chunk(2, 1)
+        z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * rng.normal(mean.shape)
         return (z - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config["scaling_factor"]
 
     def tokenize(self, name: str, prompt: str) -> Tensor:

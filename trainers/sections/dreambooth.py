@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from .common import Config, Section, TrainConfig, ValidationConfig, field, foreign, missing
+from .common import Config, Section, TrainConfig, ValidationConfig, field, foreign
 
 
 class ModelConfig(Section):
@@ -201,6 +201,11 @@ class DreamBoothConfig(Config):
         if self.data.resolution > 64:
             yield f"data.resolution={self.data.resolution * 3 // 4 // 16 * 16}: less detail"
 
+    def needs(self) -> Iterator[tuple[str, str, str]]:
+        yield from super().needs()
+        if self.model.quantization in ("nf4", "int8"):
+            yield "model.quantization", self.model.quantization, "bitsandbytes"
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         data, model = self.data, self.model
@@ -222,8 +227,6 @@ class DreamBoothConfig(Config):
         if data.resolution % (16 if flow else 8):
             yield "data.resolution", f"must be a multiple of {16 if flow else 8}, not {data.resolution}"
         yield from foreign(self, model.family, ONLY_FOR)
-        if model.quantization in ("nf4", "int8"):
-            yield from missing("model.quantization", model.quantization, "bitsandbytes")
         if model.quantization != "none" and self.lora is None:
             yield "model.quantization", "a quantised base cannot train all its weights: give lora, or drop this"
         if model.modulation_cache and (self.lora is None or self.train.train_text_encoder):

