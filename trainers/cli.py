@@ -114,7 +114,7 @@ def silence(config: Config | None = None) -> None:
 
     diffusers, transformers and PEFT import some packages wherever they are installed: seconds, and 100 MiB.
     """
-    if isinstance(config, DreamBoothConfig):
+    if isinstance(config, DreamBoothConfig) and "diffusers" not in sys.modules:  # it looks but once
         for package in SPARED.difference(package for _, _, package in config.needs()):
             sys.modules.setdefault(package, None)  # as if it were not installed
     import diffusers
