@@ -61,6 +61,11 @@ def make_accelerator(config: Config) -> tuple[Accelerator, Shard | None]:
         )
     if deep:
         zero.started(accelerator)
+    if config.kind == "dreambooth" and config.model.offload and (sharded or accelerator.num_processes > 1):
+        raise UserError(
+            "model.offload is for one process. Several cut the base among them: accelerate_configs/fsdp2.yaml, where "
+            "fsdp_offload_params: true keeps the parts in the CPU's memory"
+        )
     return accelerator, sharding(config, accelerator) if sharded else None
 
 
@@ -87,11 +92,15 @@ def shard(model: nn.Module, **how) -> None:
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into one
     trained = {p for p in model.parameters() if p.requires_grad}
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for module in (*reversed(blocks), model):
+    for module in (*reversed(blocks_of(model)), model):
         fully_shard(module, ignored_params=trained, **how)
     for parameter in trained:
         parameter.data = parameter.data.to(how["mesh"].device_type)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Those of a diffusers model that compute one after another."""
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
 def cut(module: nn.Module, accelerator: Accelerator) -> list[str]:

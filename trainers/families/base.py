@@ -22,7 +22,8 @@ from ..draws import Draws
 from ..lora import add_adapter
 from ..modulation import Modulation
 from ..objectives import Flow, Objective, resolution_shift
-from ..processes import Shard
+from ..offload import Rotation
+from ..processes import Shard, blocks_of
 from ..quantize import load_quantized
 from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
 
@@ -53,6 +54,7 @@ class Family(ABC):
         self.device, self.dtype, self.shard = torch.device(device), dtype, shard
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
+        self.offload = model.offload
         self.modulation: Modulation | None = None
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
@@ -110,13 +112,13 @@ class Family(ABC):
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
-            if name != self.denoiser_name or not (placed or self.shard or self.modulation_cache):
+            if name != self.denoiser_name or not (placed or self.shard or self.modulation_cache or self.offload):
                 module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
 
     def settle(self) -> None:
-        """Once the denoiser has all its layers: leave adaptive norms' weights out and cut the rest, as was asked for.
+        """Once the denoiser has all its layers: leave adaptive norms' weights out, cut or offload the rest, as wanted.
 
         With fp8 they are 8 bits wide from now on but while their layer computes; LoRA's are not. What a layer saves for
         the backward pass is gone by then, so only checkpointed blocks can train.
@@ -125,7 +127,9 @@ class Family(ABC):
             self.modulation = Modulation(self.denoiser)
         if self.shard:
             self.shard(self.denoiser)
-        elif self.modulation_cache:
+        if self.offload:
+            Rotation(blocks_of(self.denoiser), self.device)
+        if not self.shard and (self.offload or self.modulation_cache):
             self.denoiser.to(self.device)
         if self.quantization == "fp8":
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
