@@ -113,6 +113,20 @@ def test_lora_is_float32_and_nothing_else_trains(settings, precision):
         assert not parameter.requires_grad or parameter.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("override", "told"), [("lora.rank=3", False), ("lora.dropout=0.1", True), ("lora=null", True)]
+)
+def test_a_base_in_half_precision_computes_in_it_and_autocast_only_helps_float32_weights(settings, override, told):
+    """Autocast would have norms compute, and keep their inputs, in float32."""
+    task, batches, _ = dreambooth.build(settings(override), Accelerator(cpu=True, mixed_precision="bf16"))
+    seen = []
+    task.family.denoiser.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    ((_, loss),) = task.losses(*next(iter(batches(0))))
+    loss.backward()
+    assert seen == [told]
+    assert all(p.grad.dtype == torch.float32 for p in trained_parameters(task.module).values())
+
+
 def test_encoders_are_freed_before_the_denoiser_loads(settings):
     task, _, _ = dreambooth.build(settings(), Accelerator(cpu=True))
     assert task.family.pipe.text_encoder is None

@@ -20,10 +20,10 @@ Presets = Mapping[str, Sequence[str]]  # a preset's name to the endings of modul
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's layer for one adapter without dropout, which trains with fewer passes over memory and less Python."""
+    """PEFT's layer for one adapter without dropout, with fewer passes over memory and less Python."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if self.disable_adapters or self.merged:
             return super().forward(x)
         ((name, a),), b = self.lora_A.items(), self.lora_B
         y, narrow = self.base_layer(x), F.linear(x, a.weight.to(x.dtype))

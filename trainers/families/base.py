@@ -14,12 +14,13 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
 from ..draws import Draws
-from ..lora import add_adapter
+from ..lora import LoraLinear, add_adapter
 from ..modulation import Modulation
 from ..objectives import Flow, Objective, resolution_shift
 from ..offload import Rotation
@@ -54,7 +55,7 @@ class Family(ABC):
         self.device, self.dtype, self.shard = torch.device(device), dtype, shard
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
-        self.offload = model.offload
+        self.offload, self.mixed = model.offload, True
         self.modulation: Modulation | None = None
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
@@ -194,7 +195,8 @@ class Family(ABC):
     def denoise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
         """`predict` from the text encoders' outputs, in the base's precision."""
         condition = {name: value.to(self.dtype) for name, value in self.condition(text).items()}
-        return self.predict(denoiser, x_t.to(self.dtype), t, condition)
+        with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and self.mixed):
+            return self.predict(denoiser, x_t.to(self.dtype), t, condition)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -226,6 +228,9 @@ class Family(ABC):
         text = config.model_copy(update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None})
         for name in text_encoders:
             add_adapter(getattr(self.pipe, name), text)
+        # the base computes in its own precision, as in a pipeline, unless a layer must be told by autocast to do so
+        adapted = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+        self.mixed = not all(isinstance(layer, LoraLinear) for layer in adapted)
 
     @torch.no_grad()
     def sample(self, prompt: str, validation: PromptsConfig, seed: int, size: int, encode=None) -> Image.Image:
