@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument(
         "--size", nargs="+", choices=STEPS, default=["tiny"], help="true: the released configs, for a GPU"
     )
+    parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="options of ours, each its own arm")
     parser.add_argument("--peer", type=Path, help="examples/dreambooth of a diffusers checkout")
     parser.add_argument("--peer-path", type=Path, help="folder that only the peer's processes find modules in")
     parser.add_argument("--workers", type=int, default=0, help="of the peer's DataLoader, where flags are the best")
@@ -94,13 +95,14 @@ def main() -> int:
             (chosen.out / "results.json").write_text(json.dumps(results, indent=1))
     print(table(results))
     plot(results, chosen.out / "benchmark.png")
-    return int(not all(found["check"]["equal"] for found in results["cases"].values()))
+    return int(not all(check["equal"] for found in results["cases"].values() for check in found["checks"].values()))
 
 
 def case(chosen: Namespace, family: str, size: str, folder: Path) -> dict:
-    """The check, and if it holds the rounds of every arm."""
+    """The checks of ours, and the rounds of every arm; of those alone whose check holds."""
     steps, shape = chosen.steps or STEPS[size], SIZES[family][size]
     photos, base, config = (chosen.photos or folder / "photos").resolve(), folder / "base", folder / "config.yaml"
+    shutil.rmtree(base, ignore_errors=True)
     if not chosen.photos:
         make_photos(photos, shape.resolution)
     if not image_files(photos):
@@ -115,16 +117,20 @@ def case(chosen: Namespace, family: str, size: str, folder: Path) -> dict:
     if family != "sd15":
         settings["model"]["max_sequence_length"] = shape.t5_tokens
     config.write_text(yaml.safe_dump(settings | {"output_dir": str(folder / "check")}))
-    check = Arm(
-        "check", HERE / "check.py", [str(config), family, size, str(folder / "check.json")], str(ROOT / "scripts")
-    )
-    measure(check, chosen, folder)
-    found = {"steps": steps, "check": json.loads((folder / "check.json").read_text()), "rounds": {}}
-    print(f"{family} {size}: {found['check']}", flush=True)
-    if not found["check"]["equal"]:
+    found, arms = {"steps": steps, "checks": {}, "rounds": {}}, []
+    for option in ["", *chosen.ours]:
+        arm = Arm(f"ours, {option}" if option else "ours", ROOT / "scripts/train.py", [str(config), *option.split(",")])
+        arm.arguments = [argument for argument in arm.arguments if argument]
+        out = folder / "check.json"
+        check = [str(config), family, size, str(out), *arm.arguments[1:]]
+        measure(Arm("check", HERE / "check.py", check, str(ROOT / "scripts")), chosen, folder)
+        found["checks"][arm.name] = json.loads(out.read_text())
+        print(f"{family} {size}, {arm.name}: {found['checks'][arm.name]}", flush=True)
+        if found["checks"][arm.name]["equal"]:
+            arms.append(arm)
+    if not found["checks"]["ours"]["equal"]:
         return found
     with tempfile.TemporaryDirectory() as aside:
-        arms = [Arm("ours", ROOT / "scripts/train.py", [str(config)])]
         arms += peers(chosen, family, settings, Path(aside)) if chosen.peer else []
         for _ in range(chosen.rounds):
             for arm in arms:
@@ -133,7 +139,7 @@ def case(chosen: Namespace, family: str, size: str, folder: Path) -> dict:
                     print(f"{family} {size}, {arm.name}: {row}", flush=True)
                     found["rounds"].setdefault(arm.name, []).append(row)
                 except RunFailedError as error:
-                    if arm.name == "ours":
+                    if arm.script.name == "train.py":
                         raise
                     print(error, flush=True)
     shutil.rmtree(base)
@@ -197,7 +203,7 @@ def measure(arm: Arm, chosen: Namespace, folder: Path, limit: float = 3600) -> d
     ]
     command += ["--cpu"] * (chosen.device == "cpu") + [str(HERE / "clock.py"), str(arm.script), *arm.arguments]
     if arm.name != "check":
-        command.append(f"output_dir={run}" if arm.name == "ours" else f"--output_dir={run}")
+        command.append(f"output_dir={run}" if arm.script.name == "train.py" else f"--output_dir={run}")
     paths = [path for path in (arm.path, os.environ.get("PYTHONPATH", "")) if path]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -244,7 +250,7 @@ def figures(record: dict, found: dict, chosen: Namespace) -> dict[str, float]:
     steady = statistics.median(lengths[first:])
     wanted = -(-100 // batch)
     last = steps[min(wanted, len(steps)) - 1] + max(0, wanted - len(steps)) * steady
-    peak = 1e12 * (chosen.peak_tflops or found["check"]["matmul_tflops"])
+    peak = 1e12 * (chosen.peak_tflops or found["checks"]["ours"]["matmul_tflops"])
     memory = record["peak_allocated"] if chosen.device == "cuda" else record["peak_rss"]
     row = {
         "loaded": record["ready"] - launched,
@@ -255,7 +261,7 @@ def figures(record: dict, found: dict, chosen: Namespace) -> dict[str, float]:
         "hundred": last - launched,
         "whole": record["ended"] - launched,
         "memory": memory / 2**30,
-        "mfu": 100 * batch * found["check"]["flops"]["denoiser"] / steady / peak,
+        "mfu": 100 * batch * found["checks"]["ours"]["flops"]["denoiser"] / steady / peak,
     }
     row["peak_rss"] = record["peak_rss"] / 2**30
     if chosen.device == "cuda":

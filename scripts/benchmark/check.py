@@ -1,6 +1,6 @@
 """What is measured in a process of its own: parity with an independent step, FLOPs, the matmul rate, the overhead.
 
-python check.py CONFIG FAMILY SIZE OUT   started by `accelerate launch` as the training is
+python check.py CONFIG FAMILY SIZE OUT [KEY=VALUE ...]   started by `accelerate launch` as the training is
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ BOUNDS = {"no": (1e-6, 0.99999), "bf16": (1e-3, 0.999)}  # relative difference o
 
 
 def main() -> None:
-    path, family, size, out = sys.argv[1:]
+    path, family, size, out, *overrides = sys.argv[1:]
     silence()
-    settings = config.load(path)
+    settings = config.load(path, overrides)
     accelerator, _ = make_accelerator(settings)
-    bases.make_base(family, size, Path(settings.model.pretrained_model_name_or_path), accelerator.device)
+    base = Path(settings.model.pretrained_model_name_or_path)
+    if not base.exists():
+        bases.make_base(family, size, base, accelerator.device)
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     accelerator.init_trackers(settings.tracking.project_name)
     task, batches, _ = dreambooth.build(settings, accelerator)
     result = parity(settings, task, batches, family, accelerator)
-    if result["equal"]:
+    if result["equal"] and not overrides:
         result["flops"] = costs(family, SIZES[family][size])
         dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
         result["matmul_tflops"] = matmul_rate(accelerator.device, dtype) / 1e12
@@ -72,6 +74,7 @@ def parity(settings: DreamBoothConfig, task, batches, family: str, accelerator) 
     for parameter in ours.values():  # B starts at zero, where A has no gradient
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     batch, rng = next(iter(batches(0)))
+    task.module.train()
     ((_, loss),) = task.losses(batch, rng)
     loss.backward()
 

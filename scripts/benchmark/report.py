@@ -63,7 +63,7 @@ def table(results: dict) -> str:
                 ours = found["rounds"]["ours"]
                 times = (middle(rows, figure) / middle(ours, figure) for figure in COMPARED)
                 ratios.append([f"{name}, {arm}", *(f"{value:.2f}" for value in times)])
-        notes.append(f"{name}: {note(found['check'])}")
+        notes += [f"- {name}, {arm}: {note(check)}" for arm, check in found["checks"].items()]
     parts = [lines, ratios] if len(ratios) > 2 else [lines]
     tables = ["\n".join("| " + " | ".join(row) + " |" for row in part) for part in parts]
     return "\n\n".join([*tables, "\n".join(notes)]) + "\n"
@@ -84,8 +84,9 @@ def note(check: dict) -> str:
     found = f"the loss differs by {difference:.1e}, the gradients' cosine is {cosine:.7f}"
     if not check["equal"]:
         return f"{found}: not equal, so there are no figures"
-    counted = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in check["flops"].items())
-    found += f"; GFLOP for one picture: {counted}; matrix product {check['matmul_tflops']:.3g} TFLOP/s"
+    if "flops" in check:
+        counted = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in check["flops"].items())
+        found += f"; GFLOP for one picture: {counted}; matrix product {check['matmul_tflops']:.3g} TFLOP/s"
     if over := check.get("overhead_ms"):
         found += f"; the loop takes {over[0]:.2f} ms, the bare step {over[1]:.2f}: overhead {over[0] - over[1]:.2f} ms"
     return found
