@@ -517,7 +517,8 @@ def test_out_of_memory_lists_what_helps_the_cheapest_first(make, monkeypatch, au
     with pytest.raises(RunFailedError, match=r"(?s)^out of memory \(CUDA .*There is no checkpoint yet") as told:
         run(make(FOUR, f"train.auto_micro_batch={auto}", "data.resolution=80"))
     remedies = [line.split(":")[0].strip() for line in str(told.value).splitlines() if line.startswith("  ")]
-    wanted = [AUTO, "train.gradient_checkpointing=true", "--config_file accelerate_configs/fsdp2.yaml"]
+    wanted = [AUTO, *(f"train.gradient_checkpointing={kind}" for kind in ("selective", "true"))]
+    wanted.append("--config_file accelerate_configs/fsdp2.yaml")
     assert remedies == [*wanted[auto:], "model.quantization=nf4", "data.resolution=48"]
     assert told.value.status == 1
 

@@ -32,9 +32,9 @@ IRRELEVANT = {  # what may change between two parts of a run
     "hub": None,
     "train": {
         *("gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "auto_micro_batch"),
-        *("max_skipped_steps", "on_divergence", "memory"),
+        *("max_skipped_steps", "on_divergence", "memory", "compile", "attention", "cuda_graphs"),
     },
-    "model": {"modulation_cache"},
+    "model": {"modulation_cache", "offload"},
     # the pictures and captions themselves are compared instead of where they lie
     "data": {
         *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir", "held_out_dir"),

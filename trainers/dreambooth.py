@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import card, export, zero
+from . import card, export, kernels, zero
 from .cache import CachedEncoder
 from .data import Batches, class_pictures, held_out_pictures, instance_pictures, view
 from .draws import Draws, Share, mix
@@ -58,8 +58,7 @@ class DreamBooth:
         else:
             self.module.requires_grad_(True)
         family.settle()
-        if config.train.gradient_checkpointing:
-            family.denoiser.enable_gradient_checkpointing()
+        kernels.checkpointed(family.denoiser, config.train.gradient_checkpointing)
         self.module._ddp_params_and_buffers_to_ignore = cut(self.module, accelerator)
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
@@ -196,5 +195,6 @@ def build(
         every = Share(mix(config.seed, "held out"), 1, DRAWS * len(held_out))
         plain = data.model_copy(update={"caption_dropout": 0.0})
         task.held_out = Batches([held_out], encoder, plain, every, accelerator.device)
+    kernels.tune(task)
     digest = f"{mix(*(part for picture in pools[0] for part in (picture.digest, picture.caption))):x}"
     return task, task.batches, digest

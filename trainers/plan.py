@@ -25,9 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import UserError
 from .families import FAMILIES, Family
+from .kernels import checkpointed
 from .loop import Player, train
 from .modulation import ADAPTIVE
 from .optim import make_optimizer
+from .processes import blocks_of
 from .sections import DreamBoothConfig, ModelConfig
 
 NARROW = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}  # bytes of a weight; nf4 has a float32 scale for each 64
@@ -44,7 +46,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # as of skeletons, which hold nothing
                 self.count(tensor.untyped_storage())
         return made
 
@@ -102,8 +104,7 @@ def training(family: Family, config: DreamBoothConfig, away: bool) -> tuple[int,
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     if config.lora:
         family.add_lora(config.lora, ())
-    if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    checkpointed(denoiser, config.train.gradient_checkpointing)
     rows = config.train.train_batch_size * (2 if config.data.prior else 1)
     side = config.data.resolution // family.vae_factor
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
@@ -196,13 +197,17 @@ def size(module: nn.Module, dtype: torch.dtype) -> int:
 
 
 def saved(family: Family, config: DreamBoothConfig, away: bool) -> int:
-    """Bytes that are not there: of weights kept in fewer bits, and of adaptive norms in the CPU's memory."""
+    """Bytes that are not there: of weights in fewer bits, and of blocks and adaptive norms in the CPU's memory."""
     model, total = family.skeleton(family.denoiser_name), 0
     if config.model.quantization != "none":
         linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in name]
         narrow = family.dtype.itemsize - NARROW[config.model.quantization]
         total += int(sum(layer.weight.numel() for layer in linears) * narrow)
         total -= max(layer.weight.numel() for layer in linears) * family.dtype.itemsize  # one at a time is whole
+    gone: set[nn.Parameter] = set()
     if config.model.modulation_cache and away:
-        total += sum(size(norm.linear, family.dtype) for norm in model.modules() if isinstance(norm, ADAPTIVE))
-    return total
+        gone.update(p for norm in model.modules() if isinstance(norm, ADAPTIVE) for p in norm.linear.parameters())
+    if config.model.offload and away:
+        blocks = [set(block.parameters()) - gone for block in blocks_of(model)]
+        gone.update(*sorted(blocks, key=lambda block: sum(p.numel() for p in block))[:-2])
+    return total + sum(p.numel() for p in gone) * family.dtype.itemsize

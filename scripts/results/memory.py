@@ -1,9 +1,11 @@
 """What scripts/plan.py foretells beside what runs really take on a CPU (docs/performance.md).
 
-python scripts/results/memory.py [--steps 3]
+python scripts/results/memory.py [--steps 3] [--preload /usr/lib/x86_64-linux-gnu/libjemalloc.so.2]
 
-A process's resident memory grows from after the imports to its peak. glibc keeps much of what a step frees, so each run
-is measured twice: as it is, and told to give large blocks back at once (slower), which shows what is really in use.
+A process's resident memory grows to its peak. It is counted from after the run of a tiny model of the same family: by
+then libraries have read their code and compiled their kernels. glibc keeps much of what a step frees, so each run is
+measured as it is, and told to give blocks back at once (slower), which shows what is really in use; with --preload
+also under that allocator.
 """
 
 import os
@@ -14,7 +16,6 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
 import torch
 import yaml
 from common import print_table
@@ -24,7 +25,6 @@ from benchmark.bases import PROMPT, SIZES, make_base, make_photos
 
 from trainers.cli import exit_status, parser_of, silence
 from trainers.config import dump, load
-from trainers.observers import peak_memory
 from trainers.plan import plan
 from trainers.run import run
 
@@ -42,51 +42,69 @@ CASES = [
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--child", type=Path, help="a config to run and measure, in this process")
+    parser.add_argument("--preload", help="a library with another malloc")
+    parser.add_argument("--child", nargs=2, help="a tiny config and one to measure, to run in this process")
     chosen = parser.parse_args()
     silence()
     if chosen.child:
-        before = psutil.Process().memory_info().rss / 2**20
-        run(load(chosen.child))
-        print(f"grown {1024 * peak_memory() - before}")
+        tiny, config = map(load, chosen.child)
+        run(tiny)
+        before = resident("VmRSS")
+        run(config)
+        print(f"grown {resident('VmHWM') - before}")
         return
+    arms = {"in use": GIVE_BACK, "as it is": {}}
+    if chosen.preload:
+        arms["preloaded"] = {"LD_PRELOAD": chosen.preload}
     rows = []
     with TemporaryDirectory() as folder:
         root = Path(folder)
         make_photos(root / "photos", 512)
+        for family in SIZES:
+            for size in ("tiny", "mid"):
+                make_base(family, size, root / f"{family}-{size}", torch.device("cpu"))
         for i, (family, overrides) in enumerate(CASES):
-            if not (root / family).exists():
-                make_base(family, "mid", root / family, torch.device("cpu"))
-            config = written(root, family, overrides, chosen.steps, i)
-            planned = plan(config, torch.float32, away=False).peak / 2**20
-            grown = [measured(root / f"{i}.yaml", root, environment) for environment in (GIVE_BACK, {})]
-            rows.append([f"{family} {' '.join(overrides)}", planned, grown[0], planned / grown[0] - 1, grown[1]])
-            print_table(["", "planned MiB", "in use", "error", "as it is"], rows)
+            tiny = written(root, family, "tiny", [], 2, f"{i}-tiny")
+            config = written(root, family, "mid", overrides, chosen.steps, str(i))
+            planned = plan(load(config), torch.float32, away=False).peak / 2**20
+            row = [f"{family} {' '.join(overrides)}", planned]
+            for environment in arms.values():
+                grown = measured(tiny, config, root, environment)
+                row += [grown, planned / grown - 1]
+            rows.append(row)
+            print_table(["", "planned MiB", *(column for arm in arms for column in (arm, "error"))], rows)
 
 
-def written(root: Path, family: str, overrides: list[str], steps: int, i: int):
-    size = SIZES[family]["mid"]
+def written(root: Path, family: str, size: str, overrides: list[str], steps: int, name: str) -> Path:
     tree = {
-        "output_dir": str(root / f"run-{i}"),
-        "model": {"family": family, "pretrained_model_name_or_path": str(root / family)},
-        "data": {"instance_data_dir": str(root / "photos"), "instance_prompt": PROMPT, "resolution": size.resolution},
+        "output_dir": str(root / f"run-{name}"),
+        "model": {"family": family, "pretrained_model_name_or_path": str(root / f"{family}-{size}")},
+        "data": {
+            "instance_data_dir": str(root / "photos"),
+            "instance_prompt": PROMPT,
+            "resolution": SIZES[family][size].resolution,
+        },
         "train": {"max_train_steps": steps},
         "tracking": {"report_to": []},
     }
     if family != "sd15":
-        tree["model"]["max_sequence_length"] = size.t5_tokens
-    path = root / f"{i}.yaml"
+        tree["model"]["max_sequence_length"] = SIZES[family][size].t5_tokens
+    path = root / f"{name}.yaml"
     path.write_text(yaml.dump(tree))
-    config = load(path, overrides)
-    path.write_text(dump(config))
-    return config
+    path.write_text(dump(load(path, overrides)))
+    return path
 
 
-def measured(config: Path, root: Path, environment: dict[str, str]) -> float:
+def resident(which: str) -> float:
+    """MiB: VmRSS now, or VmHWM at the peak; getrusage's peak begins with that of the process which started this one."""
+    return int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def measured(tiny: Path, config: Path, root: Path, environment: dict[str, str]) -> float:
     """MiB."""
     for run_folder in root.glob("run-*"):
         shutil.rmtree(run_folder)
-    command = [sys.executable, __file__, "--child", str(config)]
+    command = [sys.executable, __file__, "--child", str(tiny), str(config)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     return float(re.search(r"grown (\S+)", done.stdout)[1])
 

@@ -26,6 +26,10 @@ class ModelConfig(Section):
         False,
         "SD3, Flux.1: keep the weights of adaptive norms, 28-35 % of the base, in the CPU's memory; the same result.",
     )
+    offload: bool = field(
+        False,
+        "SD3, Flux.1: keep the frozen blocks in the CPU's memory, two at a time on the GPU; the same result, slower.",
+    )
     text_encoder_3: Literal["load"] | None = field("load", "SD3: null leaves the T5 out, as the pipeline allows.")
     max_sequence_length: PositiveInt | None = field(
         None, "Tokens that the T5 reads; null means the pipeline's own number (SD3: 256, Flux.1: 512)."
@@ -109,7 +113,7 @@ class ObjectiveConfig(Section):
 
 MEMORY = {  # preset: what it sets where the config says nothing
     "fast": {},
-    "balanced": {"model": {"modulation_cache": True}},
+    "balanced": {"model": {"modulation_cache": True}, "train": {"gradient_checkpointing": "selective"}},
     "low": {"model": {"modulation_cache": True}, "train": {"gradient_checkpointing": True}},
     "lowest": {"model": {"quantization": "nf4"}, "train": {"gradient_checkpointing": True}},
 }
@@ -119,7 +123,16 @@ class DreamBoothTrainConfig(TrainConfig):
     memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
         None, "Preset for modulation_cache, gradient_checkpointing and quantization; scripts/plan.py tells what fits."
     )
-    gradient_checkpointing: bool = field(False, "Recompute activations: less memory, about a third more time.")
+    gradient_checkpointing: Literal["selective"] | bool = field(
+        False, "Recompute activations: less memory, about half more time; selective: every second block, half of both."
+    )
+    compile: bool = field(False, "Compile the denoiser's blocks: faster steps after a minute or more at the start.")
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = field(
+        "auto", "Kernel of the attention; auto measures on a GPU which is fastest for the run's shapes."
+    )
+    cuda_graphs: bool = field(
+        False, "Launch the denoiser's kernels at once; for small batches on one CUDA GPU. Has not been run by us."
+    )
     train_text_encoder: bool = field(False, "Train the text encoder too.")
 
 
@@ -135,7 +148,7 @@ class PromptsConfig(ValidationConfig):
 ONLY_FOR = [  # families, section, keys
     ("sd15", "objective", "snr_gamma debiased noise_offset"),
     ("sd3 flux", "objective", "density logit_mean logit_std mode_scale shift weighting precondition"),
-    ("sd3 flux", "model", "max_sequence_length modulation_cache"),
+    ("sd3 flux", "model", "max_sequence_length modulation_cache offload"),
     ("sd3", "model", "text_encoder_3"),
     ("flux", "model", "guidance_scale allow_schnell"),
 ]
@@ -187,6 +200,8 @@ class DreamBoothConfig(Config):
             yield "data.cache=true: the encoders are freed before training, faster too"
         yield from super().lighter()
         if not self.train.gradient_checkpointing:
+            yield "train.gradient_checkpointing=selective: the same result, about a fifth slower"
+        if self.train.gradient_checkpointing is not True:
             yield "train.gradient_checkpointing=true: the same result, about a third slower"
         if self.optimizer.name in ("adamw", "prodigy") and (self.lora is None or self.train.train_text_encoder):
             yield "optimizer.name=adamw_8bit: a quarter of the optimiser's memory, slightly rounded"
@@ -205,6 +220,27 @@ class DreamBoothConfig(Config):
         yield from super().needs()
         if self.model.quantization in ("nf4", "int8"):
             yield "model.quantization", self.model.quantization, "bitsandbytes"
+
+    def clashes(self) -> Iterator[tuple[str, str]]:
+        """Options for speed, with what they cannot be had with."""
+        train, model, lora = self.train, self.model, self.lora
+        moves = {"model.quantization": model.quantization != "none", "model.offload": model.offload}
+        clashes = {
+            "compile": moves | {"lora.use_dora": lora and lora.use_dora},
+            "cuda_graphs": moves
+            | {
+                "model.modulation_cache": model.modulation_cache,
+                "lora.dropout": lora and lora.dropout,
+                "train.compile": train.compile,
+                "train.gradient_checkpointing": train.gradient_checkpointing,
+                "train.gradient_accumulation_steps": train.gradient_accumulation_steps > 1,
+                "train.auto_micro_batch": train.auto_micro_batch,
+                "train.train_text_encoder": train.train_text_encoder,
+            },
+        }
+        for name, others in clashes.items():
+            if others := [other for other, given in others.items() if given and getattr(train, name)]:
+                yield f"train.{name}", f"cannot be had with {', '.join(others)}: drop the one or the other"
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
@@ -236,10 +272,15 @@ class DreamBoothConfig(Config):
             )
         if model.modulation_cache and model.quantization in ("nf4", "int8"):
             yield "model.modulation_cache", f"{model.quantization} has made these weights small: drop this or that"
+        if model.offload and (self.lora is None or self.train.gradient_checkpointing is not True):
+            yield "model.offload", "needs lora, and train.gradient_checkpointing: true to bring each block back"
+        if model.offload and model.quantization != "none":
+            yield "model.offload", f"{model.quantization} has made the blocks small: drop this or that"
         if model.quantization == "fp8" and model.family == "sd15":
             yield "model.quantization", "fp8 is for transformers; the U-Net of SD1.5 trains with nf4 or int8"
-        elif model.quantization == "fp8" and not self.train.gradient_checkpointing:
+        elif model.quantization == "fp8" and self.train.gradient_checkpointing is not True:
             yield "model.quantization", "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
+        yield from self.clashes()
         if self.objective.debiased and self.objective.snr_gamma:
             yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
         if self.optimizer.text_encoder_lr is not None and not self.train.train_text_encoder:
