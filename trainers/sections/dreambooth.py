@@ -200,9 +200,9 @@ class DreamBoothConfig(Config):
             yield "data.cache=true: the encoders are freed before training, faster too"
         yield from super().lighter()
         if not self.train.gradient_checkpointing:
-            yield "train.gradient_checkpointing=selective: the same result, about a fifth slower"
+            yield "train.gradient_checkpointing=selective: the same result, about 20 % slower"
         if self.train.gradient_checkpointing is not True:
-            yield "train.gradient_checkpointing=true: the same result, about a third slower"
+            yield "train.gradient_checkpointing=true: the same result, about 40 % slower"
         if self.optimizer.name in ("adamw", "prodigy") and (self.lora is None or self.train.train_text_encoder):
             yield "optimizer.name=adamw_8bit: a quarter of the optimiser's memory, slightly rounded"
         whole = self.lora and self.model.quantization == "none"
