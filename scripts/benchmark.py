@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--peer-path", type=Path, help="folder that only the peer's processes find modules in")
     parser.add_argument("--workers", type=int, default=0, help="of the peer's DataLoader, where flags are the best")
     parser.add_argument("--photos", type=Path, help="folder; default: drawn, twice the resolution")
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the parity gate alone")
     parser.add_argument("--steps", type=positive, help=f"default: {STEPS}")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best_device().type)

@@ -289,8 +289,9 @@ class Batches:
         moments, texts = [], []
         for pool, row in visits:
             picture = self.picture(step, pool, row)
-            r = random.Random(mix(self.share.seed, step, self.share.total * pool + row, "data"))
-            variant, dropped = r.randrange(self.config.variants), r.random() < self.config.caption_dropout
+            key = self.share.seed, step, self.share.total * pool + row
+            variant = mix(*key, "variant") % self.config.variants
+            dropped = mix(*key, "caption") < self.config.caption_dropout * 2**63
             moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
             texts.append(self.encoded.text("" if dropped else picture.caption))
         text = {name: self.stacked([row[name] for row in texts]) for name in texts[0]}

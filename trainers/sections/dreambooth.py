@@ -241,6 +241,8 @@ class DreamBoothConfig(Config):
         for name, others in clashes.items():
             if others := [other for other, given in others.items() if given and getattr(train, name)]:
                 yield f"train.{name}", f"cannot be had with {', '.join(others)}: drop the one or the other"
+        if train.compile and model.family == "sd15":
+            yield "train.compile", "gave SD1.5 wrong gradients (PyTorch 2.13 on a CPU): for SD3.5 and Flux.1 only"
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         yield from super().mistakes()
