@@ -126,7 +126,7 @@ class DreamBoothTrainConfig(TrainConfig):
     gradient_checkpointing: Literal["selective"] | bool = field(
         False, "Recompute activations: less memory, about half more time; selective: every second block, half of both."
     )
-    compile: bool = field(False, "Compile the denoiser's blocks: faster steps after a minute or more at the start.")
+    compile: bool = field(False, "SD3, Flux.1: compile the blocks; faster steps after a minute or more at the start.")
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = field(
         "auto", "Kernel of the attention; auto measures on a GPU which is fastest for the run's shapes."
     )
