@@ -118,11 +118,10 @@ def case(chosen: Namespace, family: str, size: str, folder: Path) -> dict:
         settings["model"]["max_sequence_length"] = shape.t5_tokens
     config.write_text(yaml.safe_dump(settings | {"output_dir": str(folder / "check")}))
     found, arms = {"steps": steps, "checks": {}, "rounds": {}}, []
-    for option in ["", *chosen.ours]:
-        arm = Arm(f"ours, {option}" if option else "ours", ROOT / "scripts/train.py", [str(config), *option.split(",")])
-        arm.arguments = [argument for argument in arm.arguments if argument]
+    for options in [[], *(wish.split(",") for wish in chosen.ours)]:
+        arm = Arm(", ".join(["ours", *options]), ROOT / "scripts/train.py", [str(config), *options])
         out = folder / "check.json"
-        check = [str(config), family, size, str(out), *arm.arguments[1:]]
+        check = [str(config), family, size, str(out), *options]
         measure(Arm("check", HERE / "check.py", check, str(ROOT / "scripts")), chosen, folder)
         found["checks"][arm.name] = json.loads(out.read_text())
         print(f"{family} {size}, {arm.name}: {found['checks'][arm.name]}", flush=True)

@@ -28,7 +28,7 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.read = lru_cache(maxsize=512)(self._read)
+        self.read = lru_cache(maxsize=512)(self._pinned)
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -38,12 +38,16 @@ class Cache:
         try:
             with safe_open(self.path(key), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if (file.metadata() or {}).get("sha256") != checksum(tensors):
-                    return None
-                pinned = torch.cuda.is_available()  # so that a copy to the GPU does not make the host wait
-                return {name: t.pin_memory() for name, t in tensors.items()} if pinned else tensors
+                return tensors if (file.metadata() or {}).get("sha256") == checksum(tensors) else None
         except (OSError, SafetensorError):
             return None
+
+    def _pinned(self, key: str) -> dict[str, Tensor] | None:
+        """The entry, where a copy to the GPU does not make the host wait."""
+        tensors = self._read(key)
+        return (
+            {name: t.pin_memory() for name, t in tensors.items()} if tensors and torch.cuda.is_available() else tensors
+        )
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> None:
         path = self.path(key)

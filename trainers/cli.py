@@ -14,6 +14,7 @@ from .sections import Config, DreamBoothConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
+
 SPARED = {"bitsandbytes", "kornia", "lomo_optim", "scipy"}  # imported, or looked for at each step, wherever they are
 
 

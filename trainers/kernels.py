@@ -21,6 +21,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 from . import UserError, zero
+from .processes import blocks_of
 
 if TYPE_CHECKING:
     from .dreambooth import DreamBooth
@@ -63,9 +64,8 @@ def checkpointed(denoiser: nn.Module, kind: bool | Literal["selective"]) -> None
 
 
 def compiled(denoiser: nn.Module) -> None:
-    """Compile the kinds of block that repeat, for training; shapes are fixed there, and not where pictures are made."""
-    kinds = denoiser._repeated_blocks or denoiser._no_split_modules
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    """Compile the blocks, for training; shapes are fixed there, and not where pictures are made."""
+    blocks = blocks_of(denoiser)
     torch._dynamo.config.recompile_limit = 2 * len(blocks)  # a block whose input has no gradient is another one
     torch._functorch.config.force_non_lazy_backward_lowering = True  # so that all faults come in the forward pass
     failed: list[Exception] = []

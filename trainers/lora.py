@@ -25,10 +25,11 @@ class LoraLinear(lora.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x)
-        ((name, a),), b = self.lora_A.items(), self.lora_B
-        y, narrow = self.base_layer(x), F.linear(x, a.weight.to(x.dtype))
-        up = b[name].weight.to(y.dtype).t()
-        return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), up, alpha=self.scaling[name]).view_as(y)
+        (name,) = self.lora_A
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        y, narrow = self.base_layer(x), F.linear(x, a.to(x.dtype))
+        wide = torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), b.to(y.dtype).t(), alpha=self.scaling[name])
+        return wide.view_as(y)
 
 
 def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None = None) -> None:

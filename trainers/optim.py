@@ -59,8 +59,7 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
 def hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> bool:
     """Whether the next step may be called; `broken`, a scalar on the device, is 1 if its gradient is not finite, or 0.
 
-    AdamW is told, and does nothing on the device if so. For the others the host must look, as torch's
-    GradScaler does.
+    AdamW is told, and does nothing on the device if so. For the others the host must look, as torch's GradScaler does.
     """
     optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(optimizer, torch.optim.AdamW):

@@ -133,7 +133,7 @@ class Played:
 
     def losses(self, batch: None, rng: None) -> Iterator[tuple[str, Tensor]]:
         family, t = self.family, torch.full((len(self.x),), self.family.middle)
-        with torch.autocast("cpu", family.dtype, enabled=family.dtype != torch.float32):
+        with torch.autocast("cpu", family.dtype, enabled=family.mixed and family.dtype != torch.float32):
             prediction = family.predict(family.denoiser, self.x.to(family.dtype), t, self.given)
         yield "denoiser", prediction.float().square().mean()
 

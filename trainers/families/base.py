@@ -55,7 +55,8 @@ class Family(ABC):
         self.device, self.dtype, self.shard = torch.device(device), dtype, shard
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
-        self.offload, self.mixed = model.offload, True
+        self.offload = model.offload
+        self.mixed = True  # whether autocast must choose precisions, for a layer does not know its own
         self.modulation: Modulation | None = None
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
@@ -128,9 +129,9 @@ class Family(ABC):
             self.modulation = Modulation(self.denoiser)
         if self.shard:
             self.shard(self.denoiser)
-        if self.offload:
-            Rotation(blocks_of(self.denoiser), self.device)
-        if not self.shard and (self.offload or self.modulation_cache):
+        elif self.offload or self.modulation_cache:
+            if self.offload:
+                Rotation(blocks_of(self.denoiser), self.device)
             self.denoiser.to(self.device)
         if self.quantization == "fp8":
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
@@ -228,7 +229,6 @@ class Family(ABC):
         text = config.model_copy(update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None})
         for name in text_encoders:
             add_adapter(getattr(self.pipe, name), text)
-        # the base computes in its own precision, as in a pipeline, unless a layer must be told by autocast to do so
         adapted = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
         self.mixed = not all(isinstance(layer, LoraLinear) for layer in adapted)
 
