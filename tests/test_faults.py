@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import TensorBoardTracker
 from processes import call, start
@@ -32,7 +33,7 @@ from trainers.dreambooth import Denoiser, DreamBooth
 from trainers.from_scratch import FromScratch
 from trainers.gan import Gan
 from trainers.nets import ConvAutoencoder
-from trainers.optim import hold, make_optimizer, trained_parameters
+from trainers.optim import clipped_step, make_optimizer, trained_parameters
 from trainers.run import resume, run
 from trainers.sections import OptimizerConfig
 
@@ -304,24 +305,31 @@ def test_a_cache_entry_that_is_damaged_while_the_run_goes_on_is_one_message(make
         run(make(f"data.cache_dir={tmp_path}/cache"))
 
 
-def test_adamw_that_is_told_to_hold_changes_nothing_and_else_steps_as_ever():
-    optimizers, settings = [], OptimizerConfig(weight_decay=0.1)
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_clipped_step_is_torch_s_and_one_without_a_finite_gradient_changes_nothing(name):
+    accelerator, settings, pairs = Accelerator(cpu=True), OptimizerConfig(name=name, weight_decay=0.1), []
     for _ in range(2):
-        w = torch.nn.Parameter(torch.linspace(-1, 1, 512).reshape(64, 8))
-        optimizers.append((w, make_optimizer(settings, [{"params": [w], "lr": 0.1}])))
-    (ours, held), (theirs, plain) = optimizers
-    for finite in (True, False, True, False, False, True):
-        ours.grad, theirs.grad = (w.detach() * 2 for w in (ours, theirs))
-        if not finite:
-            ours.grad[3, 3] = torch.nan
+        ws = [torch.nn.Parameter(torch.linspace(-1, 1, n).reshape(-1, 8)) for n in (512, 64, 2**16)]
+        pairs.append((ws, make_optimizer(settings, [{"params": [*ws, torch.nn.Parameter(torch.ones(3))], "lr": 0.1}])))
+    (ours, held), (theirs, plain) = pairs
+    for factor in (1.0, torch.nan, 1e-4, torch.inf, torch.nan, 0.0, 30.0):
+        for w, v in zip(ours, theirs, strict=True):
+            w.grad, v.grad = factor * w.detach() * 2, factor * v.detach() * 2
         before = copy.deepcopy([ours, held.state_dict()["state"]])
-        assert hold(held, torch.tensor(float(not finite)))
-        held.step()
-        if finite:
+        norm, skipped = clipped_step(held, torch.zeros(()), 1.0, accelerator)
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0, equal_nan=True)
+        assert skipped == (not expected.isfinite())
+        assert not any(w.grad is not None for w in ours)
+        if expected.isfinite():
             plain.step()
-        for other in ([theirs, plain.state_dict()["state"]], *([] if finite else [before])):
-            pairs = zip(tree_leaves([ours, held.state_dict()["state"]]), tree_leaves(other), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
+        after = tree_leaves([ours, held.state_dict()["state"]])
+        if skipped:
+            for a, b in zip(after, tree_leaves(before), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+        elif name == "adamw":  # eight bits round
+            for a, b in zip(after, tree_leaves([theirs, plain.state_dict()["state"]]), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def seen(photos, step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,7 @@ def silence(config: Config | None = None) -> None:
     if isinstance(config, DreamBoothConfig) and "diffusers" not in sys.modules:  # it looks but once
         for package in SPARED.difference(package for _, _, package in config.needs()):
             sys.modules.setdefault(package, None)  # as if it were not installed
+    gc.set_threshold(50_000, 20, 20)  # imports make half a million objects that stay; looking for others took a second
     import diffusers
     import transformers
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 from . import UserError, zero
@@ -109,6 +108,8 @@ class Recorder(TorchFunctionMode):
 
 def seconds(name: str, calls: Iterable[tuple[dict, int]]) -> float:
     """Forward and backward of all calls with this kernel; endless where it cannot run one."""
+    from torch.utils.benchmark import Timer  # it imports setuptools
+
     total = 0.0
     for call, count in calls:
         inputs = [call[which].detach().requires_grad_() for which in ("query", "key", "value")]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import zero
 from .draws import Draws, Share, mix, reseed
-from .optim import EMA, hold, make_optimizer
+from .optim import EMA, clipped_step, make_optimizer
 from .sections import OptimizerConfig, TrainConfig
 
 
@@ -96,15 +96,9 @@ def train(
                     share = loss.detach() / accelerator.gradient_accumulation_steps
                     means[f"{name}_loss"] = means.get(f"{name}_loss", 0) + share
                     if accelerator.sync_gradients:
-                        trained = [p for group in player.optimizer.param_groups for p in group["params"]]
-                        norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-                        norm = means[f"{name}_grad_norm"] = torch.as_tensor(norm, device=accelerator.device)
-                        broken = (~(means[f"{name}_loss"] if accelerator.scaler else norm).isfinite()).float()
-                        means["skipped"] = means["skipped"].maximum(broken)
-                        if hold(player.optimizer, broken):
-                            player.optimizer.step()
-                        for parameter in trained:
-                            parameter.grad = None
+                        mean = means[f"{name}_loss"]
+                        norm, skipped = clipped_step(player.optimizer, mean, config.max_grad_norm, accelerator)
+                        means |= {f"{name}_grad_norm": norm, "skipped": means["skipped"].maximum(skipped)}
         for player in task.players.values():
             if player.ema and accelerator.sync_gradients:
                 player.ema.update(step)

@@ -69,14 +69,14 @@ class DDPM:
 
     def weight(self, t: Tensor) -> Tensor:
         """(B,). With zero terminal SNR the eps weight is 0 / 0 at the last time; its limit is taken, s -> 0."""
+        if self.snr_gamma is None and not self.debiased:
+            return torch.ones(t.shape, device=t.device)
         abar = self.abar.to(t.device)[t]
         snr = abar / (1 - abar).clamp(min=1e-8)
         scale = snr.clamp(min=1e-8) if self.prediction_type == "epsilon" else snr + 1
         if self.snr_gamma is not None:
             return snr.clamp(min=1e-8, max=self.snr_gamma) / scale
-        if self.debiased:
-            return snr.clamp(min=1e-3).sqrt() / scale.clamp(min=1e-3)
-        return abar.new_ones(abar.shape)
+        return snr.clamp(min=1e-3).sqrt() / scale.clamp(min=1e-3)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, 1, 1) each: sqrt(abar_t) and sqrt(1 - abar_t)."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from .sections import OptimizerConfig
 
@@ -56,16 +58,38 @@ def make_rate(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> bool:
-    """Whether the next step may be called; `broken`, a scalar on the device, is 1 if its gradient is not finite, or 0.
+@torch.no_grad()
+def clipped_step(
+    optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float, accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Step by the gradient, clipped to `max_norm`, unless it is not finite: its norm, and 1 if skipped, else 0.
 
-    AdamW is told, and does nothing on the device if so. For the others the host must look, as torch's GradScaler does.
+    AdamW is told both, and clips and skips in its own pass: nothing waits for the device. For the others the host must
+    look. With float16 overflow is the GradScaler's business, and only the loss counts as skipped.
     """
-    optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = broken
-        return True
-    return not broken
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    plain = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if isinstance(plain, torch.optim.AdamW) and not accelerator.scaler:
+        norm = total_norm([g for p in trained if (g := p.grad) is not None])
+        skipped = (~norm.isfinite()).float()
+        plain.grad_scale, plain.found_inf = (norm / max_norm).clamp(min=1), skipped
+        optimizer.step()
+    else:
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm), device=accelerator.device)
+        skipped = (~(loss if accelerator.scaler else norm).isfinite()).float()
+        if accelerator.scaler or not skipped:
+            optimizer.step()
+    for parameter in trained:
+        parameter.grad = None
+    return norm, skipped
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all as one vector. Small ones are joined first: a call for each would take longer than its sum."""
+    parts = [g for g in gradients if g.numel() >= 2**16]
+    if small := [g for g in gradients if g.numel() < 2**16]:
+        parts.append(_flatten_dense_tensors(small))
+    return torch.stack(torch._foreach_norm(parts)).norm()
 
 
 class EMA:

@@ -31,6 +31,7 @@ TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan"
 def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
     gc.freeze()  # libraries stay: each collection would look through them for a fifth of a second
+    gc.set_threshold(700, 10, 10)  # Python's own, which `cli.silence` has raised
     accelerator, shard = make_accelerator(settings)
     with ExitStack() as claims, explained(settings, accelerator.num_processes):
         repo = on_main(accelerator, lambda: check_access(settings))

@@ -39,8 +39,8 @@ BOUNDS = {"no": (1e-6, 0.99999), "bf16": (1e-3, 0.999)}  # relative difference o
 
 def main() -> None:
     path, family, size, out, *overrides = sys.argv[1:]
-    silence()
     settings = config.load(path, overrides)
+    silence(settings)
     accelerator, _ = make_accelerator(settings)
     base = Path(settings.model.pretrained_model_name_or_path)
     if not base.exists():
@@ -200,10 +200,13 @@ def flops(call: Callable[[], object]) -> float:
 # Overhead -------------------------------------------------------------------------------------------------------------
 
 
-def overhead(settings: DreamBoothConfig, task, batches, accelerator, chunks: int = 12, steps: int = 10) -> list[float]:
+def overhead(
+    settings: DreamBoothConfig, task, batches, accelerator, chunks: int = 40, steps: int = 10
+) -> dict[str, float]:
     """Milliseconds per step of the loop with its log and its guard, and of forward, backward and AdamW alone, in turns.
 
-    Both on the same module; the bare step has one batch, noisy already.
+    Medians of both and of what one turn of the loop takes over the bare one after it. Both are on the same module; the
+    bare step has one batch, noisy already.
     """
     batch, rng = next(iter(batches(0)))
     with torch.no_grad():
@@ -228,7 +231,8 @@ def overhead(settings: DreamBoothConfig, task, batches, accelerator, chunks: int
     for chunk in range(chunks):
         for name, part in (("loop", loop), ("bare", bare)):
             lengths[name].append(1000 * timed(lambda p=part, c=chunk: p(c), accelerator.device) / steps)
-    return [statistics.median(lengths[name][chunks // 4 :]) for name in ("loop", "bare")]
+    lengths["over"] = [loop - bare for loop, bare in zip(lengths["loop"], lengths["bare"], strict=True)]
+    return {name: statistics.median(values[chunks // 4 :]) for name, values in lengths.items()}
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def note(check: dict) -> str:
     if "flops" in check:
         counted = ", ".join(f"{name} {value / 1e9:.4g}" for name, value in check["flops"].items())
         found += f"; GFLOP for one picture: {counted}; matrix product {check['matmul_tflops']:.3g} TFLOP/s"
-    if over := check.get("overhead_ms"):
-        found += f"; the loop takes {over[0]:.2f} ms, the bare step {over[1]:.2f}: overhead {over[0] - over[1]:.2f} ms"
+    if ms := check.get("overhead_ms"):
+        found += f"; the loop takes {ms['loop']:.2f} ms, the bare step {ms['bare']:.2f}: overhead {ms['over']:.2f} ms"
     return found
 
 
