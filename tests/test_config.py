@@ -117,6 +117,9 @@ def test_an_override_equals_the_same_words_in_the_file(settings, written):
         ("optimizer.learning_rate=.inf", "finite"),
         ("lora.alpha=.nan", "lora.alpha"),
         ("data.instance_prompt=a {b: c", "data.instance_prompt"),
+        ("train=abc", "train: input should be"),
+        ("train=[1]", "train: input should be"),
+        ("seed=2020-13-45", "not a YAML value"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_helps(settings, override, told):
@@ -196,6 +199,6 @@ def test_every_key_has_a_help_text():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_config_names_its_schema_and_validates(path):
     text = path.read_text()
-    assert text.splitlines()[0] == f"{config.SCHEMA_LINE}schema.json"
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
     _, mistakes = config.validate(config.parse(text))
     assert [m for m in mistakes if "no such folder" not in m and "not installed" not in m] == []

@@ -405,10 +405,10 @@ def test_a_picture_of_the_run_is_the_same_in_any_batch_and_classes_take_turns(se
 @pytest.mark.parametrize("architecture", ["dcgan", "resnet"])
 @pytest.mark.parametrize("size", [28, 32, 64])
 def test_both_players_take_every_size_and_pictures_stay_in_range(architecture, size):
-    x = Generator(architecture, 3, size, 8, 4)(5 * torch.randn(2, 4))
+    x = Generator(architecture, 3, size, 8, 4, 0)(5 * torch.randn(2, 4))
     assert x.shape == (2, 3, size, size)
     assert x.abs().max() <= 1
-    assert Discriminator(architecture, 3, size, 8)(x).shape == (2,)
+    assert Discriminator(architecture, 3, size, 8, 0, False)(x).shape == (2,)
 
 
 class Coarse(nn.Module):

@@ -1,5 +1,7 @@
 """The modulation cache changes where weights are, and no bit of what is trained."""
 
+import weakref
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -71,6 +73,13 @@ def test_exactly_the_adaptive_norms_leave(settings, family):
     assert gone == {name for name in sizes if "norm" in name and ".linear." in name}
     held = [layer.away for layer in cached.denoiser.modules() if isinstance(layer, Recalled)]
     assert sum(tensor.numel() for away in held for tensor in away.values()) == sum(sizes[name] for name in gone)
+
+
+def test_nothing_of_the_base_stays_when_it_is_released(settings):
+    family = dreambooth.build(settings(CACHED, family="flux"), Accelerator(cpu=True))[0].family
+    gone = weakref.ref(family.denoiser)
+    family.release()
+    assert gone() is None
 
 
 def test_micro_batches_of_half_precision_recall_what_autocast_gives(settings, tmp_path, monkeypatch):

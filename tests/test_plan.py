@@ -46,6 +46,23 @@ def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_mor
     assert peak("model.modulation_cache=true") < peak()
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "adafactor"])
+def test_an_optimiser_with_less_to_remember_is_planned_like_adamw(settings, name):
+    planned, usual = (
+        plan.plan(settings(*more), torch.float32, away=False) for more in ([f"optimizer.name={name}"], [])
+    )
+    assert planned == usual
+
+
+def test_adaptive_norms_in_the_cpu_s_memory_are_not_taken_off_twice(settings):
+    def less(*overrides):
+        pair = ([*overrides, CHECKPOINTED, *more] for more in ([], ["model.modulation_cache=true"]))
+        plain, away = (plan.plan(settings(*o, family="flux"), torch.bfloat16, away=True).phases["train"] for o in pair)
+        return plain - away
+
+    assert less("model.quantization=fp8") == less()
+
+
 def test_a_multiplication_costs_what_flops_say(settings):
     one, two = (plan.plan(settings(f"train.train_batch_size={n}"), torch.float32, away=False).flops for n in (1, 2))
     assert two == pytest.approx(2 * one, rel=0.05)

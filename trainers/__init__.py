@@ -1,7 +1,5 @@
 """Train diffusion models from one YAML file: LoRA DreamBooth on diffusers and PEFT."""
 
-__version__ = "0.1.0"
-
 
 class UserError(Exception):
     """What the user can mend; scripts print its message and exit with its status."""

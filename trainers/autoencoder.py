@@ -20,7 +20,6 @@ from .images import Images, Sample, decode, floats, found, pictures
 from .metrics import psnr, ssim
 from .nets import ConvAutoencoder
 from .observers import write_grid
-from .plots import plot_codes
 from .sections import AutoencoderConfig
 
 PROBED = 20000  # training pictures that the linear probe is fitted on
@@ -67,9 +66,7 @@ class Autoencoder(FromScratch):
         way = torch.linspace(0, 1, SHOWN, device=self.device)[:, None]
         with torch.no_grad():
             walks = [self.model.decode(a + way * (b - a)) for a, b in zip(codes[:-1:3], codes[1::3], strict=False)]
-            fresh = self.model.decode(
-                Draws(self.config.seed, -1, range(SHOWN), self.device).normal(codes[:SHOWN].shape)
-            )
+            fresh = self.model.decode(Draws(self.config.seed, -1, range(SHOWN), self.device).normal(codes.shape))
         rows += [("from one code to another", walk) for walk in walks]
         rows += [("from random codes", fresh)] if self.config.model.variational else []
         write_grid([(title, pictures(x)) for title, x in rows], folder / "grid.png", tile=64)
@@ -144,3 +141,21 @@ def encode(config: AutoencoderConfig, run: Path, paths: Sequence[Path]) -> dict[
             scores.append(((model.decode(codes[-1]).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)))
     columns = {"code": torch.cat(codes).cpu().numpy(), "score": torch.cat(scores).cpu().numpy()}
     return {"name": [str(path) for path in paths], **columns}
+
+
+def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
+    """The codes (N, D) in the plane by t-SNE (van der Maaten and Hinton 2008), or as they are if D = 2, by class."""
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    points = codes.cpu().numpy()
+    if points.shape[1] != 2:
+        points = TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(points)
+    figure = Figure((7, 7), layout="tight")
+    axes, classes = figure.subplots(), labels.cpu().numpy()
+    for label in sorted(set(classes.tolist())):
+        axes.scatter(*points[classes == label].T, s=6, label=str(label), color=f"C{label}" if label < 10 else None)
+    axes.legend(title="class", markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xticks=[], yticks=[], title="codes of test pictures")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -45,9 +45,9 @@ class Cache:
     def _pinned(self, key: str) -> dict[str, Tensor] | None:
         """The entry, where a copy to the GPU does not make the host wait."""
         tensors = self._read(key)
-        return (
-            {name: t.pin_memory() for name, t in tensors.items()} if tensors and torch.cuda.is_available() else tensors
-        )
+        if tensors and torch.cuda.is_available():
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> None:
         path = self.path(key)

@@ -25,21 +25,13 @@ from .sections import Config
 from .trouble import tolerated
 
 IRRELEVANT = {  # what may change between two parts of a run
-    "": {"output_dir"},
-    "checkpoint": None,
-    "validation": None,
-    "tracking": None,
-    "hub": None,
-    "train": {
-        *("gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "auto_micro_batch"),
-        *("max_skipped_steps", "on_divergence", "memory", "compile", "attention", "cuda_graphs"),
-    },
-    "model": {"modulation_cache", "offload"},
+    *("output_dir", "checkpoint", "validation", "tracking", "hub", "model.modulation_cache", "model.offload"),
+    *("train.gradient_checkpointing", "train.train_batch_size", "train.gradient_accumulation_steps"),
+    *("train.auto_micro_batch", "train.max_skipped_steps", "train.on_divergence", "train.memory", "train.compile"),
+    *("train.attention", "train.cuda_graphs"),
     # the pictures and captions themselves are compared instead of where they lie
-    "data": {
-        *("instance_data_dir", "image_dir", "dataset_name", "class_data_dir", "held_out_dir"),
-        *("cache", "cache_dir", "in_memory", "skip_corrupt"),
-    },
+    *("data.instance_data_dir", "data.image_dir", "data.dataset_name", "data.class_data_dir", "data.held_out_dir"),
+    *("data.cache", "data.cache_dir", "data.in_memory", "data.skip_corrupt"),
 }
 
 
@@ -48,11 +40,8 @@ def relevant(config: Config, world: int, data: str) -> dict[str, object]:
     facts: dict[str, object] = {"data": data}
     facts["global batch"] = config.train.train_batch_size * config.train.gradient_accumulation_steps * world
     for name, value in config.model_dump(mode="json").items():
-        skipped = IRRELEVANT.get(name, set())
-        if isinstance(value, dict) and skipped is not None:
-            facts |= {f"{name}.{key}": v for key, v in value.items() if key not in skipped}
-        elif not isinstance(value, dict) and name not in IRRELEVANT[""]:
-            facts[name] = value
+        parts = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        facts |= {path: v for path, v in parts.items() if not IRRELEVANT & {name, path}}
     if config.optimizer.lr_scheduler.startswith("constant"):
         del facts["train.max_train_steps"]  # such a run may be made longer
     return facts
@@ -203,10 +192,8 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
     then, now = manifest["facts"], json.loads(json.dumps(facts))
     changed = [f"  {k}: was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
     if changed:
-        lines = "\n".join(changed)
-        raise UserError(
-            f"{folder} was made by another configuration:\n{lines}\nPut it back, or choose another output_dir"
-        )
+        told = [f"{folder} was made by another configuration:", *changed, "Put it back, or choose another output_dir"]
+        raise UserError("\n".join(told))
     for name, player in task.players.items():
         module, weights = accelerator.unwrap_model(player.module), load(files[f"{name}.safetensors"])
         optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True)

@@ -20,8 +20,6 @@ from pydantic import TypeAdapter, ValidationError
 from . import UserError
 from .sections import KINDS, Config, DreamBoothConfig
 
-SCHEMA_LINE = "# yaml-language-server: $schema="
-
 
 class Loader(yaml.SafeLoader):
     """YAML 1.2's floats, so that 1e-4 is a number; a key that is given twice is a mistake."""
@@ -32,16 +30,11 @@ class Loader(yaml.SafeLoader):
             if str(key.value) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"), list("-+0123456789.")
-)
-Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-# resolvers are tried in order: integers must come before floats
-for first in Loader.yaml_implicit_resolvers.values():
-    first.sort(key=lambda rule: rule[0] == "tag:yaml.org,2002:float")
+NUMBER = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 class Dumper(yaml.SafeDumper):
@@ -52,12 +45,11 @@ Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
 
 
 def parse(text: str | bytes) -> Any:
-    return named(yaml.load(text, Loader))
-
-
-def named(tree: Any) -> Any:
-    """Keys as strings, so that `3:` or `on:` is an unknown key like any other."""
-    return {str(key): named(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    """Raises: yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader)
+    except ValueError as error:  # of what looks like a date
+        raise yaml.YAMLError(error) from None
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -141,13 +133,12 @@ def nearest(location: list[str], model: type[Config]) -> str:
     """'; did you mean ...?' with the config's most similar path, looking in the same section first."""
     *section, key = location
     paths = known_paths(model)
-    siblings = [p.split(".")[-1] for p in paths if p.split(".")[:-1] == section]
-    if close := get_close_matches(key, siblings, 1, 0.6):
-        return f"; did you mean {'.'.join([*section, close[0]])}?"
-    if homes := [p for p in paths if p.split(".")[-1] == key]:
-        return f"; did you mean {homes[0]}?"
-    close = get_close_matches(key, [p.split(".")[-1] for p in paths], 1, 0.7)
-    return next((f"; did you mean {p}?" for p in paths if close and p.split(".")[-1] == close[0]), "")
+    siblings = [p for p in paths if p.split(".")[:-1] == section]
+    for pool, least in ((siblings, 0.6), (paths, 0.7)):
+        names = {p.rpartition(".")[2]: p for p in reversed(pool)}
+        if close := get_close_matches(key, names, 1, least):
+            return f"; did you mean {names[close[0]]}?"
+    return ""
 
 
 def known_paths(model: type[Config]) -> list[str]:

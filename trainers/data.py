@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from .sections import DataConfig
 
 if TYPE_CHECKING:
     import datasets
+
+    from .cache import CachedEncoder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -152,11 +154,8 @@ def from_dataset(config: DataConfig) -> list[Picture]:
     rows = open_dataset(name, config.dataset_split, {"image_column": column, "caption_column": config.caption_column})
     captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
     captions = [config.instance_prompt if caption is None else caption for caption in captions]
-
-    def read(i: int) -> bytes:
-        return encoded(rows[i][column])
-
-    return captioned([Picture(f"{name}[{i}]", partial(read, i), caption) for i, caption in enumerate(captions)])
+    pictures = [Picture(f"{name}[{i}]", partial(encoded, rows, i, column), text) for i, text in enumerate(captions)]
+    return captioned(pictures)
 
 
 def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datasets.Dataset:
@@ -179,9 +178,9 @@ def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datas
     return rows.cast_column(next(iter(columns.values())), datasets.Image(decode=False))
 
 
-def encoded(image: dict | None) -> bytes:
+def encoded(rows: datasets.Dataset, i: int, column: str) -> bytes:
     """A data set's undecoded picture; a row without one gives no bytes, which is a broken picture."""
-    image = image or {"bytes": b""}
+    image = rows[i][column] or {"bytes": b""}
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
@@ -238,13 +237,6 @@ def view(picture: Picture, variant: int, config: DataConfig) -> View:
     return View(config.resolution, left, top, flip and config.random_flip)
 
 
-class Encoded(Protocol):
-    """What the denoiser takes, made from pictures and captions."""
-
-    def moments(self, picture: Picture, view: View) -> Tensor: ...  # (2C, h, w)
-    def text(self, prompt: str) -> dict[str, Tensor]: ...  # without the batch axis
-
-
 @dataclass
 class Batches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
@@ -256,7 +248,7 @@ class Batches:
     """
 
     pools: Sequence[Sequence[Picture]]
-    encoded: Encoded
+    encoded: CachedEncoder
     config: DataConfig
     share: Share
     device: torch.device | str = "cpu"

@@ -171,9 +171,8 @@ def build(
     data, pools = config.data, [instance_pictures(config.data)]
     dtype = zero.precision(accelerator) if config.lora else torch.float32
     family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
-    text = (
-        (family.clip_encoders if config.lora else family.text_encoder_names) if config.train.train_text_encoder else ()
-    )
+    text = family.clip_encoders if config.lora else family.text_encoder_names
+    text = text if config.train.train_text_encoder else ()
     encoder = CachedEncoder(family, data.cache_dir or config.output_dir / "cache", data.cache, text)
     if data.prior:
         folder = data.class_data_dir or config.output_dir / "class_images"

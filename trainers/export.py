@@ -125,6 +125,7 @@ def prove(
         if not far <= TOLERANCE[torch.float32]:
             raise ExportError(f"{KOHYA_NAME} reads back as other updates: relative difference {far:.2e}")
     fresh.settle()
+    fresh.mixed = encoder.family.mixed
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
         return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)
@@ -139,8 +140,6 @@ def prove(
 
 def check_keys(fresh: Family, names: Sequence[str], file: Path) -> None:
     """Every tensor in the file must have found its layer. Raises: ExportError."""
-    from safetensors.torch import load_file
-
     written, loaded = load_file(file), {}
     for name in names:
         module = getattr(fresh.pipe, name)

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import UserError
-from .metrics import MobileNet
+from .metrics import IMAGENET, mobilenet, scaled
 
 Row = dict[str, str | int | float | None]  # figures by name, with what they are of
 DINO = ("facebook/dinov2-base", "facebook/dinov2-small")  # the first that is at hand
 CLIP = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels that a net was trained on
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NOTHING = (
     "no network to compare pictures with is on this machine. Fetch one with `hf download facebook/dinov2-small` (and "
@@ -88,9 +87,8 @@ def load_clip(name: str, device: torch.device) -> Net:
     size = eye.config.image_size
 
     def read(prompts: Sequence[str]) -> Tensor:
-        return text(
-            **tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
-        ).text_embeds
+        ids = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
+        return text(**ids).text_embeds
 
     return Net(f"CLIP ({name})", lambda x: eye(scaled(x.to(device), size, CLIP_PIXELS)).image_embeds, read)
 
@@ -98,18 +96,9 @@ def load_clip(name: str, device: torch.device) -> Net:
 def load_mobilenet(device: torch.device) -> Net:
     """The last layer of a classifier of ImageNet (Sandler et al. 2018): coarser than DINO, and comparable with none."""
     try:
-        net = MobileNet().net.to(device)
+        return Net("MobileNet-I (MobileNetV2 of ImageNet)", mobilenet(device, 224)[1])
     except ModuleNotFoundError:
         raise UserError(NOTHING) from None
-    name = "MobileNet-I (MobileNetV2 of ImageNet)"
-    return Net(name, lambda x: net(scaled(x.to(device), 224, IMAGENET)).pooler_output)
-
-
-def scaled(x: Tensor, size: int, pixels: tuple[Sequence[float], Sequence[float]]) -> Tensor:
-    """Pictures as a network was trained to see them."""
-    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-    mean, deviation = (x.new_tensor(values)[:, None, None] for values in pixels)
-    return ((x + 1) / 2 - mean) / deviation
 
 
 # Figures in features --------------------------------------------------------------------------------------------------

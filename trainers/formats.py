@@ -37,69 +37,40 @@ Lora = dict[str, Update]  # by component and module, as in "unet.mid_block.atten
 Layers = Mapping[str, int]  # every layer of a base that LoRA can be on, and its outputs
 
 
-def stacked(whole: str, part: str, rows: dict[str, str]) -> dict[str, list[str]]:
-    return {whole + name: [part + row for row in parts.split()] for name, parts in rows.items()}
+def stacked(whole: str, names: str, part: str, rows: Sequence[str]) -> dict[str, list[str]]:
+    """Each of the released names to the layers that are its rows."""
+    pairs = zip(names.split(), rows, strict=True)
+    return {whole + name: [part + row for row in parts.split()] for name, parts in pairs}
 
 
-JOINT = {"attn.qkv": "attn.to_q attn.to_k attn.to_v", "attn.proj": "attn.to_out.0"}
-CONTEXT = {"attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "attn.proj": "attn.to_add_out"}
+JOINT = ("attn.to_q attn.to_k attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
+CONTEXT = (
+    *("attn.add_q_proj attn.add_k_proj attn.add_v_proj", "attn.to_add_out"),
+    *("ff_context.net.0.proj", "ff_context.net.2", "norm1_context.linear"),
+)
+BLOCK, SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+SD3, FLUX = "attn.qkv attn.proj mlp.fc1 mlp.fc2 adaLN_modulation.1", "attn.qkv attn.proj mlp.0 mlp.2 mod.lin"
+ENDS, LAST = "final_layer.linear final_layer.adaLN_modulation.1", ("proj_out", "norm_out.linear")
 TIME, POOLED, GUIDANCE = (f"time_text_embed.{kind}_embedder.linear_" for kind in ("timestep", "text", "guidance"))
 RELEASED: dict[str, dict[str, list[str]]] = {  # a layer as released: diffusers' layers that are its rows
     "sd15": {},
     "sd3": {
-        **stacked("joint_blocks.{}.x_block.", "transformer_blocks.{}.", JOINT),
-        **stacked("joint_blocks.{}.context_block.", "transformer_blocks.{}.", CONTEXT),
-        "joint_blocks.{}.x_block.attn2.qkv": [f"transformer_blocks.{{}}.attn2.to_{x}" for x in "qkv"],
-        "joint_blocks.{}.x_block.attn2.proj": ["transformer_blocks.{}.attn2.to_out.0"],
-        **stacked(
-            "joint_blocks.{}.x_block.",
-            "transformer_blocks.{}.",
-            {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"},
-        ),
-        **stacked(
-            "joint_blocks.{}.context_block.",
-            "transformer_blocks.{}.",
-            {
-                "mlp.fc1": "ff_context.net.0.proj",
-                "mlp.fc2": "ff_context.net.2",
-                "adaLN_modulation.1": "norm1_context.linear",
-            },
-        ),
-        **stacked("t_embedder.mlp.", TIME, {"0": "1", "2": "2"}),
-        **stacked("y_embedder.mlp.", POOLED, {"0": "1", "2": "2"}),
-        "x_embedder.proj": ["pos_embed.proj"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        **stacked("joint_blocks.{}.x_block.", SD3, BLOCK, JOINT),
+        **stacked("joint_blocks.{}.context_block.", SD3, BLOCK, CONTEXT),
+        **stacked("joint_blocks.{}.x_block.attn2.", "qkv proj", BLOCK + "attn2.", ("to_q to_k to_v", "to_out.0")),
+        **stacked("t_embedder.mlp.", "0 2", TIME, "12"),
+        **stacked("y_embedder.mlp.", "0 2", POOLED, "12"),
+        **stacked("", f"x_embedder.proj {ENDS}", "", ("pos_embed.proj", *LAST)),
     },
     "flux": {
-        **stacked("double_blocks.{}.img_", "transformer_blocks.{}.", JOINT),
-        **stacked("double_blocks.{}.txt_", "transformer_blocks.{}.", CONTEXT),
-        **stacked(
-            "double_blocks.{}.img_",
-            "transformer_blocks.{}.",
-            {"mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2", "mod.lin": "norm1.linear"},
-        ),
-        **stacked(
-            "double_blocks.{}.txt_",
-            "transformer_blocks.{}.",
-            {"mlp.0": "ff_context.net.0.proj", "mlp.2": "ff_context.net.2", "mod.lin": "norm1_context.linear"},
-        ),
-        **stacked(
-            "single_blocks.{}.",
-            "single_transformer_blocks.{}.",
-            {
-                "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-                "linear2": "proj_out",
-                "modulation.lin": "norm.linear",
-            },
-        ),
-        **stacked("time_in.", TIME, {"in_layer": "1", "out_layer": "2"}),
-        **stacked("vector_in.", POOLED, {"in_layer": "1", "out_layer": "2"}),
-        **stacked("guidance_in.", GUIDANCE, {"in_layer": "1", "out_layer": "2"}),
-        "img_in": ["x_embedder"],
-        "txt_in": ["context_embedder"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+        **stacked("double_blocks.{}.img_", FLUX, BLOCK, JOINT),
+        **stacked("double_blocks.{}.txt_", FLUX, BLOCK, CONTEXT),
+        **stacked("single_blocks.{}.linear", "1 2", SINGLE, ("attn.to_q attn.to_k attn.to_v proj_mlp", "proj_out")),
+        **stacked("single_blocks.{}.", "modulation.lin", SINGLE, ("norm.linear",)),
+        **stacked("time_in.", "in_layer out_layer", TIME, "12"),
+        **stacked("vector_in.", "in_layer out_layer", POOLED, "12"),
+        **stacked("guidance_in.", "in_layer out_layer", GUIDANCE, "12"),
+        **stacked("", f"img_in txt_in {ENDS}", "", ("x_embedder", "context_embedder", *LAST)),
     },
 }
 KOHYA = {  # components to the beginnings of their names

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import card
 from .draws import Draws, Share, mix
-from .images import Batches, Images, load_images
+from .images import Batches, Reader, load_images
 from .loop import Observer, Player, make_player
 from .observers import averaged
 from .sections import ScratchConfig
@@ -27,12 +27,15 @@ class FromScratch(ABC):
 
     saved: str  # the player whose network the run is for
     tag: str  # the Hub's name of what it does
+    target: Reader | None = None  # how the second picture of a pair is read
     masks = 0  # channels at the end that hold classes
     joint = False
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.train, self.test = (self.load(held_out) for held_out in (False, True))
+        self.train, self.test = (
+            load_images(config.data, self.device, held_out, self.target) for held_out in (False, True)
+        )
         torch.manual_seed(mix(config.seed, "init"))
         self.players: dict[str, Player] = {}
         self.observers: list[Observer] = []
@@ -42,9 +45,6 @@ class FromScratch(ABC):
         """The task, its batches and a digest of its data."""
         task, share = cls(config, accelerator), Share.of(config.seed, config.train, accelerator)
         return task, Batches(task.train, config.data, share, task.masks), task.train.digest
-
-    def load(self, held_out: bool) -> Images | None:
-        return load_images(self.config.data, self.device, held_out)
 
     def add(self, name: str, module: nn.Module, lr: float | None = None, average: bool = True) -> None:
         settings = self.config.optimizer
@@ -86,8 +86,7 @@ class FromScratch(ABC):
             if self.test is not None:
                 figures = self.measure()
                 (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-                shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
-                self.accelerator.print("  ".join(shown))
+                self.accelerator.print("  ".join(f"{k} {v}" for k, v in card.shown(figures).items()))
         kind = type(self.model).__name__
         use = [
             f"from trainers.nets import {kind}",

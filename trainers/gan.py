@@ -20,10 +20,9 @@ from .draws import Draws
 from .from_scratch import SHOWN, FromScratch, shape
 from .images import floats, pictures
 from .loop import Means
-from .metrics import Inception, MobileNet, OwnClasses, classify, distances, train_classifier
+from .metrics import classify, distances, inception, mobilenet, own_classes, train_classifier
 from .nets import Classifier, Discriminator, Generator
-from .observers import averaged, write_grid
-from .plots import write_film
+from .observers import averaged, write_film, write_grid
 from .sections import GanConfig
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -151,11 +150,11 @@ class Gan(FromScratch):
         """Made pictures against as many test pictures: see `metrics.distances`; and, of a classifier, `balance`."""
         kind = self.config.validation.features
         classifier = train_classifier(self.train, self.config.data) if kind == "classifier" else None
-        kinds = {"mobilenet": MobileNet, "inception": Inception}
-        net = OwnClasses(classifier, self.test) if classifier else kinds[kind]()
+        load = mobilenet if kind == "mobilenet" else inception
+        name, net = own_classes(classifier, self.test) if classifier else load(self.device)
         count = min(MEASURED, len(self.test))
         made = torch.cat([self.make(range(i, min(i + 500, count))) for i in range(0, count, 500)])
-        figures = {"features": net.name, **distances(made, floats(self.test.take(range(count))), net.to(self.device))}
+        figures = {"features": name, **distances(made, floats(self.test.take(range(count))), net)}
         return figures | (balance(made, classifier) if classifier else {})
 
 

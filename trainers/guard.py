@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .loop import Batches, Means, Task
 from .sections import Config
@@ -78,11 +79,7 @@ class Guard:
 
     @staticmethod
     def note(seen: list, name: str, layer: nn.Module, inputs: object, output: object) -> None:
-        seen += [
-            (name, tensor.detach())
-            for tensor in (output if isinstance(output, tuple) else (output,))
-            if isinstance(tensor, Tensor)
-        ]
+        seen += [(name, tensor.detach()) for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
 
 
 def leaves(batch: dict) -> Iterator[tuple[str, Tensor]]:

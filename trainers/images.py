@@ -133,11 +133,8 @@ def from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[Sample]:
     rows = open_dataset(config.dataset_name, split, columns | {"label_column": config.label_column})
     labels = rows[config.label_column] if config.label_column else [None] * len(rows)
 
-    def read(i: int, column: str) -> bytes:
-        return encoded(rows[i][column])
-
     def picture(i: int, column: str) -> Picture:
-        return Picture(f"{config.dataset_name} {split}[{i}] {column}", partial(read, i, column), "")
+        return Picture(f"{config.dataset_name} {split}[{i}] {column}", partial(encoded, rows, i, column), "")
 
     return [
         Sample(*(picture(i, column) for column in columns.values()), label=-1 if label is None else label)

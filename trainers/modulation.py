@@ -80,11 +80,11 @@ class Modulation:
     @torch.no_grad()
     def refill(self, embeddings: dict[Hashable, Tensor]) -> None:
         """Compute ahead for micro-batches by their key."""
-        self.ahead = {key: [] for key in embeddings}
+        device, ahead = next(iter(embeddings.values())).device, {key: [] for key in embeddings}
         for layer in self.layers:
-            outputs = layer.compute(embeddings.values(), next(iter(embeddings.values())).device)
-            for outcome, output in zip(self.ahead.values(), outputs, strict=True):
+            for outcome, output in zip(ahead.values(), layer.compute(embeddings.values(), device), strict=True):
                 outcome.append(output)
+        self.ahead = ahead
 
     def recall(self, key: Hashable) -> None:
         for layer, output in zip(self.layers, self.ahead.pop(key), strict=True):

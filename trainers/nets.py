@@ -30,9 +30,7 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(
-        self, channels: int = 1, size: int = 28, width: int = 32, latent_dim: int = 32, variational: bool = False
-    ) -> None:
+    def __init__(self, channels: int, size: int, width: int, latent_dim: int, variational: bool) -> None:
         super().__init__()
         side, widths = ladder(size, width)
         down, up = [], []
@@ -83,15 +81,7 @@ class Generator(ModelMixin, ConfigMixin):
     """z (B, latent_dim), and classes (B,) if any, to pictures (Radford et al. 2016; Gulrajani et al. 2017)."""
 
     @register_to_config
-    def __init__(
-        self,
-        architecture: str = "dcgan",
-        channels: int = 1,
-        size: int = 28,
-        width: int = 32,
-        latent_dim: int = 64,
-        classes: int = 0,
-    ) -> None:
+    def __init__(self, architecture: str, channels: int, size: int, width: int, latent_dim: int, classes: int) -> None:
         super().__init__()
         side, widths = ladder(size, width)
         self.embed = nn.Embedding(classes, latent_dim) if classes else None
@@ -115,15 +105,7 @@ class Discriminator(ModelMixin, ConfigMixin):
     """Pictures to scores (B,); with classes (B,) by projection (Miyato and Koyama 2018)."""
 
     @register_to_config
-    def __init__(
-        self,
-        architecture: str = "dcgan",
-        channels: int = 1,
-        size: int = 28,
-        width: int = 32,
-        classes: int = 0,
-        spectral: bool = False,
-    ) -> None:
+    def __init__(self, architecture: str, channels: int, size: int, width: int, classes: int, spectral: bool) -> None:
         super().__init__()
         side, widths = ladder(size, width)
         layers = []
@@ -175,9 +157,7 @@ class UNet(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(
-        self, in_channels: int = 1, out_channels: int = 2, width: int = 32, levels: int = 4, patch_size: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, width: int, levels: int, patch_size: int = 1) -> None:
         super().__init__()
         area = patch_size**2
         widths = [width * 2**i for i in range(levels)]
@@ -212,9 +192,8 @@ class Classifier(ModelMixin, ConfigMixin):
         layers = []
         for a, b in pairwise([channels, width, 2 * width, 4 * width]):
             layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
-        self.num_features = 4 * width
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.read = nn.Linear(self.num_features, classes)
+        self.read = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""

@@ -44,9 +44,7 @@ class DDPM:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction can train"
-            )
+            raise UserError(f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction train")
 
     def times(self, rng: Draws) -> Tensor:
         return (rng.uniform(self.stratified) * len(self.abar)).long()

@@ -10,7 +10,7 @@ import resource
 import signal
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from .checkpoint import State, save_checkpoint
 from .loop import Means, Task
 from .processes import Crew
 from .sections import Config
-from .trouble import tolerated, write_whole
+from .trouble import loads, tolerated, write_whole
 
 
 class Log:
@@ -40,7 +40,7 @@ class Log:
         shown = accelerator.is_main_process
         self.bar = tqdm(total=train.max_train_steps, initial=start, unit="step", disable=not shown, dynamic_ncols=True)
         if shown and self.file.exists():  # a killed run may have logged steps past its last checkpoint, or half a line
-            kept = [line for line in self.file.read_text().splitlines() if step_of(line) <= start]
+            kept = [line for line in self.file.read_text().splitlines() if loads(line).get("step", math.inf) <= start]
             write_whole(self.file, "".join(line + "\n" for line in kept))
 
     def __call__(self, step: int, means: Means) -> None:
@@ -86,14 +86,6 @@ def append(path: Path, line: str) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def step_of(line: str) -> float:
-    """Of a line of metrics.jsonl; endless for one that a full disk or a kill cut off."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 def peak_memory() -> float:
@@ -184,6 +176,19 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def write_film(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
+    """A GIF that goes round; the pictures of a frame are tiles of a square."""
+    sheets = []
+    for pictures in frames:
+        across = math.isqrt(len(pictures))
+        sheets.append(sheet := Image.new("RGB", (across * side, across * side)))
+        for i, picture in enumerate(pictures):
+            tile = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (i % across * side, i // across * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)
 
 
 def track_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:

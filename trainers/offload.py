@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Rotation:
@@ -23,9 +23,10 @@ class Rotation:
         self.device, self.last = device, 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
-        self.home = [[p.data.pin_memory() if self.stream else p.data for p in block] for block in self.frozen]
+        self.home: list[list[Tensor]] = []
         self.here: dict[int, torch.cuda.Event | None] = {}  # blocks on the device, and when they have come
         for number, block in enumerate(blocks):
+            self.home.append([p.data.pin_memory() if self.stream else p.data for p in self.frozen[number]])
             self.leave(number)
             block.register_forward_pre_hook(partial(self.due, number))
 
@@ -33,16 +34,16 @@ class Rotation:
         """A block is about to compute: it must be there, and may find the next one on its way."""
         ahead = number + (1 if number == 0 or number > self.last else -1)
         self.last = number
+        now = torch.cuda.current_stream(self.device) if self.stream else None
         for other in self.here.keys() - {number, ahead}:
             self.leave(other)
+        if now:  # what comes next may lie where the others were, and so must wait until they have computed
+            self.stream.wait_stream(now)
         for wanted in (number, ahead):
             if wanted not in self.here and 0 <= wanted < len(self.home):
                 self.bring(wanted)
-        if self.stream:
-            now = torch.cuda.current_stream(self.device)
+        if now:
             now.wait_event(self.here[number])
-            for parameter in self.frozen[number]:
-                parameter.data.record_stream(now)
 
     def bring(self, number: int) -> None:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():

@@ -129,7 +129,8 @@ class Played:
     def __init__(self, family: Family, config: DreamBoothConfig, x: Tensor, given: dict[str, Tensor]) -> None:
         self.family, self.x, self.given = family, x, given
         groups = [{"params": [p for p in family.denoiser.parameters() if p.requires_grad], "lr": 0.0}]
-        self.players = {"denoiser": Player(family.denoiser, make_optimizer(config.optimizer, groups))}
+        adamw = config.optimizer.model_copy(update={"name": "adamw"})  # others have less, and look at what they compute
+        self.players = {"denoiser": Player(family.denoiser, make_optimizer(adamw, groups))}
 
     def losses(self, batch: None, rng: None) -> Iterator[tuple[str, Tensor]]:
         family, t = self.family, torch.full((len(self.x),), self.family.middle)
@@ -200,7 +201,12 @@ def saved(family: Family, config: DreamBoothConfig, away: bool) -> int:
     """Bytes that are not there: of weights in fewer bits, and of blocks and adaptive norms in the CPU's memory."""
     model, total = family.skeleton(family.denoiser_name), 0
     if config.model.quantization != "none":
-        linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in name]
+        linears = [
+            layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and "blocks." in name
+            if config.model.quantization != "fp8" or "norm" not in name  # as diffusers' layerwise casting
+        ]
         narrow = family.dtype.itemsize - NARROW[config.model.quantization]
         total += int(sum(layer.weight.numel() for layer in linears) * narrow)
         total -= max(layer.weight.numel() for layer in linears) * family.dtype.itemsize  # one at a time is whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,17 +16,17 @@ def load_quantized(kind: type, folder: Path, part: str, variant: str | None, dty
 
     On a CUDA device through diffusers' own loader, weight by weight. It refuses a CPU: there they are put in here.
     """
+    place = {"subfolder": part, "variant": variant, "torch_dtype": dtype}
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8: a line for each layer call
     if torch.cuda.is_available():
         from diffusers import BitsAndBytesConfig
 
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         config = BitsAndBytesConfig(**four if how == "nf4" else {"load_in_8bit": True})
-        return kind.from_pretrained(
-            folder, subfolder=part, variant=variant, torch_dtype=dtype, quantization_config=config
-        )
+        return kind.from_pretrained(folder, **place, quantization_config=config)
     if torch.accelerator.is_available():
         raise UserError(f"model.quantization: {how} needs CUDA or a CPU here; use fp8 or none")
-    return replace_linears(kind.from_pretrained(folder, subfolder=part, variant=variant, torch_dtype=dtype), how)
+    return replace_linears(kind.from_pretrained(folder, **place), how)
 
 
 def replace_linears(model: nn.Module, how: str) -> nn.Module:

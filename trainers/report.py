@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import random
 import re
@@ -25,6 +24,7 @@ from .charts import Row, curves, facts, gallery, headline, table, tiles
 from .config import parse, validate
 from .data import Picture, encoded, image_files, open_dataset
 from .sections import KINDS, AutoencoderConfig, Config, DataConfig, DreamBoothConfig, ImagesConfig, UNetConfig
+from .trouble import loads
 
 SHOWN = 30  # training pictures
 GRIDS = "samples/step-*/grid.png"
@@ -152,7 +152,7 @@ def sheet(data: DataConfig | ImagesConfig) -> str:
     except UserError:
         return ""
     chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), SHOWN)))
-    reads = (rows[i].read_bytes if folder else partial(encoded, rows[i][column]) for i in chosen)
+    reads = (rows[i].read_bytes if folder else partial(encoded, rows, i, column) for i in chosen)
     shown = "".join(picture(Picture("", read, ""), 192) for read in reads)
     return f'<p class="note">{len(chosen)} of {len(rows)}</p><div class="sheet">{shown}</div>' if shown else ""
 
@@ -187,12 +187,3 @@ def tag(webp: io.BytesIO, size: tuple[int, int], alt: str, look: str = "") -> st
 
 def read(path: Path) -> str:
     return path.read_text("utf-8", "replace") if path.is_file() else ""
-
-
-def loads(text: str) -> Row:
-    """A JSON object; empty for what is none, such as the last line of a killed run."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from . import RunFailedError, UserError, config, dreambooth
 from .autoencoder import Autoencoder
@@ -48,9 +48,7 @@ def tell(settings: Config, accelerator: Accelerator, shard: Shard | None, repo: 
     state = resume(settings, task, accelerator, facts)
     newest, oldest = crew.agree(state.step, -state.step)
     if newest != -oldest:
-        raise UserError(
-            f"output_dir: the processes find other checkpoints: {settings.output_dir} must be on a shared disk"
-        )
+        raise UserError(f"output_dir: processes find other checkpoints: {settings.output_dir} must be on a shared disk")
     if main:
         write_whole(settings.output_dir / "config.yaml", config.dump(settings))
     with tolerated("the tracker"):
@@ -136,9 +134,7 @@ def fit_in_memory(task: Task, batches: Batches, settings: Config, crew: Crew, st
         del moments
         for player in task.players.values():
             player.module.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         if not crew.agree(failed)[0]:
             break
         batches.share = batches.share.in_smaller_parts()

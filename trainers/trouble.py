@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
@@ -65,6 +67,15 @@ def tolerated(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # trackers and their servers raise whatever they like
         warnings.warn(f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+
+
+def loads(text: str) -> dict[str, Any]:
+    """A JSON object; empty for what is none, such as the last line of a killed run."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from .cli import best_device
 from .draws import Draws
 from .from_scratch import SHOWN, FromScratch
 from .gan import LOSSES, frozen
-from .images import Images, found, load_images, mirrored, pictures
+from .images import Images, found, mirrored, pictures
 from .nets import PatchDiscriminator, UNet
 from .observers import write_grid
 from .pairs import USES, Colorize, Segment
@@ -33,7 +33,7 @@ class UNetTask(FromScratch):
 
     def __init__(self, config: UNetConfig, accelerator: Accelerator) -> None:
         self.use = USES[config.use](config)
-        self.masks = self.use.masks
+        self.masks, self.target = self.use.masks, self.use.target
         super().__init__(config, accelerator)
         if isinstance(self.use, Colorize):
             self.use.prepare(self.train, self.test)
@@ -41,9 +41,6 @@ class UNetTask(FromScratch):
         if config.adversarial:
             critic = PatchDiscriminator(self.use.inputs - self.use.noise + self.use.outputs, config.model.width)
             self.add("discriminator", critic, average=False)
-
-    def load(self, held_out: bool) -> Images | None:
-        return load_images(self.config.data, self.device, held_out, self.use.target)
 
     def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
         x, y = self.use.pair(batch["pixels"], rng)

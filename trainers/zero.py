@@ -70,9 +70,7 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     for name, number in numbers.items():
         for wish in (asked[name], settings.get(name, "auto")):
             if wish not in ("auto", "none") and float(wish) not in (1, number):  # 1 is what accelerate fills in
-                raise UserError(
-                    f"DeepSpeed was asked for {name} {wish}: only the config says it, and there it is {number}"
-                )
+                raise UserError(f"DeepSpeed was asked for {name} {wish}: only the config says it, there it is {number}")
     settings |= numbers | {"train_micro_batch_size_per_gpu": train.train_batch_size, "train_batch_size": "auto"}
     for mistake in mistakes(config, plugin):
         raise UserError(f"DeepSpeed: {mistake}")

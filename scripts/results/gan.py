@@ -20,7 +20,7 @@ from trainers.cli import exit_status, silence
 from trainers.config import load
 from trainers.gan import FailureWarning, balance
 from trainers.images import floats, load_images, pictures
-from trainers.metrics import OwnClasses, distances, train_classifier
+from trainers.metrics import distances, own_classes, train_classifier
 from trainers.observers import write_grid
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     config = load("configs/gan_mnist.yaml", [source])
     learnt, held_out = (load_images(config.data, "cpu", part) for part in (False, True))
     classifier = train_classifier(learnt, config.data)
-    net, true = OwnClasses(classifier, held_out), floats(held_out.take(range(len(held_out))))
+    (_, net), true = own_classes(classifier, held_out), floats(held_out.take(range(len(held_out))))
     for seed in chosen.seeds:
         folder = chosen.out / f"gan_seed{seed}"
         figures, seconds = train("gan_mnist", folder, source, f"seed={seed}", f"train.max_train_steps={chosen.steps}")

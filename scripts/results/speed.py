@@ -72,10 +72,7 @@ def main() -> None:
 
 def ours(config: ScratchConfig, decoded: Images, steps: int) -> tuple[float, float]:
     """Decoding is once per run, and not counted."""
-    with (
-        mock.patch("trainers.from_scratch.load_images", return_value=decoded),
-        mock.patch("trainers.unet.load_images", return_value=decoded),
-    ):
+    with mock.patch("trainers.from_scratch.load_images", return_value=decoded):
         task, batches, _ = TASKS[config.kind](config, Accelerator(cpu=True))
     settings, losses = config.train.model_copy(update={"max_train_steps": steps}), []
     name = f"{task.saved}_loss"
@@ -186,7 +183,8 @@ def adversaries(config: ScratchConfig, loader: DataLoader, steps: int) -> list[t
     from trainers.nets import Discriminator, Generator
 
     latent, width, losses = config.model.latent_dim, config.model.width, []
-    generator, discriminator = Generator(width=width, latent_dim=latent), Discriminator(width=width)
+    generator = Generator("dcgan", 1, 28, width, latent, 0)
+    discriminator = Discriminator("dcgan", 1, 28, width, 0, False)
     rate, betas = config.optimizer.learning_rate, config.optimizer.betas
     players = [torch.optim.AdamW(n.parameters(), rate, betas, weight_decay=0) for n in (discriminator, generator)]
     for x in islice(endless(loader), steps):

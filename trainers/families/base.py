@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, SchedulerMixin
+from accelerate.utils.memory import clear_device_cache
+from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ..quantize import load_quantized
 from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
+EMBEDS = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}  # for the pipelines
 
 
 class Family(ABC):
@@ -77,7 +78,7 @@ class Family(ABC):
         """Rectified flow, unless overridden; `resolution` in pixels, 2 x 2 latents are a token."""
         options = config.model_dump(include={f.name for f in fields(Flow)} - {"shift"})
         tokens = (resolution // self.vae_factor // 2) ** 2
-        shifts = {"auto": resolution_shift(self.scheduler.config, tokens), "none": 1.0}
+        shifts = {"auto": resolution_shift(self.pipe.scheduler.config, tokens), "none": 1.0}
         return Flow(**options, shift=shifts.get(config.shift, config.shift))
 
     @abstractmethod
@@ -91,10 +92,6 @@ class Family(ABC):
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The regressed quantity for latents x_t (B, C, h, w) at times t (B,), shaped like x_t."""
-
-    @abstractmethod
-    def pipeline_inputs(self, condition: Condition, negative: Condition) -> dict[str, Tensor]:
-        """The pipeline's names for conditions that were encoded before."""
 
     # What does not ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +111,8 @@ class Family(ABC):
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
-            if name != self.denoiser_name or not (placed or self.shard or self.modulation_cache or self.offload):
+            later = placed or self.shard or self.modulation_cache or self.offload or self.quantization == "fp8"
+            if name != self.denoiser_name or not later:
                 module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
@@ -129,26 +127,20 @@ class Family(ABC):
             self.modulation = Modulation(self.denoiser)
         if self.shard:
             self.shard(self.denoiser)
-        elif self.offload or self.modulation_cache:
-            if self.offload:
-                Rotation(blocks_of(self.denoiser), self.device)
-            self.denoiser.to(self.device)
         if self.quantization == "fp8":
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
+        if self.offload:
+            Rotation(blocks_of(self.denoiser), self.device)
+        if not self.shard and (self.offload or self.modulation_cache or self.quantization == "fp8"):
+            self.denoiser.to(self.device)
 
     def release(self) -> None:
-        self.pipe = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.pipe = self.modulation = None
+        clear_device_cache(garbage_collection=True)
 
     @property
     def denoiser(self) -> nn.Module:
         return getattr(self.pipe, self.denoiser_name)
-
-    @cached_property
-    def scheduler(self) -> SchedulerMixin:
-        return self.pipe.scheduler
 
     @lru_cache  # noqa: B019
     def skeleton(self, part: str) -> nn.Module:
@@ -161,17 +153,14 @@ class Family(ABC):
             kind = getattr(transformers, kind)
             return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
 
-    def config_of(self, part: str) -> dict:
-        """A diffusers model's settings, with the defaults that its file leaves out."""
-        return self.skeleton(part).config
-
-    @cached_property
+    @property
     def vae_config(self) -> dict:
-        return self.config_of("vae")
+        """A diffusers model's settings, with the defaults that its file leaves out."""
+        return self.skeleton("vae").config
 
-    @cached_property
+    @property
     def denoiser_config(self) -> dict:
-        return self.config_of(self.denoiser_name)
+        return self.skeleton(self.denoiser_name).config
 
     @property
     def vae_factor(self) -> int:
@@ -241,13 +230,14 @@ class Family(ABC):
             for name in self.text_encoder_names:
                 text |= (encode or self.encode_prompt)(name, words)
             text = {key: value[None].to(self.device) for key, value in text.items()}
-            conditions.append(self.condition(text))
+            conditions.append({EMBEDS[key]: value for key, value in self.condition(text).items()})
         vae, half = self.pipe.vae, self.dtype != torch.float32
         if half:
             vae.to(self.dtype)
         with torch.autocast(self.device.type, self.dtype, enabled=half):
             picture = self.pipe(
-                **self.pipeline_inputs(*conditions),
+                **conditions[0],
+                **{f"negative_{key}": value for key, value in conditions[1].items()},
                 height=size,
                 width=size,
                 num_inference_steps=validation.num_inference_steps,
@@ -268,9 +258,7 @@ def find(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     name = model.pretrained_model_name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
-            raise UserError(
-                f"model.pretrained_model_name_or_path: {name} has no model_index.json, so it is no pipeline"
-            )
+            raise UserError(f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no pipeline")
         return Path(name)
     try:
         return Path(pipeline.download(name, revision=model.revision, variant=model.variant))

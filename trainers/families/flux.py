@@ -45,9 +45,3 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return F.pixel_shuffle(v.mT.unflatten(2, (h, w)), 2)
-
-    def pipeline_inputs(self, condition, negative):
-        return {
-            "prompt_embeds": condition["encoder_hidden_states"],
-            "pooled_prompt_embeds": condition["pooled_projections"],
-        }

@@ -14,7 +14,7 @@ class SD15(Family):
     middle = 500
 
     def make_objective(self, config, resolution):
-        scheduler, options = self.scheduler, config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
+        scheduler, options = self.pipe.scheduler, config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
         kind = scheduler.config.prediction_type
         return DDPM(scheduler.alphas_cumprod.to(self.device), kind, **options, stratified=config.stratified)
 
@@ -26,9 +26,3 @@ class SD15(Family):
 
     def predict(self, denoiser, x_t, t, condition):
         return denoiser(x_t, t, **condition, return_dict=False)[0]
-
-    def pipeline_inputs(self, condition, negative):
-        return {
-            "prompt_embeds": condition["encoder_hidden_states"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-        }

@@ -35,11 +35,3 @@ class SD3(Family):
 
     def predict(self, denoiser, x_t, t, condition):
         return denoiser(x_t, timestep=1000 * t, **condition, return_dict=False)[0]
-
-    def pipeline_inputs(self, condition, negative):
-        return {
-            "prompt_embeds": condition["encoder_hidden_states"],
-            "pooled_prompt_embeds": condition["pooled_projections"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-            "negative_pooled_prompt_embeds": negative["pooled_projections"],
-        }

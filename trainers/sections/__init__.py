@@ -13,22 +13,3 @@ KINDS: dict[str, type[Config]] = {
     "gan": GanConfig,
     "unet": UNetConfig,
 }
-
-__all__ = [
-    "KINDS",
-    "AutoencoderConfig",
-    "Config",
-    "DataConfig",
-    "DreamBoothConfig",
-    "GanConfig",
-    "ImagesConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "PairsConfig",
-    "PromptsConfig",
-    "ScratchConfig",
-    "TrainConfig",
-    "UNetConfig",
-]

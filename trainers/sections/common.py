@@ -40,15 +40,12 @@ class TrainConfig(Section):
     train_batch_size: PositiveInt = field(1, "Pictures per process and micro-batch (as many class pictures are added).")
     gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimiser step.")
     max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
-    max_skipped_steps: PositiveInt = field(
-        5, "A step without a finite gradient is skipped; so many in a row end it all."
-    )
+    max_skipped_steps: PositiveInt = field(5, "A step without a finite gradient is skipped; so many in a row end it.")
     on_divergence: Literal["rollback", "stop"] = field(
         "rollback", "How it ends: back to the last good checkpoint at half the learning rate, or with a message."
     )
     auto_micro_batch: bool = field(
-        False,
-        "Find at the start how often train_batch_size must be halved, and accumulation doubled, to fit in memory.",
+        False, "Find first how often train_batch_size must be halved, and accumulation doubled, to fit in memory."
     )
     ema_decay: float | None = field(None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1)
 
@@ -135,10 +132,7 @@ class Config(Section):
         for name in ("gradient_accumulation_steps", "auto_micro_batch"):
             least = TrainConfig.model_fields[name].default
             if not self.accumulates and getattr(self.train, name) != least:
-                yield (
-                    f"train.{name}",
-                    f"must be {str(least).lower()}: a player must step before the other one is shown it",
-                )
+                yield f"train.{name}", f"must be {str(least).lower()}: a player must step before the other is shown it"
         hub = self.hub
         if hub.create_pr and hub.hub_revision:
             yield "hub.create_pr", "a pull request is made against main: drop this or hub.hub_revision"

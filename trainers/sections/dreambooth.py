@@ -23,12 +23,10 @@ class ModelConfig(Section):
         "none", "Keep the frozen base in 8 or 4 bits; LoRA on top stays float32 (QLoRA)."
     )
     modulation_cache: bool = field(
-        False,
-        "SD3, Flux.1: keep the weights of adaptive norms, 28-35 % of the base, in the CPU's memory; the same result.",
+        False, "SD3, Flux.1: keep the weights of adaptive norms, 28-35 % of the base, in the CPU's memory; same result."
     )
     offload: bool = field(
-        False,
-        "SD3, Flux.1: keep the frozen blocks in the CPU's memory, two at a time on the GPU; the same result, slower.",
+        False, "SD3, Flux.1: keep the frozen blocks in the CPU's memory, two at a time on the GPU; same result, slower."
     )
     text_encoder_3: Literal["load"] | None = field("load", "SD3: null leaves the T5 out, as the pipeline allows.")
     max_sequence_length: PositiveInt | None = field(
@@ -95,9 +93,7 @@ class ObjectiveConfig(Section):
     stratified: bool = field(True, "Spread the times of each global batch evenly over the schedule.")
     snr_gamma: PositiveFloat | None = field(None, "SD1.5: min-SNR weighting (Hang et al. 2023); 5 is usual.")
     debiased: bool = field(False, "SD1.5: weight by 1 / sqrt(SNR) (Yu et al. 2023).")
-    noise_offset: float = field(
-        0.0, "SD1.5: adds a constant per channel to the noise, for darker and lighter pictures.", ge=0
-    )
+    noise_offset: float = field(0.0, "SD1.5: adds a constant per channel to the noise: darker, lighter pictures.", ge=0)
     density: Literal["uniform", "logit_normal", "mode", "cosmap"] = field(
         "logit_normal", "SD3, Flux.1: how often each time is trained (Esser et al. 2024)."
     )
@@ -168,8 +164,10 @@ class DreamBoothConfig(Config):
     @classmethod
     def preset(cls, tree: Any) -> Any:
         """What `train.memory` stands for, written out; what a run cannot have is left out."""
-        parts = {name: dict(tree.get(name) or {}) for name in ("model", "train")} if isinstance(tree, dict) else {}
-        chosen = MEMORY.get(str(parts["train"].get("memory"))) if parts else None
+        parts = {name: tree.get(name) or {} for name in ("model", "train")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            return tree
+        chosen, parts = MEMORY.get(str(parts["train"].get("memory"))), {k: dict(v) for k, v in parts.items()}
         if not chosen:
             return tree
         frozen = tree.get("lora", {}) is not None
@@ -268,10 +266,7 @@ class DreamBoothConfig(Config):
         if model.quantization != "none" and self.lora is None:
             yield "model.quantization", "a quantised base cannot train all its weights: give lora, or drop this"
         if model.modulation_cache and (self.lora is None or self.train.train_text_encoder):
-            yield (
-                "model.modulation_cache",
-                "needs a frozen base and frozen text encoders: their outputs are computed ahead",
-            )
+            yield "model.modulation_cache", "needs a frozen base and text encoders: their outputs are computed ahead"
         if model.modulation_cache and model.quantization in ("nf4", "int8"):
             yield "model.modulation_cache", f"{model.quantization} has made these weights small: drop this or that"
         if model.offload and (self.lora is None or self.train.gradient_checkpointing is not True):

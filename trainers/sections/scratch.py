@@ -30,11 +30,6 @@ class ImagesConfig(Section):
     elastic: float = field(0.0, "Bend by a smooth random field of this standard deviation in pixels.", ge=0)
 
     @property
-    def measured(self) -> bool:
-        """Whether something is held out."""
-        return bool(self.folds if self.image_dir else self.test_split)
-
-    @property
     def side(self) -> int | None:
         """What pictures are resized to; None: they keep their size."""
         return self.resolution
@@ -72,11 +67,8 @@ class ScratchConfig(Config):
             yield "data.image_dir", f"no such folder: {data.image_dir}"
         if data.folds is not None and data.fold >= data.folds:
             yield "data.fold", f"must be less than data.folds, {data.folds}"
-        if data.image_dir is None and (data.folds is not None or data.fold):
-            yield (
-                "data.folds" if data.folds else "data.fold",
-                "means nothing to a data set, only to data.image_dir: it has splits",
-            )
+        if data.image_dir is None:
+            yield from foreign(self, "a data set", [("data.image_dir", "data", "folds fold")])
         if data.image_dir is not None and data.label_column is not None:
             yield "data.label_column", "a folder has no labels: set it to null"
         if data.only_label is not None and data.label_column is None:
@@ -117,9 +109,7 @@ class AutoencoderConfig(ScratchConfig):
 class GanModelConfig(Section):
     architecture: Literal["dcgan", "resnet"] = field("dcgan", "Strided convolutions, or residual blocks.")
     latent_dim: PositiveInt = field(64, "Numbers that a picture is made from.")
-    width: PositiveInt = field(
-        32, "Channels of the level with the most pixels; doubled at each lower one.", multiple_of=8
-    )
+    width: PositiveInt = field(32, "Channels of the level with most pixels; doubled at each lower one.", multiple_of=8)
     spectral_norm: bool = field(False, "Hold the discriminator's layers at norm 1 (Miyato et al. 2018).")
     conditional: bool = field(False, "Make pictures of a class that is asked for; needs data.label_column.")
 
@@ -178,7 +168,8 @@ class GanConfig(ScratchConfig):
             yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
         if self.model.conditional and data.label_column is None:
             yield "model.conditional", "needs the classes: give data.label_column"
-        if self.validation.features == "classifier" and data.measured and data.label_column is None:
+        measured = data.folds if data.image_dir else data.test_split
+        if self.validation.features == "classifier" and measured and data.label_column is None:
             yield "validation.features", "a classifier needs data.label_column; mobilenet and inception do not"
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
             yield "objective.gradient_penalty", "wasserstein needs it, 10 is usual"
@@ -187,17 +178,12 @@ class GanConfig(ScratchConfig):
 class UNetModelConfig(Section):
     width: PositiveInt = field(32, "Channels of the first level; doubled at each further one.", multiple_of=8)
     levels: PositiveInt = field(4, "Resolutions; each halves the one before.", ge=2, le=6)
-    patch_size: PositiveInt = field(
-        1, "2: patches of 2 x 2 pixels are one place of the first level; four times faster."
-    )
+    patch_size: PositiveInt = field(1, "2: patches of 2 x 2 pixels are a place of the first level; four times faster.")
 
 
 class UNetObjectiveConfig(Section):
     classes: int = field(
-        2,
-        "segment: number of classes; masks hold 0, 1, ... and 255 for 'ignore'; if 2, 0 and 1 or 0 and 255.",
-        ge=2,
-        le=255,
+        2, "segment: how many; masks hold 0, 1, ... and 255 for 'ignore'; if 2, 0 and 1 or 0 and 255.", ge=2, le=255
     )
     dice_weight: float = field(1.0, "segment: weight of the Dice loss beside the cross-entropy.", ge=0)
     rebalanced: bool = field(False, "colorize: classes of colour, rare ones heavier (Zhang et al. 2016).")
