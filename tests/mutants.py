@@ -44,7 +44,7 @@ TESTS = {  # a file under trainers/, or its folder, to the tests that should not
     "augment.py": ["test_unet.py", "test_gan.py"],
     "pairs.py": ["test_unet.py"],
     "unet.py": ["test_unet.py"],
-    "optim.py": ["test_from_scratch.py"],
+    "optim.py": ["test_from_scratch.py", "test_faults.py"],
     "images.py": ["test_from_scratch.py", "test_unet.py"],
 }
 FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
@@ -76,7 +76,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     # Formats
     ("formats.py", "halves as they are", "b.roll(len(b) // 2, 0)", "b"),
     ("formats.py", "kohya's alpha ignored", "b = b * (entry", "b = 0 * b + b if 1 else (entry"),
-    ("formats.py", "keys before queries", 'for x in "qkv"]', 'for x in "kqv"]'),
+    ("formats.py", "keys before queries", '("to_q to_k to_v", "to_out.0")', '("to_k to_q to_v", "to_out.0")'),
     ("formats.py", "parts side by side", "column += update.rank", "column += 0"),
     ("formats.py", "alpha beside ignored", 'if f"{name}.alpha" in state else alpha', "if False else alpha"),
     ("formats.py", "rank of the first layer", "if update.rank != usual", "if False"),
@@ -101,12 +101,12 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         '(z - (self.vae_config.get("shift',
         '(z + (self.vae_config.get("shift',
     ),
-    ("families/base.py", "posterior's variance for its std", "posterior.std * rng", "posterior.var * rng"),
+    ("families/base.py", "posterior's variance for its std", "(0.5 * logvar.clamp", "(logvar.clamp"),
     (
         "families/base.py",
         "defaults of config files lost",
-        "return self.skeleton(part).config",
-        "return {'scaling_factor': 1.0} | getattr(diffusers, self.parts[part][1]).load_config(self.folder / part)",
+        'return self.skeleton("vae").config',
+        "return {'scaling_factor': 1.0} | diffusers.AutoencoderKL.load_config(self.folder / 'vae')",
     ),
     ("families/base.py", "a latent for a token", "// self.vae_factor // 2) ** 2", "// self.vae_factor) ** 2"),
     (
@@ -170,10 +170,10 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "(len(clip), 0, width)",
     ),
     (
-        "families/sd3.py",
+        "families/base.py",
         "guided away from the prompt",
-        'negative["pooled_projections"]',
-        'condition["pooled_projections"]',
+        "value for key, value in conditions[1].items()",
+        "value for key, value in conditions[0].items()",
     ),
     ("families/sd15.py", "noise_offset lost", '"debiased", "noise_offset"}', '"debiased"}'),
     # Steps
@@ -184,7 +184,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         'batch["weight"] * error',
     ),
     ("dreambooth.py", "pictures' weight lost", 'batch["weight"] * self.objective', "0.5 * self.objective"),
-    ("dreambooth.py", "no new noise", "eps = self.objective.noise(x0, rng)", "eps = x0.roll(1)"),
+    ("dreambooth.py", "no new noise", "return x0, self.objective.noise(x0, rng)", "return x0, x0.roll(1)"),
     (
         "dreambooth.py",
         "T5 trains beside the denoiser",
@@ -283,6 +283,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("unet.py", "last tile left out", ", length - tile})", "})"),
     ("images.py", "folds overlap", "== config.fold) == held_out", "!= config.fold) == held_out"),
     ("images.py", "always the first corner", "r.randrange(length - side + 1)", "0 * r.randrange(length - side + 1)"),
+    ("optim.py", "gradient not clipped", "(norm / max_norm).clamp(min=1)", "norm / norm.clamp(min=1e-9)"),
+    ("optim.py", "small gradients forgotten", "parts.append(_flatten_dense_tensors(small))", "parts += small[:1]"),
     ("optim.py", "buffers not resumed", "if any(n.startswith(owner)", "if False and any(n.startswith(owner)"),
 ]
 LIBRARIES = [  # imported once, and inherited by every child
