@@ -244,8 +244,6 @@ def test_colour_moves_brightness_contrast_and_saturation_within_their_ranges():
 class Points(nn.Module):
     """Pictures (N, D, 1, 1) are their own features."""
 
-    num_features = 5
-
     def forward(self, x):
         return x.flatten(1)
 
@@ -413,8 +411,6 @@ def test_both_players_take_every_size_and_pictures_stay_in_range(architecture, s
 
 class Coarse(nn.Module):
     """Pictures (N, 1, 28, 28) at 4 x 4 pixels."""
-
-    num_features = 16
 
     def forward(self, x):
         return nn.functional.avg_pool2d(x, 7).flatten(1)

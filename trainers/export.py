@@ -125,7 +125,7 @@ def prove(
         if not far <= TOLERANCE[torch.float32]:
             raise ExportError(f"{KOHYA_NAME} reads back as other updates: relative difference {far:.2e}")
     fresh.settle()
-    fresh.mixed = encoder.family.mixed
+    fresh.mixed = encoder.family.mixed  # so that only the weights are compared, not how they are computed with
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
         return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)

@@ -5,7 +5,6 @@ python check.py CONFIG FAMILY SIZE OUT [KEY=VALUE ...]   started by `accelerate 
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler, DiffusionPipeline, FluxPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -45,9 +45,7 @@ def main() -> None:
     base = Path(settings.model.pretrained_model_name_or_path)
     if not base.exists():
         bases.make_base(family, size, base, accelerator.device)
-    gc.collect()
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     accelerator.init_trackers(settings.tracking.project_name)
     task, batches, _ = dreambooth.build(settings, accelerator)
     result = parity(settings, task, batches, family, accelerator)

@@ -57,6 +57,7 @@ class Family(ABC):
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
         self.offload = model.offload
+        self.waits = self.modulation_cache or self.offload or self.quantization == "fp8"  # to settle, off the device
         self.mixed = True  # whether autocast must choose precisions, for a layer does not know its own
         self.modulation: Modulation | None = None
         index = self.pipeline.load_config(self.folder)
@@ -111,8 +112,7 @@ class Family(ABC):
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
-            later = placed or self.shard or self.modulation_cache or self.offload or self.quantization == "fp8"
-            if name != self.denoiser_name or not later:
+            if name != self.denoiser_name or not (placed or self.shard or self.waits):
                 module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
@@ -131,7 +131,7 @@ class Family(ABC):
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
         if self.offload:
             Rotation(blocks_of(self.denoiser), self.device)
-        if not self.shard and (self.offload or self.modulation_cache or self.quantization == "fp8"):
+        if self.waits and not self.shard:
             self.denoiser.to(self.device)
 
     def release(self) -> None:

@@ -164,21 +164,18 @@ class DreamBoothConfig(Config):
     @classmethod
     def preset(cls, tree: Any) -> Any:
         """What `train.memory` stands for, written out; what a run cannot have is left out."""
-        parts = {name: tree.get(name) or {} for name in ("model", "train")}
-        if not all(isinstance(part, dict) for part in parts.values()):
+        parts = {name: tree.get(name) or {} for name in ("model", "train")} if isinstance(tree, dict) else {}
+        if not parts or not all(isinstance(part, dict) for part in parts.values()):
             return tree
-        chosen, parts = MEMORY.get(str(parts["train"].get("memory"))), {k: dict(v) for k, v in parts.items()}
-        if not chosen:
-            return tree
+        chosen = MEMORY.get(str(parts["train"].get("memory")), {})
         frozen = tree.get("lora", {}) is not None
         known = (
             frozen and parts["model"].get("family", "sd15") != "sd15" and not parts["train"].get("train_text_encoder")
         )
+        possible = {"modulation_cache": known, "quantization": frozen}
         for section, values in chosen.items():
-            for name, value in values.items():
-                if {"modulation_cache": known, "quantization": frozen}.get(name, True):
-                    parts[section].setdefault(name, value)
-        return {**tree, **parts}
+            parts[section] = {k: v for k, v in values.items() if possible.get(k, True)} | parts[section]
+        return tree | parts if chosen else tree
 
     @property
     def chosen(self) -> dict[str, dict[str, Any]]:
