@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4")
     arguments = parser.parse_args()
     config = load(arguments.config, arguments.overrides)  # before the slow imports
-    silence(config)
+    silence()
     from trainers.run import run
 
     run(config)

@@ -196,7 +196,8 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
         raise UserError("\n".join(told))
     for name, player in task.players.items():
         module, weights = accelerator.unwrap_model(player.module), load(files[f"{name}.safetensors"])
-        optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), weights_only=True)
+        # by way of the CPU, for the device on which it was written may not be there
+        optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True)
         with torch.no_grad():
             if zero.stage(accelerator):
                 zero.restore(module, player.optimizer, weights, optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,6 @@ from .sections import Config, DreamBoothConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
-
-SPARED = {"bitsandbytes", "kornia", "lomo_optim", "scipy"}  # imported, or looked for at each step, wherever they are
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -111,15 +109,9 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def silence(config: Config | None = None) -> None:
-    """Keep the libraries' notices out of the progress line, and what a run of `config` does not use out of memory.
-
-    diffusers, transformers and PEFT import some packages wherever they are installed: seconds, and 100 MiB.
-    """
-    if isinstance(config, DreamBoothConfig) and "diffusers" not in sys.modules:  # it looks but once
-        for package in SPARED.difference(package for _, _, package in config.needs()):
-            sys.modules.setdefault(package, None)  # as if it were not installed
-    gc.set_threshold(50_000, 20, 20)  # imports make half a million objects that stay; looking for others took a second
+def silence() -> None:
+    """Keep the libraries' notices out of the progress line."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises a kernel that nothing here needs
     import diffusers
     import transformers
 

@@ -69,7 +69,7 @@ class Guard:
                         note = partial(self.note, seen, f"the output of {name}")
                         stack.callback(layer.register_forward_hook(note).remove)
                 seen += [(f"loss of {name}", loss) for name, loss in self.task.losses(batch, rng)]
-            name, value = next(((name, value) for name, value in seen if not value.isfinite().all()), ("", None))
+            name, value = next(((name, value) for name, value in seen if not finite(value).all()), ("", None))
             if name.startswith("weight "):
                 found.append(f"{name} is not finite")
             elif name:
@@ -87,8 +87,13 @@ def leaves(batch: dict) -> Iterator[tuple[str, Tensor]]:
         yield from leaves(value) if isinstance(value, dict) else [(name, value)]
 
 
+def finite(value: Tensor) -> Tensor:
+    """Where a tensor is finite; torch has no such kernel for 8-bit floats."""
+    return (value.float() if value.dtype.is_floating_point and value.dtype.itemsize == 1 else value).isfinite()
+
+
 def culprits(value: Tensor, samples: list[str]) -> list[str]:
     """The samples whose rows are not finite; all, where the rows are no samples."""
     if value.dim() < 2 or len(value) != len(samples):
         return samples
-    return [name for name, row in zip(samples, value, strict=True) if not row.isfinite().all()]
+    return [name for name, row in zip(samples, value, strict=True) if not finite(row).all()]

@@ -30,11 +30,10 @@ def make_player(
     module: nn.Module, groups: list[dict], optimizer: OptimizerConfig, ema_decay: float | None, accelerator: Accelerator
 ) -> Player:
     """groups: the optimiser's parameters, each {"params": [...], "lr": peak rate}."""
-    average = EMA(module, ema_decay) if ema_decay else None
     plain = module, make_optimizer(optimizer, groups)
-    return Player(
-        *(zero.prepare(accelerator, *plain) if zero.stage(accelerator) else accelerator.prepare(*plain)), average
-    )
+    prepared = zero.prepare(accelerator, *plain) if zero.stage(accelerator) else accelerator.prepare(*plain)
+    average = EMA(module, ema_decay) if ema_decay else None  # only now are the weights where they will be trained
+    return Player(*prepared, average)
 
 
 class Task(Protocol):

@@ -92,11 +92,13 @@ def scaled(x: Tensor, size: int, pixels: tuple[Sequence[float], Sequence[float]]
 class Reading:
     """The task of a classifier of a data set's own classes; a single process trains it."""
 
-    def __init__(self, images: Images, seed: int, optimizer: OptimizerConfig) -> None:
+    def __init__(self, images: Images, seed: int, optimizer: OptimizerConfig, accelerator: Accelerator) -> None:
         torch.manual_seed(mix(seed, "classifier"))
         self.module = Classifier(len(images[0]), int(images.labels.max()) + 1).to(images.device)
         groups = [{"params": list(self.module.parameters()), "lr": optimizer.learning_rate}]
-        self.players = {"classifier": Player(self.module, make_optimizer(optimizer, groups))}
+        # prepared so that gradients which were scaled for float16 are unscaled before the step
+        prepared = accelerator.prepare_optimizer(make_optimizer(optimizer, groups))
+        self.players = {"classifier": Player(self.module, prepared)}
 
     def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
         yield "classifier", F.cross_entropy(self.module(floats(batch["pixels"])), batch["label"])
@@ -106,7 +108,7 @@ def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, see
     """A small network that tells the labels apart, the same for every run on the same pictures."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
-    task = Reading(images, seed, optimizer)
+    task = Reading(images, seed, optimizer, accelerator)
     batches, rate = Batches(images, config, Share(seed, 64)), make_rate(optimizer, steps)
     with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
         observe = [lambda step, means: bar.update()]
@@ -134,9 +136,9 @@ def distances(made: Tensor, true: Tensor, net: Callable[[Tensor], Tensor]) -> di
         alone = {"sync_on_compute": False}  # one process measures
         fid = FrechetInceptionDistance(given, **alone)
         kid = KernelInceptionDistance(given, 20, min(1000, len(a), len(b)), **alone)
-    for metric in (fid, kid):
-        metric.update(b, real=True)
-        metric.update(a, real=False)
+    for metric in (fid, kid):  # their sums are kept on the CPU, in double precision
+        metric.update(b.cpu(), real=True)
+        metric.update(a.cpu(), real=False)
     torch.manual_seed(0)  # of the subsets
     figures = {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
     a, b = a[:5000], b[:5000]

@@ -6,14 +6,15 @@ import errno
 import json
 import math
 import os
-import resource
 import signal
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
@@ -92,7 +93,12 @@ def peak_memory() -> float:
     """GiB: the accelerator's where there is one, else this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # which Windows does not have
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Sample:
@@ -136,8 +142,9 @@ class Checkpoint:
         self.task, self.config, self.crew, self.state = task, config, crew, state
         self.signal, self.saved = 0, time.monotonic()
         self.done = state.step >= config.train.max_train_steps
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.stop)
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if name in signal.Signals.__members__:  # Windows has no SIGUSR1
+                signal.signal(signal.Signals[name], self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         if self.signal or self.done:  # a second signal does not wait, nor is there another step to wait for

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from contextlib import ExitStack
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from . import RunFailedError, UserError, config, dreambooth
 from .autoencoder import Autoencoder
@@ -22,7 +21,7 @@ from .processes import Crew, Shard, make_accelerator, on_main
 from .push import Push, check_access
 from .report import write_report
 from .sections import Config
-from .trouble import claimed, explained, tolerated, write_whole
+from .trouble import claimed, explained, out_of_memory, tolerated, write_whole
 from .unet import UNetTask
 
 TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan": Gan.build, "unet": UNetTask.build}
@@ -30,8 +29,6 @@ TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan"
 
 def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in `settings.output_dir`."""
-    gc.freeze()  # libraries stay: each collection would look through them for a fifth of a second
-    gc.set_threshold(700, 10, 10)  # Python's own, which `cli.silence` has raised
     accelerator, shard = make_accelerator(settings)
     with ExitStack() as claims, explained(settings, accelerator.num_processes):
         repo = on_main(accelerator, lambda: check_access(settings))
@@ -126,7 +123,7 @@ def fit_in_memory(task: Task, batches: Batches, settings: Config, crew: Crew, st
                 ]
             train(task, batches, once, settings.seed, accelerator, lambda step: 0.0, start=start)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not out_of_memory(error):
                 raise
             failed = True
             if batches.share.batch_size == 1:

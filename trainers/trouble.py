@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from . import RunFailedError, UserError
@@ -21,6 +21,7 @@ from .sections import Config
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 GONE = ("closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "gloo")  # in lower case
 
 
@@ -31,7 +32,7 @@ def explained(config: Config, processes: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
-        if should_reduce_batch_size(error):
+        if out_of_memory(error):
             wishes = "\n".join(f"  {wish}" for wish in config.lighter())
             raise RunFailedError(
                 f"out of memory ({said[:200]}). The cheapest remedies first:\n{wishes}\n{kept(config)}"
@@ -43,6 +44,11 @@ def explained(config: Config, processes: int) -> Iterator[None]:
         if processes > 1 and any(word in said.lower() for word in GONE):
             raise RunFailedError(f"another process ended or hangs ({said[:200]}). {kept(config)}") from error
         raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the host's memory or an accelerator's is used up, also as told by CUDA itself and by its libraries."""
+    return should_reduce_batch_size(error) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def full(error: Exception) -> bool:
@@ -91,21 +97,22 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Raises: UserError when it is taken or cannot be written to.
     """
-    path = folder / ".lock"
+    lock, owner = FileLock(folder / ".lock", blocking=False), folder / ".owner"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        (folder / ".lock").touch()
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
-    with open(path, "rb+", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = file.read().decode()
-            raise UserError(f"output_dir: {folder} is in use ({owner}): wait for its end, or choose another") from None
-        except OSError:  # a network disk without locks
-            warnings.warn(f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2)
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(f"output_dir: {folder} is in use ({who}): wait for its end, or choose another") from None
+    except (OSError, NotImplementedError):  # a network disk without locks
+        warnings.warn(f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2)
+    try:
         with tolerated("noting who uses the run folder"):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
+    finally:
+        lock.release()

@@ -40,7 +40,7 @@ BOUNDS = {"no": (1e-6, 0.99999), "bf16": (1e-3, 0.999)}  # relative difference o
 def main() -> None:
     path, family, size, out, *overrides = sys.argv[1:]
     settings = config.load(path, overrides)
-    silence(settings)
+    silence()
     accelerator, _ = make_accelerator(settings)
     base = Path(settings.model.pretrained_model_name_or_path)
     if not base.exists():
