@@ -216,11 +216,11 @@ def test_a_disk_that_is_full_for_good_is_one_message(make, finished, disk, distu
     (tmp_path / "config.yaml").write_text(config.dump(settings))
     if at == "cache":
         fill(disk, 4)
-        remains, left = "There is no checkpoint yet: the same command begins anew", {".lock", "cache"}
+        remains, left = "There is no checkpoint yet: the same command begins anew", {".lock", ".owner", "cache"}
     else:
         disturb({3: lambda task: fill(disk)})
         remains = "The checkpoint step-000002 is intact: the same command goes on from it"
-        left = {".lock", "config.yaml", "metrics.jsonl", "checkpoints"}
+        left = {".lock", ".owner", "config.yaml", "metrics.jsonl", "checkpoints"}
     assert call("train.py", tmp_path / "config.yaml") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"^the disk is full \(.*No space left.*\)\. Free some space\. " + remains, message)

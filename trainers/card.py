@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
@@ -73,7 +73,7 @@ def write_card(config: DreamBoothConfig, difference: float, pictures: Sequence[s
         "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "Seed": config.seed,
         "Reload proof": f"the saved file, loaded into a fresh base, differs by {difference:.1e} (relative L2)",
-        "Versions": versions(),
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     write(
         config.output_dir,
@@ -120,7 +120,7 @@ def write_model_card(
         "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "Seed": config.seed,
         **{f"Held out: {name}": value for name, value in shown(figures).items()},
-        "Versions": versions(),
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     write(config.output_dir, header, ["![samples](samples/final/grid.png)", code(use), table(facts)])
 
@@ -139,5 +139,12 @@ def table(facts: dict) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items())
 
 
-def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on; a checkout runs without being installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

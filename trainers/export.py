@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .cache import CachedEncoder
-from .card import PACKAGES
+from .card import versions
 from .families import FAMILIES, Family
 from .formats import from_peft
 from .lora_files import KOHYA_NAME, WEIGHT_NAME, distance, header_of, layers_of, read_lora, text_prefix, write_kohya
@@ -83,7 +82,7 @@ def header(config: DreamBoothConfig) -> dict[str, str]:
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
         "diffusion_trainers.config": config.model_dump_json(exclude={"hub", "tracking", "checkpoint"}),
-        "diffusion_trainers.versions": json.dumps({name: version(name) for name in PACKAGES}),
+        "diffusion_trainers.versions": json.dumps(versions()),
     }
 
 
