@@ -19,3 +19,14 @@ def check_each_players_step(task, steps, expected, rtol, atol):
             torch.testing.assert_close(parameter.grad, gradient, rtol=rtol, atol=atol)
         task.players[name].optimizer.step()
     assert next(steps, None) is None
+
+
+def assert_trained_alike(losses, weights, rate):
+    """Two trainings, each a pair, that are equal but for the order in which float32 is summed, on any processor.
+
+    A sum of n products is off by about sqrt(n) * 6e-8 of its size, 1e-5 for the longest sums here, and after a few
+    steps the loss by ten times that. Adam divides a gradient by its own size: a weight whose gradient is mostly rounding
+    moves by a share of `rate`, of which a fiftieth is allowed.
+    """
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=rate / 50)

@@ -12,7 +12,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pytest
-import torch
+from oracles import assert_trained_alike
 from processes import group, launch
 from safetensors.torch import load_file
 from test_training import PRIOR, ROOT, environment, losses
@@ -31,8 +31,7 @@ def lora(settings):
 
 
 def assert_close(one, other):
-    torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=0)
-    torch.testing.assert_close(lora(one), lora(other), rtol=1e-3, atol=1e-4)
+    assert_trained_alike((losses(one), losses(other)), (lora(one), lora(other)), one.optimizer.learning_rate)
 
 
 @pytest.fixture
