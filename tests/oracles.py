@@ -25,8 +25,8 @@ def assert_trained_alike(losses, weights, rate):
     """Two trainings, each a pair, that are equal but for the order in which float32 is summed, on any processor.
 
     A sum of n products is off by about sqrt(n) * 6e-8 of its size, 1e-5 for the longest sums here, and after a few
-    steps the loss by ten times that. Adam divides a gradient by its own size: a weight whose gradient is mostly rounding
-    moves by a share of `rate`, of which a fiftieth is allowed.
+    steps the loss by ten times that. Adam divides a gradient by its own size: one that is mostly rounding moves its
+    weight by a share of `rate`, of which a fiftieth is allowed.
     """
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=rate / 50)

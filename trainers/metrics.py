@@ -19,7 +19,7 @@ from .nets import Classifier
 from .optim import make_optimizer, make_rate
 from .sections import ImagesConfig, OptimizerConfig, TrainConfig
 
-Net = tuple[str, Callable[[Tensor], Tensor]]  # a network's name, and what its features of pictures (B, C, S, S) are
+NamedFeatures = tuple[str, Callable[[Tensor], Tensor]]  # a network's name, and what its features of pictures (B, C, S, S) are
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels that a net was trained on
 
 
@@ -53,13 +53,13 @@ def sharpness(made: Tensor, true: Tensor) -> float:
     return float(edges(made) / edges(true))
 
 
-def own_classes(classifier: Classifier, test: Images) -> Net:
+def own_classes(classifier: Classifier, test: Images) -> NamedFeatures:
     """The last features of a classifier of the data set's own classes, of pictures (B, C, S, S)."""
     right = (classify(classifier, floats(test.take(range(len(test))))) == test.labels).float().mean()
     return f"classifier of the data set, accuracy {right:.4f}", classifier.layers
 
 
-def mobilenet(device: torch.device, size: int = 96) -> Net:
+def mobilenet(device: torch.device, size: int = 96) -> NamedFeatures:
     """torchvision's MobileNetV2 of ImageNet, from a wheel: features where the Hub cannot be reached."""
     from transformers import MobileNetV2Config, MobileNetV2Model
 
@@ -74,7 +74,7 @@ def mobilenet(device: torch.device, size: int = 96) -> Net:
     return f"MobileNetV2 (ImageNet) at {size} pixels", see
 
 
-def inception(device: torch.device) -> Net:
+def inception(device: torch.device) -> NamedFeatures:
     """The network of published FIDs, by torch-fidelity, which fetches its weights."""
     from torchmetrics.image.fid import NoTrainInceptionV3
 
