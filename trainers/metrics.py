@@ -19,7 +19,7 @@ from .nets import Classifier
 from .optim import make_optimizer, make_rate
 from .sections import ImagesConfig, OptimizerConfig, TrainConfig
 
-NamedFeatures = tuple[str, Callable[[Tensor], Tensor]]  # a network's name, and what its features of pictures (B, C, S, S) are
+NamedFeatures = tuple[str, Callable[[Tensor], Tensor]]  # of a network; of pictures (B, C, S, S)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of the pixels that a net was trained on
 
 
