@@ -365,6 +365,11 @@ def test_a_file_for_another_model_is_an_error_that_says_so(made, bases):
         read_lora(made["sd3"][0] / KOHYA_NAME, family_of(bases["sd15"], "sd15"))
 
 
+def test_a_run_that_has_not_finished_has_no_lora_yet_and_is_told_so(bases, tmp_path):
+    with pytest.raises(UserError, match=r"no LoRA is in it\. Of a run that has not finished there is none yet"):
+        read_lora(tmp_path, family_of(bases["sd15"], "sd15"))
+
+
 def test_layers_that_the_base_lacks_are_counted_and_told(made, bases, tmp_path, capsys):
     state = load_file(made["sd15"][0] / KOHYA_NAME)
     state |= {f"lora_unet_nowhere.{half}.weight": torch.zeros(2, 2) for half in ("lora_down", "lora_up")}

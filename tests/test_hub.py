@@ -3,12 +3,14 @@
 The client is the real one; it talks to the small Hub of local_hub.py.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from safetensors.torch import load, load_file
 from trainers import UserError, push
 from trainers.card import add_figures, write_card
 from trainers.config import dump
+from trainers.export import header
 from trainers.run import TASKS, run
 
 HUB_NAME = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -58,6 +61,19 @@ def card(settings):
         return (config.output_dir / "README.md").read_text()
 
     return write
+
+
+def test_a_toolkit_that_was_never_installed_still_writes_its_cards_and_headers(card, settings, monkeypatch):
+    """Run from its folder it has no metadata, which ended every run after its last step."""
+
+    def lacking(name):
+        if name == "diffusion-trainers":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("trainers.card.version", lacking)
+    assert "diffusion-trainers not installed, torch 1.0" in card()
+    assert json.loads(header(settings())["diffusion_trainers.versions"])["diffusion-trainers"] == "not installed"
 
 
 @pytest.mark.parametrize("lora", ["lora.rank=4", "lora.target_modules=[to_q, to_k]", "lora=null"])

@@ -272,6 +272,20 @@ def test_a_mask_is_timed_with_the_call():
     assert kernels.seconds("math", recorder.calls.values()) < 60
 
 
+def test_a_kernel_that_cannot_run_is_no_news(recwarn, monkeypatch):
+    """On a GPU PyTorch warns six times of each; here the call itself does."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def warning(*args, **kwargs):
+        warnings.warn("cuDNN attention kernel not used because:", stacklevel=2)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", warning)
+    q = torch.randn(1, 2, 8, 4)
+    assert kernels.seconds("cudnn", [({"query": q, "key": q, "value": q}, 1)]) == float("inf")
+    assert not recwarn.list
+
+
 def used(task, batches):
     """Whether a step runs PyTorch's fused attention."""
     seen = set()

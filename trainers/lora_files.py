@@ -102,6 +102,8 @@ def read_lora(place: Path, family: Family) -> Lora:
             lora, unknown = from_peft(with_text_level(state, family), configs), []
     unknown += [name for name in lora if name not in layers]
     lora = {name: update for name, update in lora.items() if name in layers}
+    if not lora and not unknown:
+        raise UserError(f"{place}: no LoRA is in it. Of a run that has not finished there is none yet")
     if not lora or (unknown and not any(name.startswith(family.denoiser_name) for name in lora)):
         raise UserError(
             f"{place}: of {len(unknown) + len(lora)} layers {len(unknown)} are not in this base, such as "
