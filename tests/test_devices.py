@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from trainers import RunFailedError, card, checkpoint, config, metrics
+from trainers import RunFailedError, card, checkpoint, metrics
 from trainers.data import Picture
 from trainers.draws import Share
 from trainers.guard import finite
@@ -142,4 +142,3 @@ def test_config_is_loaded_without_torch():
     script = "import sys; from trainers import config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
-    assert config
