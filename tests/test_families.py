@@ -545,6 +545,18 @@ def test_a_t5_that_is_left_out_is_never_loaded(settings, loads):
 # Runs
 
 
+def test_a_family_that_nobody_uses_any_more_lets_its_weights_go(settings):
+    """A cache of its methods held every family of the process, and with it a denoiser on the GPU."""
+    config = settings()
+    family = FAMILIES["sd15"](config.model)
+    family.load("unet")
+    assert (family.vae_factor, family.identity("unet")) == (2, family.identity("unet"))
+    weights = weakref.ref(family.denoiser.conv_in.weight)
+    del family
+    gc.collect()
+    assert weights() is None
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_base_of_another_family_is_refused(settings, bases, name):
     other = {"sd15": "sd3", "sd3": "flux", "flux": "sd15"}[name]

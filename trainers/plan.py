@@ -100,7 +100,7 @@ def described(model: ModelConfig) -> Path:
 
 def training(family: Family, config: DreamBoothConfig, away: bool) -> tuple[int, int]:
     """Peak and FLOPs of two steps, the second with the optimiser's state; the autoencoder is there for samples."""
-    denoiser = fresh(family, family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
+    denoiser = family.fresh(family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     if config.lora:
         family.add_lora(config.lora, ())
@@ -155,24 +155,19 @@ def encoding(family: Family, config: DreamBoothConfig) -> int:
     """Of the largest encoder; of the autoencoder, with what it computes."""
     texts = [size(family.skeleton(name), family.dtype) for name in family.text_encoder_names]
     pixels = (1, 3, config.data.resolution, config.data.resolution)
-    return max(*texts, played(fresh(family, "vae"), lambda vae: vae.encode(torch.empty(pixels))))
+    return max(*texts, played(family.fresh("vae"), lambda vae: vae.encode(torch.empty(pixels))))
 
 
 def decoding(family: Family, config: DreamBoothConfig) -> int:
     side = config.data.resolution // family.vae_factor
     latents = (1, family.vae_config["latent_channels"], side, side)
-    return played(fresh(family, "vae"), lambda vae: vae.decode(torch.empty(latents)))
+    return played(family.fresh("vae"), lambda vae: vae.decode(torch.empty(latents)))
 
 
 def played(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         call(module.to_empty(device="cpu"))
         return meter.peak
-
-
-def fresh(family: Family, part: str) -> nn.Module:
-    """A model without weights that may be changed."""
-    return Family.skeleton.__wrapped__(family, part)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -54,6 +54,7 @@ class Family(ABC):
         shard: cuts a denoiser's frozen weights among the processes, see `processes.sharding`.
         """
         self.device, self.dtype, self.shard = torch.device(device), dtype, shard
+        self.skeleton, self.identity = lru_cache(self.fresh), lru_cache(self.digest)  # they end with the family
         self.variant, self.folder = model.variant, find(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
         self.offload = model.offload
@@ -142,9 +143,8 @@ class Family(ABC):
     def denoiser(self) -> nn.Module:
         return getattr(self.pipe, self.denoiser_name)
 
-    @lru_cache  # noqa: B019
-    def skeleton(self, part: str) -> nn.Module:
-        """A model without weights."""
+    def fresh(self, part: str) -> nn.Module:
+        """A model without weights, which may be changed; `skeleton` is one for all who only look."""
         library, kind = self.parts[part]
         with torch.device("meta"):
             if library == "diffusers":
@@ -167,9 +167,8 @@ class Family(ABC):
         """Pixels per latent, along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
-    @lru_cache  # noqa: B019
-    def identity(self, part: str) -> str:
-        """A digest of a component's files and the precision that it runs in."""
+    def digest(self, part: str) -> str:
+        """Of a component's files and the precision that it runs in; computed once as `identity`."""
         digest = hashlib.sha256(f"{self.variant} {'float32' if part == 'vae' else self.dtype}".encode())
         for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
             digest.update(path.name.encode())
