@@ -27,4 +27,4 @@ lint: install
 	$(BIN)/ruff check .
 
 schema: install
-	$(BIN)/python -m trainers.config > configs/schema.json
+	$(BIN)/python -m trainers.config.loading > configs/schema.json

@@ -9,7 +9,9 @@ The card and the report have the figures too.
 import sys
 from pathlib import Path
 
-from trainers.cli import best_device, exit_status, finished, parser_of, positive, silence
+from trainers.cli import exit_status, parser_of, positive, silence
+from trainers.distributed.accelerator import best_device
+from trainers.run_folder import finished
 
 
 def main() -> None:
@@ -29,10 +31,10 @@ def main() -> None:
     config = finished(arguments.run, "dreambooth")
     silence()
 
-    from trainers.card import add_figures
     from trainers.evaluate import Wishes, evaluate, headline, table
-    from trainers.features import nets_at_hand
-    from trainers.report import write_report
+    from trainers.metrics.feature_networks import nets_at_hand
+    from trainers.publishing.model_card import add_figures
+    from trainers.publishing.report import write_report
 
     nets = nets_at_hand(arguments.dino, arguments.clip, best_device())
     wished = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "num_images")

@@ -9,6 +9,7 @@ python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16  what its trainin
 import sys
 from pathlib import Path
 
+from trainers import run_folder
 from trainers.cli import described, exit_status, is_pipeline, parser_of, positive, silence
 
 
@@ -26,9 +27,9 @@ def main() -> None:
 
     import torch
 
-    from trainers import lora_files, lowrank
-    from trainers.export import header, save_pipeline
     from trainers.families import FAMILIES
+    from trainers.lora import files, low_rank
+    from trainers.lora.export import header, save_pipeline
 
     source, family = arguments.source, FAMILIES[config.model.family](config.model)
     parts = (family.denoiser_name, *family.clip_encoders)
@@ -37,13 +38,13 @@ def main() -> None:
             config.model.model_copy(update={"pretrained_model_name_or_path": str(source)}),
             arguments.rank or 16,
         )
-        lora, lost = lora_files.extract(family, type(family)(model), rank)
+        lora, lost = files.extract(family, type(family)(model), rank)
         print(f"LoRA of rank {rank} holds all but {lost:.2%} of what training changed (Frobenius norm)")
     else:
-        file = source / lora_files.WEIGHT_NAME
-        lora = lora_files.read_lora(file if file.is_file() else source, family)
+        file = source / run_folder.WEIGHT_NAME
+        lora = files.read_lora(file if file.is_file() else source, family)
         if arguments.rank:
-            lora, lost = lowrank.shrink(lora, arguments.rank)
+            lora, lost = low_rank.shrink(lora, arguments.rank)
             print(f"rank {arguments.rank}: relative error of the updates {lost:.2e} (Frobenius norm)")
     stem = source.name if source.is_dir() else source.stem
     stem += f"_rank{arguments.rank}" if arguments.rank else ""
@@ -55,17 +56,17 @@ def main() -> None:
     if arguments.format == "merged":
         family.dtype = getattr(torch, arguments.dtype)
         family.load(*parts)
-        lost = lora_files.merge(family, lora)
+        lost = files.merge(family, lora)
         save_pipeline(family, family.clip_encoders, out)
         print(f"{out}: {len(lora)} layers merged; rounding to {arguments.dtype} costs {lost:.1e} of the updates")
         return
     if arguments.format == "diffusers":
-        lora_files.write_diffusers(lora, out, facts)
+        files.write_diffusers(lora, out, facts)
     elif arguments.format == "kohya":
-        lora_files.write_kohya(lora, lora_files.layers_of(family), config.model.family, out, facts)
+        files.write_kohya(lora, files.layers_of(family), config.model.family, out, facts)
     else:
-        lora_files.write_peft(lora, family, out)
-    far = lora_files.distance(lora, lora_files.read_lora(out, family))
+        files.write_peft(lora, family, out)
+    far = files.distance(lora, files.read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {far:.1e}")
 
 

@@ -7,7 +7,8 @@ python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-
 import sys
 from pathlib import Path
 
-from trainers.cli import best_device, described, exit_status, parser_of, positive, silence
+from trainers.cli import described, exit_status, parser_of, positive, silence
+from trainers.distributed.accelerator import best_device
 
 
 def main() -> None:
@@ -27,8 +28,9 @@ def main() -> None:
     import torch
 
     from trainers.families import FAMILIES
-    from trainers.lora_files import WEIGHT_NAME, load_lora
-    from trainers.sampling import write_samples
+    from trainers.families.sampling import write_samples
+    from trainers.lora.files import load_lora
+    from trainers.run_folder import WEIGHT_NAME
 
     config = described(arguments.weights, arguments.base)
     chosen = {k: getattr(arguments, k) for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")}

@@ -10,10 +10,11 @@ import sys
 
 import psutil
 
-from trainers import UserError
-from trainers.cli import best_device, exit_status, parser_of, silence
-from trainers.config import load
-from trainers.sections.dreambooth import MEMORY
+from trainers.cli import exit_status, parser_of, silence
+from trainers.config.dreambooth import MEMORY
+from trainers.config.loading import load
+from trainers.distributed.accelerator import best_device
+from trainers.errors import UserError
 
 TYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -32,7 +33,7 @@ def main() -> None:
     silence()
     import torch
 
-    from trainers.plan import matmul_rate, plan
+    from trainers.memory_plan import matmul_rate, plan
 
     device = best_device()
     gpu = device.type != "cpu" or chosen.memory is not None

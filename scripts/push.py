@@ -6,7 +6,8 @@ python scripts/push.py RUN [--repo USER/NAME] [--private] [--revision BRANCH | -
 import sys
 from pathlib import Path
 
-from trainers.cli import exit_status, finished, parser_of
+from trainers.cli import exit_status, parser_of
+from trainers.run_folder import finished
 
 
 def main() -> None:
@@ -20,8 +21,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = finished(arguments.run)
 
-    from trainers.push import check_access, push
-    from trainers.report import write_report
+    from trainers.publishing.hub import check_access, push
+    from trainers.publishing.report import write_report
 
     chosen = {name: value for name, value in vars(arguments).items() if value is not None and name != "run"}
     if chosen.keys() & {"hub_revision", "create_pr"}:

@@ -6,7 +6,7 @@ python scripts/quickstart.py [CONFIG] [section.key=value ...]        (CONFIG: co
 import sys
 
 from trainers.cli import exit_status, silence
-from trainers.config import load
+from trainers.config.loading import load
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--public", action="store_true", help="write report_public.html, without the training pictures")
     arguments = parser.parse_args()
 
-    from trainers.report import write_report
+    from trainers.publishing.report import write_report
 
     print(write_report(arguments.run, pictures=not arguments.public))
 

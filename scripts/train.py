@@ -7,7 +7,7 @@ python scripts/train.py configs/NAME.yaml                                     (o
 import sys
 
 from trainers.cli import exit_status, parser_of, silence
-from trainers.config import load
+from trainers.config.loading import load
 
 
 def main() -> None:

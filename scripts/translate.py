@@ -5,8 +5,8 @@ python scripts/translate.py RUN PICTURE_OR_FOLDER ... [--out translated]
 
 import sys
 
-from trainers import UserError
 from trainers.cli import exit_status, for_pictures
+from trainers.errors import UserError
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from trainers import config
+from trainers.config import loading
 
 torch.set_num_threads(1)
 
@@ -279,6 +279,6 @@ validation: {{num_inference_steps: 2, guidance_scale: 2}}
 tracking: {{report_to: [], log_every: 1}}
 """
         )
-        return config.load(path, overrides)
+        return loading.load(path, overrides)
 
     return make

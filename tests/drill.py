@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from test_from_scratch import KINDS, losses, make, measure_quickly, state
 from test_training import PRIOR
 
-from trainers import config
-from trainers.checkpoint import checkpoints, verified
+from trainers.config import loading
+from trainers.run_folder import checkpoints
+from trainers.training.checkpoint import verified
 
 SIGNALS, STEPS, GRACE, ROWS = [SIGKILL, SIGTERM, SIGUSR1], 16, 60, {"gan": 8, "pix2pix": 8}  # GRACE: seconds to end
 ATOL = {"autoencoder": 1e-5, "segment": 1e-5, "pix2pix": 1e-5}  # a GAN's penalty jumps at the kinks of leaky ReLUs
@@ -62,7 +63,7 @@ class Start:
         self.weights = "pytorch_lora_weights.safetensors" if settings.kind == "dreambooth" else "model"
         self.first, self.logs = self.saved(), [Path(f"{self.folder}-{number}.{rank}") for rank in range(world)]
         path, rows = Path(f"{self.folder}.yaml"), settings.train.train_batch_size // world // parts
-        path.write_text(config.dump(settings))
+        path.write_text(loading.dump(settings))
         command = ["train.py", path, f"train.train_batch_size={rows}", f"train.gradient_accumulation_steps={parts}"]
         with socket.create_server(("127.0.0.1", 0)) as free:
             group = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}

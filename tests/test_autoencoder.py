@@ -8,11 +8,13 @@ from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from torch.distributions import Normal, kl_divergence
 
-from trainers import UserError, config
 from trainers.autoencoder import Autoencoder, anomaly, spoil
-from trainers.draws import Draws
-from trainers.images import floats, load_images
-from trainers.nets import ConvAutoencoder
+from trainers.config import loading
+from trainers.data.imaging import floats
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.from_scratch.image_sets import load_images
+from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.run import run
 
 
@@ -32,7 +34,7 @@ checkpoint: {{checkpointing_steps: 10}}
 tracking: {{report_to: [], log_every: 10}}
 """
     )
-    return lambda *overrides: config.load(path, overrides)
+    return lambda *overrides: loading.load(path, overrides)
 
 
 def figures(settings):

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from trainers import RunFailedError
-from trainers.cache import Cache, CachedEncoder
-from trainers.data import Picture, View, instance_pictures
+from trainers.data.crops import View
+from trainers.data.encoder_cache import Cache, CachedEncoder
+from trainers.data.pictures import Picture, instance_pictures
+from trainers.errors import RunFailedError
 from trainers.families import SD15
 
 ENTRY = {"moments": torch.arange(6.0).view(2, 3).T, "half": torch.ones(3, dtype=torch.bfloat16), "ids": torch.arange(4)}

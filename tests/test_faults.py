@@ -24,18 +24,21 @@ from processes import call, start
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-from trainers import RunFailedError, UserError, config, dreambooth, observers
+from trainers import dreambooth
 from trainers.autoencoder import Autoencoder
-from trainers.cache import Cache, CachedEncoder
-from trainers.checkpoint import verified
-from trainers.draws import Share
+from trainers.config import OptimizerConfig, loading
+from trainers.data.encoder_cache import Cache, CachedEncoder
+from trainers.data.sampler import Share
+from trainers.distributed.trained_weights import trained_parameters
 from trainers.dreambooth import Denoiser, DreamBooth
-from trainers.from_scratch import FromScratch
+from trainers.errors import RunFailedError, UserError
+from trainers.from_scratch.networks import ConvAutoencoder
+from trainers.from_scratch.task import FromScratch
 from trainers.gan import Gan
-from trainers.nets import ConvAutoencoder
-from trainers.optim import clipped_step, make_optimizer, trained_parameters
 from trainers.run import resume, run
-from trainers.sections import OptimizerConfig
+from trainers.training import callbacks
+from trainers.training.checkpoint import verified
+from trainers.training.optimizers import clipped_step, make_optimizer
 
 PAGE = os.sysconf("SC_PAGE_SIZE")  # a tmpfs takes and gives whole ones
 FINISH = DreamBooth.finish
@@ -60,7 +63,7 @@ validation: {{num_inference_steps: 2, guidance_scale: 2}}
     def settings(*overrides, kind="dreambooth"):
         AcceleratorState._reset_state(reset_partial_state=True)
         (root / "config.yaml").write_text(shared + sources[kind])
-        return config.load(root / "config.yaml", [f"output_dir={root}/{next(number)}", *overrides])
+        return loading.load(root / "config.yaml", [f"output_dir={root}/{next(number)}", *overrides])
 
     return settings
 
@@ -213,7 +216,7 @@ def test_a_disk_that_is_full_for_good_is_one_message(make, finished, disk, distu
     """And once there is room, the same command goes on from the last checkpoint, if any."""
     monkeypatch.setattr(DreamBooth, "finish", FINISH)
     settings = make(f"output_dir={disk}/run", *(["data.cache_dir=null"] if at == "cache" else []))
-    (tmp_path / "config.yaml").write_text(config.dump(settings))
+    (tmp_path / "config.yaml").write_text(loading.dump(settings))
     if at == "cache":
         fill(disk, 4)
         remains, left = "There is no checkpoint yet: the same command begins anew", {".lock", ".owner", "cache"}
@@ -475,7 +478,7 @@ def test_a_weight_that_is_not_finite_is_named_and_taken_from_the_checkpoint(make
 
 def test_a_folder_in_use_is_refused_until_kill_9_frees_it_and_sigusr1_makes_a_checkpoint(make, tmp_path):
     settings, log = make("train.max_train_steps=100000", "checkpoint.checkpointing_steps=100000"), tmp_path / "log"
-    (tmp_path / "config.yaml").write_text(config.dump(settings))
+    (tmp_path / "config.yaml").write_text(loading.dump(settings))
     for number, status in ((signal.SIGKILL, -9), (signal.SIGUSR1, 138)):
         process = start("train.py", tmp_path / "config.yaml", log=log)
         while process.is_alive() and not (settings.output_dir / "metrics.jsonl").exists():
@@ -567,7 +570,7 @@ def test_checkpoints_come_after_so_many_minutes(make, disturb, monkeypatch, minu
     """Each step takes 40 seconds."""
     settings, done = make(f"checkpoint.every_minutes={minutes}", "checkpoint.checkpointing_steps=100"), []
     clock = SimpleNamespace(monotonic=lambda: 40.0 * len(done), perf_counter=time.perf_counter)
-    monkeypatch.setattr(observers, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     disturb(dict.fromkeys(range(6), done.append))
     run(settings)
     assert names(settings) == [f"step-{step:06d}" for step in steps]

@@ -21,11 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trainers import UserError, dreambooth, lora_files
+from trainers import dreambooth
+from trainers.errors import UserError
 from trainers.families import FAMILIES
-from trainers.formats import Update, from_kohya, kohya_names, swapped, to_kohya
-from trainers.lora_files import KOHYA_NAME, WEIGHT_NAME, distance, layers_of, load_lora, read_lora, text_prefix
-from trainers.lowrank import difference, shrink
+from trainers.lora import files
+from trainers.lora.files import distance, layers_of, load_lora, read_lora, text_prefix
+from trainers.lora.kohya import from_kohya, kohya_names, swapped, to_kohya
+from trainers.lora.low_rank import difference, shrink
+from trainers.lora.update import Update
+from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 ALL = ("sd15", "sd3", "flux")
 TRAINED = ("lora.alpha=5", "train.train_text_encoder=true", "lora.kohya=true")
@@ -69,7 +73,7 @@ def products(lora):
 
 
 def family_of(folder_of_base, name):
-    from trainers.sections import ModelConfig
+    from trainers.config import ModelConfig
 
     return FAMILIES[name](ModelConfig(family=name, pretrained_model_name_or_path=str(folder_of_base)))
 
@@ -255,7 +259,7 @@ def test_diffusers_reader_of_sd_scripts_flux_files_finds_every_update_at_full_wi
 def test_peft_finds_every_update(made, bases, tmp_path, name):
     folder, updates = made[name]
     family = family_of(bases[name], name)
-    lora_files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
+    files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
     pipe, found = DiffusionPipeline.from_pretrained(bases[name]), {}
     for part in dict.fromkeys(key.partition(".")[0] for key in updates):
         module = getattr(pipe, part)
@@ -340,8 +344,8 @@ def test_layers_of_several_ranks_keep_theirs_in_diffusers_and_peft(bases, tmp_pa
     weights = {f"transformer.{n}": m.weight for n, m in family.denoiser.named_modules() if isinstance(m, nn.Linear)}
     layers = {name: len(weight) for name, weight in weights.items()}
     lora = random_lora(layers, {name: weight.shape[1:] for name, weight in weights.items()}, ranks=(1, 3, 2))
-    lora_files.write_diffusers(lora, tmp_path / WEIGHT_NAME, {})
-    lora_files.write_peft(lora, family, tmp_path)
+    files.write_diffusers(lora, tmp_path / WEIGHT_NAME, {})
+    files.write_peft(lora, family, tmp_path)
     peft = PeftModel.from_pretrained(
         DiffusionPipeline.from_pretrained(bases["sd3"]).transformer, tmp_path / "transformer"
     )
@@ -524,7 +528,7 @@ def test_a_kohya_file_on_a_pipeline_is_the_diffusers_file(made, bases, name):
 def test_a_peft_folder_on_a_pipeline_is_the_diffusers_file(made, bases, tmp_path):
     folder, _ = made["sd15"]
     family = family_of(bases["sd15"], "sd15")
-    lora_files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
+    files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
     states = []
     for place in (folder / WEIGHT_NAME, tmp_path):
         family = family_of(bases["sd15"], "sd15")

@@ -20,12 +20,14 @@ from PIL import Image
 from processes import call, launch, start
 from safetensors.torch import load_file
 
-from trainers import UserError, config, gan
-from trainers.data import Picture
-from trainers.draws import Draws
-from trainers.images import load_images
-from trainers.metrics import train_classifier
-from trainers.nets import ConvAutoencoder, UNet
+from trainers import gan
+from trainers.config import loading
+from trainers.data.pictures import Picture
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.from_scratch.classifier import train_classifier
+from trainers.from_scratch.image_sets import load_images
+from trainers.from_scratch.networks import ConvAutoencoder, UNet
 from trainers.run import TASKS, run
 
 KINDS = {
@@ -61,7 +63,7 @@ tracking: {report_to: [], log_every: 1}
 
     def settings(kind, name, *overrides):
         first = [*KINDS[kind].split(), *sources[kind], f"output_dir={root}/{kind}-{name}"]
-        return config.load(root / "config.yaml", [*first, *overrides])
+        return loading.load(root / "config.yaml", [*first, *overrides])
 
     return settings
 
@@ -140,7 +142,7 @@ def assert_close(one, other):
 
 
 def written(settings, path):
-    path.write_text(config.dump(settings))
+    path.write_text(loading.dump(settings))
     return path
 
 

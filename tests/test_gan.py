@@ -16,12 +16,16 @@ from PIL import Image, ImageSequence
 from scipy.linalg import sqrtm
 from torch import nn
 
-from trainers import UserError, config, gan
-from trainers.augment import differentiable
-from trainers.draws import Draws
-from trainers.gan import LOSSES, Gan, Watch, balance
-from trainers.metrics import distances, inside, train_classifier
-from trainers.nets import Discriminator, Generator
+from trainers import gan
+from trainers.config import loading
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.from_scratch.adversarial import LOSSES
+from trainers.from_scratch.augment import differentiable
+from trainers.from_scratch.classifier import train_classifier
+from trainers.from_scratch.networks import Discriminator, Generator
+from trainers.gan import Gan, Watch, balance
+from trainers.metrics.image_quality import distances, inside
 from trainers.run import run
 
 ROWS = range(6)
@@ -31,7 +35,7 @@ ROWS = range(6)
 def settings(bars, tmp_path):
     """A function: overrides -> Config of a short run."""
     path = written(bars, tmp_path)
-    return lambda *overrides: config.load(path, overrides)
+    return lambda *overrides: loading.load(path, overrides)
 
 
 def written(bars, folder):
@@ -422,7 +426,7 @@ def trained(bars, tmp_path_factory):
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("trained")
     more = ("model.conditional=true", "train.max_train_steps=100", "train.train_batch_size=16", "train.ema_decay=0.9")
-    final = config.load(written(bars, folder), more)
+    final = loading.load(written(bars, folder), more)
     task, _ = build(final)
     run(final)
     return task, final.output_dir

@@ -23,10 +23,11 @@ from PIL import Image
 from processes import ROOT, call
 from safetensors.torch import load, load_file
 
-from trainers import UserError, push
-from trainers.card import add_figures, write_card
-from trainers.config import dump
-from trainers.export import header
+from trainers.config.loading import dump
+from trainers.errors import UserError
+from trainers.lora.export import header
+from trainers.publishing import hub as publishing_hub
+from trainers.publishing.model_card import add_figures, write_card
 from trainers.run import TASKS, run
 
 HUB_NAME = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -136,7 +137,7 @@ def test_the_example_is_python_that_asks_for_the_prompt(card, lora):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(publishing_hub, "WAITS", (0, 0))
     with serving(tmp_path, monkeypatch) as server:
         yield server
 
@@ -148,7 +149,7 @@ def test_the_pictures_of_the_card_are_shared(card, settings):
     for name in shown:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    assert set(shown) < set(push.shared(folder))
+    assert set(shown) < set(publishing_hub.shared(folder))
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def way(request, monkeypatch):
 
 
 def send(config):
-    return push.push(config, push.check_access(config))
+    return publishing_hub.push(config, publishing_hub.check_access(config))
 
 
 def clone(name="me/mine", **options):
@@ -311,7 +312,7 @@ def test_wishes_that_contradict_each_other_are_refused(settings, keys, message):
 
 def test_whoever_does_not_push_needs_no_hub(settings, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert push.check_access(settings("hub.hub_model_id=me/mine")) is None
+    assert publishing_hub.check_access(settings("hub.hub_model_id=me/mine")) is None
 
 
 @pytest.mark.parametrize(
@@ -327,9 +328,9 @@ def test_whoever_does_not_push_needs_no_hub(settings, monkeypatch):
 )
 def test_trouble_that_passes_is_not_noticed(hub, finished, way, route, status):
     config = finished()
-    push.check_access(config)
+    publishing_hub.check_access(config)
     hub.fail(route, status, times=2)
-    assert push.push(config, "me/mine").startswith("pushed to ")
+    assert publishing_hub.push(config, "me/mine").startswith("pushed to ")
     assert all(fault.times == 0 for fault in hub.faults)
     assert len(hub.repos["me/mine"].log()) == 1
     assert clone() == files(config)
@@ -338,11 +339,11 @@ def test_trouble_that_passes_is_not_noticed(hub, finished, way, route, status):
 @pytest.mark.parametrize("keys", [{}, {"private": True}, {"hub_revision": "a branch"}, {"create_pr": True}], ids=str)
 def test_the_command_after_a_failure_makes_the_same_push(hub, finished, way, keys):
     config = finished(**keys)
-    push.check_access(config)
+    publishing_hub.check_access(config)
     before = files(config)
     hub.fail("commit", 403)
-    with pytest.raises(push.PushError, match="the upload to me/mine failed: the Hub answers 403") as caught:
-        push.push(config, "me/mine")
+    with pytest.raises(publishing_hub.PushError, match="the upload to me/mine failed: the Hub answers 403") as caught:
+        publishing_hub.push(config, "me/mine")
     assert sum("commit" in route for route in hub.requests) == 1, "it asked again although the answer was final"
     assert files(config) == before
     assert clone(revision=keys.get("hub_revision")) == {}
@@ -358,10 +359,10 @@ def test_the_command_after_a_failure_makes_the_same_push(hub, finished, way, key
 @pytest.mark.parametrize("way", ["lfs"], indirect=True)
 def test_a_file_that_is_refused_is_told_as_the_hub_tells_it(hub, finished, way):
     config = finished()
-    repo = push.check_access(config)
+    repo = publishing_hub.check_access(config)
     hub.fail("PUT /lfs", 403)
-    with pytest.raises(push.PushError, match="the Hub answers 403"):
-        push.push(config, repo)
+    with pytest.raises(publishing_hub.PushError, match="the Hub answers 403"):
+        publishing_hub.push(config, repo)
     assert sum("objects/batch" in route for route in hub.requests) == 1
 
 
@@ -441,7 +442,7 @@ def uploads(hub, settings):
         (folder / "pytorch_lora_weights.safetensors").write_bytes(b"\0%d" % len(saved))
 
     task = SimpleNamespace(players={}, save=save, saved=saved)
-    return push.Push(task, config, push.check_access(config))
+    return publishing_hub.Push(task, config, publishing_hub.check_access(config))
 
 
 def test_an_upload_that_lasts_is_not_joined_by_another(uploads):
@@ -478,7 +479,7 @@ def test_failing_uploads_warn_once(hub, uploads, recwarn):
 
 
 def test_other_processes_upload_nothing(uploads):
-    other = push.Push(uploads.task, uploads.config, None)
+    other = publishing_hub.Push(uploads.task, uploads.config, None)
     other(2, {})
     other.finish()
     assert not uploads.task.saved

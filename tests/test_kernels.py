@@ -20,13 +20,15 @@ from torch._inductor import config as inductor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainers import UserError, dreambooth, kernels
-from trainers.checkpoint import checkpoints
-from trainers.lora import add_adapter
-from trainers.optim import trained_parameters
-from trainers.plan import Meter
+from trainers import dreambooth
+from trainers.config import LoraConfig
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.efficiency import attention, compilation
+from trainers.errors import UserError
+from trainers.lora.layers import add_adapter
+from trainers.memory_plan import Meter
 from trainers.run import run
-from trainers.sections import LoraConfig
+from trainers.run_folder import checkpoints
 
 FAMILIES = ("sd15", "sd3", "flux")
 DROPOUT, CHECKPOINTED = "lora.dropout=0.3", "train.gradient_checkpointing=true"
@@ -184,7 +186,7 @@ def test_four_graphs_are_enough_for_any_depth(monkeypatch):
     for kind, (shape, given, width) in inputs.items():
         model = kind.from_config(shape).train()
         add_adapter(model, LoraConfig(rank=2, target_modules=["to_q"]))
-        kernels.compiled(model)
+        compilation.compiled(model)
         counters.clear()
         for _ in range(2):
             model(**given, **text, pooled_projections=torch.randn(1, width))[0].sum().backward()
@@ -246,7 +248,7 @@ def test_a_base_that_is_cut_is_not_compiled(settings):
 
 
 def recorded(task):
-    with kernels.Recorder() as recorder, torch.no_grad():
+    with attention.Recorder() as recorder, torch.no_grad():
         task.module.eval()(*next(task.coming(0))[1])
     return recorder.calls
 
@@ -257,19 +259,19 @@ def test_each_call_of_attention_is_timed_as_often_as_it_comes(settings, family, 
     assert sum(times for _, times in calls.values()) == count
     assert len(calls) < count
     once = {key: (call, 1) for key, (call, _) in calls.items()}
-    assert 0 < kernels.seconds("flash", once.values()) < 60
-    assert 0 < kernels.seconds("math", calls.values()) < 60
-    assert kernels.seconds("cudnn", calls.values()) == float("inf")
+    assert 0 < attention.seconds("flash", once.values()) < 60
+    assert 0 < attention.seconds("math", calls.values()) < 60
+    assert attention.seconds("cudnn", calls.values()) == float("inf")
 
 
 def test_a_mask_is_timed_with_the_call():
-    with kernels.Recorder() as recorder:
+    with attention.Recorder() as recorder:
         q, mask = torch.randn(1, 2, 8, 4), torch.zeros(1, 1, 8, 8)
         torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
         torch.nn.functional.scaled_dot_product_attention(query=q, key=q, value=q)
     (masked, one), (plain, other) = recorder.calls.values()
     assert (masked["attn_mask"] is mask, "attn_mask" in plain, one, other) == (True, False, 1, 1)
-    assert kernels.seconds("math", recorder.calls.values()) < 60
+    assert attention.seconds("math", recorder.calls.values()) < 60
 
 
 def test_a_kernel_that_cannot_run_is_no_news(recwarn, monkeypatch):
@@ -282,7 +284,7 @@ def test_a_kernel_that_cannot_run_is_no_news(recwarn, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", warning)
     q = torch.randn(1, 2, 8, 4)
-    assert kernels.seconds("cudnn", [({"query": q, "key": q, "value": q}, 1)]) == float("inf")
+    assert attention.seconds("cudnn", [({"query": q, "key": q, "value": q}, 1)]) == float("inf")
     assert not recwarn.list
 
 
@@ -313,7 +315,7 @@ def test_the_wished_kernel_runs_until_the_task_ends(settings, more):
 
 
 def test_what_the_main_process_finds_holds_in_all(settings, monkeypatch):
-    monkeypatch.setattr(kernels, "broadcast_object_list", lambda found: ["math", 1.0])
+    monkeypatch.setattr(compilation, "broadcast_object_list", lambda found: ["math", 1.0])
     task, batches = build(settings("train.attention=flash"))
     assert not used(task, batches)
 
@@ -325,7 +327,7 @@ def test_a_kernel_that_cannot_run_here_is_refused(settings, kernel):
 
 
 def test_on_a_cpu_no_clock_decides(settings, monkeypatch):
-    monkeypatch.setattr(kernels, "attend", None)
+    monkeypatch.setattr(compilation, "attend", None)
     assert used(*build(settings(family="flux")))
 
 
@@ -358,7 +360,7 @@ def test_graphs_are_asked_for_as_pytorch_wants_it(settings, monkeypatch):
     asked.side_effect = lambda module, *_, **__: setattr(module, "forward", lambda *inputs: None)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", asked)
     (_, inputs), plain = next(task.coming(0)), task.module.forward
-    kernels.graphed(task.module.eval(), inputs, SimpleNamespace(device=torch.device("cuda"), num_processes=1))
+    compilation.graphed(task.module.eval(), inputs, SimpleNamespace(device=torch.device("cuda"), num_processes=1))
     given = inspect.signature(torch.cuda.make_graphed_callables).bind(*asked.call_args.args, **asked.call_args.kwargs)
     assert given.arguments["callables"] is task.module
     assert task.module.training

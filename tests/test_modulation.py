@@ -9,8 +9,10 @@ from oracles import assert_trained_alike
 from processes import launch
 from test_training import PRIOR, lora, losses
 
-from trainers import UserError, config, dreambooth
-from trainers.modulation import Recalled
+from trainers import dreambooth
+from trainers.config import loading
+from trainers.efficiency.modulation import Recalled
+from trainers.errors import UserError
 from trainers.run import run
 
 CACHED = "model.modulation_cache=true"
@@ -57,7 +59,7 @@ def test_two_processes_recall_their_own_rows(settings, tmp_path, family, fsdp):
     whole = settings(*PRIOR, family=family)
     run(whole)
     parts = settings(*PRIOR, CACHED, "train.train_batch_size=1", f"output_dir={tmp_path}/two", family=family)
-    (tmp_path / "two.yaml").write_text(config.dump(parts))
+    (tmp_path / "two.yaml").write_text(loading.dump(parts))
     asked = {"ACCELERATE_USE_FSDP": str(fsdp), "FSDP_VERSION": "2"}
     assert launch("train.py", tmp_path / "two.yaml", log=tmp_path / "log", processes=2, **asked) == [0, 0]
     assert_trained_alike((losses(whole), losses(parts)), (lora(whole), lora(parts)), whole.optimizer.learning_rate)

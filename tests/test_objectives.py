@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from trainers import UserError
-from trainers.draws import Draws
-from trainers.objectives import DDPM, Flow, resolution_shift
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.families.objectives import DDPM, Flow, resolution_shift
 
 STANDARD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ZERO_SNR = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)

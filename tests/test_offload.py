@@ -6,9 +6,9 @@ from test_modulation import CACHED, assert_same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers import UserError
-from trainers.offload import Rotation
-from trainers.processes import make_accelerator
+from trainers.distributed.accelerator import make_accelerator
+from trainers.efficiency.offload import Rotation
+from trainers.errors import UserError
 from trainers.run import run
 
 OFFLOADED = ("train.gradient_checkpointing=true", "model.offload=true")

@@ -9,8 +9,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from trainers.optim import EMA, make_optimizer, make_rate
-from trainers.sections import OptimizerConfig
+from trainers.config import OptimizerConfig
+from trainers.training.optimizers import EMA, make_optimizer, make_rate
 
 NAMES = get_args(OptimizerConfig.model_fields["name"].annotation)
 SCHEDULES = get_args(OptimizerConfig.model_fields["lr_scheduler"].annotation)

@@ -17,10 +17,14 @@ from processes import group, launch
 from safetensors.torch import load_file
 from test_training import PRIOR, ROOT, environment, losses
 
-from trainers import UserError, config, processes
-from trainers.checkpoint import checkpoints, verified
-from trainers.processes import equal_share, in_turns, make_accelerator
+from trainers.config import loading
+from trainers.distributed import accelerator
+from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.collectives import equal_share, in_turns
+from trainers.errors import UserError
 from trainers.run import run
+from trainers.run_folder import checkpoints
+from trainers.training.checkpoint import verified
 
 FAMILIES = ("sd15", "sd3", "flux")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -40,7 +44,7 @@ def trained(settings, tmp_path):
 
     def make(name, world, *overrides, family="sd15", **environment):
         final = settings(*overrides, f"output_dir={tmp_path}/{name}", family=family)
-        (tmp_path / f"{name}.yaml").write_text(config.dump(final))
+        (tmp_path / f"{name}.yaml").write_text(loading.dump(final))
         log = tmp_path / f"{name}.log"
         statuses = launch("train.py", tmp_path / f"{name}.yaml", log=log, processes=world, **environment)
         printed = [(tmp_path / f"{name}.log.{rank}").read_text() for rank in range(world)]
@@ -117,7 +121,7 @@ def test_shares_are_equal_and_what_comes_back_is_in_order(monkeypatch):
             shares = [equal_share(range(count), rank) for rank in ranks]
             assert len({len(share) for share in shares}) == 1
             assert set().union(*shares) == set(range(count))
-            monkeypatch.setattr(processes, "gather_object", lambda mine, every=shares: list(chain(*every)))
+            monkeypatch.setattr(accelerator, "gather_object", lambda mine, every=shares: list(chain(*every)))
             assert in_turns([partial(int, i) for i in range(count)], ranks[-1]) == list(range(count))
 
 
@@ -128,7 +132,7 @@ def test_shares_are_equal_and_what_comes_back_is_in_order(monkeypatch):
 def long(settings, tmp_path):
     """The config of a run of two processes that does not end by itself."""
     endless = settings("train.train_batch_size=1", "train.max_train_steps=100000", "checkpoint.checkpointing_steps=5")
-    (tmp_path / "long.yaml").write_text(config.dump(endless))
+    (tmp_path / "long.yaml").write_text(loading.dump(endless))
     return endless
 
 
@@ -209,7 +213,7 @@ exit $worst"""
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "job.yaml").write_text(
-        config.dump(settings("train.train_batch_size=1", "checkpoint.checkpointing_steps=1"))
+        loading.dump(settings("train.train_batch_size=1", "checkpoint.checkpointing_steps=1"))
     )
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     job = [ROOT / "scripts/train.sbatch", tmp_path / "job.yaml"]

@@ -7,9 +7,10 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from test_training import first_gradients, lora
 from torch import nn
 
-from trainers import UserError, dreambooth
+from trainers import dreambooth
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.errors import UserError
 from trainers.families import FAMILIES
-from trainers.optim import trained_parameters
 from trainers.run import run
 
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}

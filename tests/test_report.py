@@ -14,10 +14,11 @@ import pytest
 from PIL import Image, ImageSequence
 from processes import call
 
-from trainers import UserError, config
-from trainers.charts import curves, smooth, ticks, words
-from trainers.data import image_files
-from trainers.report import write_report
+from trainers.config import loading
+from trainers.data.pictures import image_files
+from trainers.errors import UserError
+from trainers.publishing.charts import curves, smooth, ticks, words
+from trainers.publishing.report import write_report
 from trainers.run import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the discriminator tells")
@@ -60,7 +61,7 @@ def runs(bases, photos, bars, blobs, tmp_path_factory):
             f"kind: {kind}\noutput_dir: {folder}/run\n{text}\n"
             "train: {max_train_steps: 6, train_batch_size: 4}\ntracking: {report_to: [], log_every: 1}\n"
         )
-        run(settings := config.load(folder / "config.yaml"))
+        run(settings := loading.load(folder / "config.yaml"))
         folders[kind] = settings.output_dir
     return folders
 

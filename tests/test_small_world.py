@@ -6,9 +6,10 @@ import torch
 
 from small_world.judge import gate, load_judge, load_pipeline, measure, table
 from small_world.world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
-from trainers import data, objectives
-from trainers.config import load
-from trainers.families import FAMILIES, Family
+from trainers.config.loading import load
+from trainers.data import dreambooth_batches
+from trainers.data.pictures import instance_pictures
+from trainers.families import FAMILIES, Family, objectives
 from trainers.run import run
 
 CONFIGS = {
@@ -27,7 +28,7 @@ def test_drawings_depend_on_their_seed_only():
 
 
 def test_the_shipped_photos_are_the_training_drawings():
-    pictures = data.instance_pictures(load("configs/quickstart.yaml").data)
+    pictures = instance_pictures(load("configs/quickstart.yaml").data)
     for picture, drawn in zip(pictures, subject_images(5, TRAINING_SEED), strict=True):
         assert picture.decode().tobytes() == drawn.tobytes()
 
@@ -109,14 +110,14 @@ def forget_the_scale(family, monkeypatch):
 
 
 def shuffle_the_captions(family, monkeypatch):
-    collate = data.Batches.collate
+    collate = dreambooth_batches.Batches.collate
 
     def shuffled(self, step, visits):
         batch = collate(self, step, visits)
         order = torch.randperm(len(visits), generator=torch.Generator().manual_seed(step))
         return batch | {"text": {name: value[order] for name, value in batch["text"].items()}}
 
-    monkeypatch.setattr(data.Batches, "collate", shuffled)
+    monkeypatch.setattr(dreambooth_batches.Batches, "collate", shuffled)
 
 
 def divide_the_time_twice(family, monkeypatch):

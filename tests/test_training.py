@@ -24,11 +24,14 @@ from PIL import Image
 from processes import start
 from safetensors.torch import load_file
 
-from trainers import Interrupted, RunFailedError, UserError, checkpoint, config, dreambooth, observers
-from trainers.checkpoint import verified
-from trainers.draws import Draws
-from trainers.optim import trained_parameters
+from trainers import dreambooth, run_folder
+from trainers.config import loading
+from trainers.data.rng import Draws
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.errors import Interrupted, RunFailedError, UserError
 from trainers.run import run
+from trainers.training import callbacks, checkpoint
+from trainers.training.checkpoint import verified
 
 ROOT = Path(__file__).parent.parent
 PRIOR = ("data.class_prompt=c", "data.num_class_images=3", "data.prior_loss_weight=0.5")
@@ -162,7 +165,7 @@ def test_a_run_ends_with_weights_that_reload_and_learns(settings, overrides):
         "step-000004",
         "step-000006",
     ]
-    assert config.load(final.output_dir / "config.yaml") == final
+    assert loading.load(final.output_dir / "config.yaml") == final
     if final.lora:
         assert any(tensor.abs().max() > 0 for name, tensor in lora(final).items() if "lora_B" in name)
 
@@ -206,13 +209,13 @@ def environment(**more):
 def test_two_processes_equal_one(settings, tmp_path):
     one = settings("train.train_batch_size=2", *PRIOR, f"output_dir={tmp_path}/one")
     run(one)
-    (tmp_path / "two.yaml").write_text(config.dump(one))
+    (tmp_path / "two.yaml").write_text(loading.dump(one))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "scripts/train.py", str(tmp_path / "two.yaml")]
     launch += ["train.train_batch_size=1", f"output_dir={tmp_path}/two"]
     done = subprocess.run(launch, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = config.load(tmp_path / "two/config.yaml")
+    two = loading.load(tmp_path / "two/config.yaml")
     assert_trained_alike((losses(one), losses(two)), (lora(one), lora(two)), one.optimizer.learning_rate)
 
 
@@ -260,7 +263,7 @@ def undisturbed(settings, tmp_path):
 def test_kill_9_at_any_moment_and_the_same_command_give_the_same_weights(undisturbed, tmp_path, seed):
     """Kills land in steps and inside saves: a checkpoint is written at each step, and half the time goes there."""
     killed = undisturbed.model_copy(update={"output_dir": tmp_path / "killed"})
-    (tmp_path / "killed.yaml").write_text(config.dump(killed))
+    (tmp_path / "killed.yaml").write_text(loading.dump(killed))
     r, checkpoints = random.Random(seed), tmp_path / "killed" / "checkpoints"
     for wanted in sorted(r.sample(range(2, 28), 2)):
         process = start("train.py", tmp_path / "killed.yaml", log=tmp_path / "log")
@@ -278,7 +281,7 @@ def test_kill_9_at_any_moment_and_the_same_command_give_the_same_weights(undistu
 
 def test_a_signal_checkpoints_and_exits_with_its_status(undisturbed, tmp_path):
     (tmp_path / "stopped.yaml").write_text(
-        config.dump(undisturbed.model_copy(update={"output_dir": tmp_path / "stopped"}))
+        loading.dump(undisturbed.model_copy(update={"output_dir": tmp_path / "stopped"}))
     )
     steps = command(tmp_path / "stopped.yaml", "checkpoint.checkpointing_steps=1000", "train.max_train_steps=100000")
     process = subprocess.Popen(steps, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
@@ -346,7 +349,7 @@ def test_encoders_and_denoiser_are_never_in_memory_together(settings, tmp_path):
     large = settings(
         f"model.pretrained_model_name_or_path={tmp_path}/large", *PRIOR, "validation.prompts=[a b c]", family="flux"
     )
-    (tmp_path / "large.yaml").write_text(config.dump(large))
+    (tmp_path / "large.yaml").write_text(loading.dump(large))
     process, peak = subprocess.Popen(command(tmp_path / "large.yaml"), cwd=ROOT, env=environment()), 0.0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -435,14 +438,14 @@ def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch,
 
 
 def test_a_signal_in_the_last_save_stops_the_run_after_it(settings, monkeypatch, handlers):
-    save = observers.save_checkpoint
+    save = callbacks.save_checkpoint
 
     def signalled(config, step, *rest):
         save(config, step, *rest)
         if step == 6:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(observers, "save_checkpoint", signalled)
+    monkeypatch.setattr(callbacks, "save_checkpoint", signalled)
     with pytest.raises(Interrupted):
         run(settings())
     assert verified(settings().output_dir / "checkpoints/step-000006")
@@ -463,6 +466,6 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(settings
         with pytest.raises(Killed):
             run(settings("checkpoint.checkpoints_total_limit=1"))
     root = settings().output_dir / "checkpoints"
-    assert all(verified(folder) for folder in checkpoint.checkpoints(root))
+    assert all(verified(folder) for folder in run_folder.checkpoints(root))
     run(settings())
     assert not list(root.glob(".*"))

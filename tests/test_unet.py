@@ -20,16 +20,21 @@ from processes import start
 from sklearn.metrics import f1_score, jaccard_score
 from torch import nn
 
-from trainers import UserError, config
-from trainers.augment import augment
-from trainers.data import Picture
-from trainers.draws import Draws, Share
-from trainers.images import Batches, Images, Sample, from_pairs, load_images, mirrored
-from trainers.metrics import colourfulness, confusion, psnr, sharpness, ssim
-from trainers.pairs import AB, USES, ab_bins, lab, nearest_bin, read_mask
+from trainers.config import ImagesConfig, PairsConfig, loading
+from trainers.data.imaging import mirrored
+from trainers.data.pictures import Picture
+from trainers.data.rng import Draws
+from trainers.data.sampler import Share
+from trainers.errors import UserError
+from trainers.from_scratch.augment import augment
+from trainers.from_scratch.image_sets import Batches, Images, Sample, from_pairs, load_images
+from trainers.from_scratch.tiling import places, tiled
+from trainers.from_scratch.uses import USES
+from trainers.from_scratch.uses.colorize import AB, ab_bins, lab, nearest_bin
+from trainers.from_scratch.uses.segment import read_mask
+from trainers.metrics.image_quality import colourfulness, confusion, psnr, sharpness, ssim
 from trainers.run import run
-from trainers.sections import ImagesConfig, PairsConfig
-from trainers.unet import UNetTask, places, tiled
+from trainers.unet import UNetTask
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ tracking: {{report_to: [], log_every: 10}}
     )
     pairs = [f"data.image_dir={blobs}"]
     sources = {"segment": pairs, "pix2pix": [*pairs, "data.target_suffix=_target"]}
-    return lambda use, *overrides: config.load(path, [f"use={use}", *sources.get(use, []), *overrides])
+    return lambda use, *overrides: loading.load(path, [f"use={use}", *sources.get(use, []), *overrides])
 
 
 def random(*shape, seed=0):
@@ -594,7 +599,7 @@ def test_an_empty_split_is_named(settings, bars, tmp_path):
 def test_the_script_tells_a_users_mistake_in_a_line_and_ends_with_2(settings, blobs, tmp_path):
     folder = shutil.copytree(blobs, tmp_path / "damaged")
     message = lose_mask(folder)
-    (tmp_path / "damaged.yaml").write_text(config.dump(settings("segment", f"data.image_dir={folder}")))
+    (tmp_path / "damaged.yaml").write_text(loading.dump(settings("segment", f"data.image_dir={folder}")))
     process = start("train.py", tmp_path / "damaged.yaml", log=tmp_path / "log")
     process.join()
     text = (tmp_path / "log").read_text()

@@ -13,18 +13,24 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cli import best_device
-from .draws import Draws
-from .from_scratch import SHOWN, FromScratch, shape
-from .images import Images, Sample, decode, floats, found, pictures
-from .metrics import psnr, ssim
-from .nets import ConvAutoencoder
-from .observers import write_grid
-from .sections import AutoencoderConfig
+from trainers.config import AutoencoderConfig
+from trainers.data.imaging import floats, pictures, write_grid
+from trainers.data.rng import Draws
+from trainers.distributed.accelerator import best_device
+from trainers.from_scratch.image_sets import Images, Sample, decode, found
+from trainers.from_scratch.networks import ConvAutoencoder
+from trainers.from_scratch.task import SHOWN, FromScratch, shape
+from trainers.metrics.image_quality import psnr, ssim
 
 PROBED = 20000  # training pictures that the linear probe is fitted on
+
+
 PLOTTED = 2000  # test pictures in the plot of the codes
+
+
 PATCH = 4  # side of what is hidden, pixels
+
+
 GUESSES = 8  # hidings that an anomaly's score is the mean of
 
 

@@ -7,14 +7,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from . import Interrupted, UserError
-from .config import parse, validate
-from .sections import Config, DreamBoothConfig, ModelConfig
-
-if TYPE_CHECKING:
-    import torch
+from trainers.config import Config, DreamBoothConfig, ModelConfig
+from trainers.errors import Interrupted, UserError
+from trainers.families import family_of
+from trainers.run_folder import finished
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -27,19 +24,6 @@ def exit_status(main: Callable[[], int | None]) -> int:
     except Interrupted as stop:
         print(f"stopped by signal {stop.number}; the same command goes on from the checkpoint", file=sys.stderr)
         return 128 + stop.number
-
-
-def finished(run: Path, kind: str = "") -> Config:
-    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind, if given."""
-    try:
-        config, _ = validate(parse((run / "config.yaml").read_text()))
-    except OSError:
-        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
-    if kind and config.kind != kind:
-        raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
-    if config.kind != "dreambooth" and not (run / "model").is_dir():
-        raise UserError(f"{run} is not finished: it has no model")
-    return config
 
 
 def described(weights: Path, base: str | None) -> DreamBoothConfig:
@@ -61,22 +45,6 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def family_of(base: str) -> str:
-    """The family of a base model, by its pipeline's class."""
-    from diffusers import DiffusionPipeline
-
-    from .families import FAMILIES
-
-    try:
-        kind = DiffusionPipeline.load_config(base)["_class_name"]
-    except OSError as error:
-        raise UserError(f"--base {base}: no pipeline there ({error})") from None
-    for name, family in FAMILIES.items():
-        if family.pipeline.__name__ == kind:
-            return name
-    raise UserError(f"--base {base} is a {kind}, which no family here uses")
-
-
 def for_pictures(description: str, kind: str, out: str, help: str) -> tuple[argparse.Namespace, Config]:
     """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's config."""
     parser = parser_of(description)
@@ -86,7 +54,7 @@ def for_pictures(description: str, kind: str, out: str, help: str) -> tuple[argp
     arguments = parser.parse_args()
     config = finished(arguments.run, kind)
     silence()
-    from .data import files
+    from trainers.data.pictures import files
 
     arguments.pictures = files(arguments.pictures)
     return arguments, config
@@ -101,12 +69,6 @@ def positive(text: str) -> int:
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def best_device() -> torch.device:
-    import torch
-
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def silence() -> None:

@@ -10,19 +10,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import card, export, kernels, zero
-from .cache import CachedEncoder
-from .data import Batches, class_pictures, held_out_pictures, instance_pictures, view
-from .draws import Draws, Share, mix
-from .families import FAMILIES, Family
-from .loop import Means, make_player
-from .observers import averaged
-from .optim import trained_parameters
-from .processes import Shard, cut
-from .sampling import make_class_images, write_samples
-from .sections import DreamBoothConfig
+from trainers.config import DreamBoothConfig
+from trainers.data.crops import view
+from trainers.data.dreambooth_batches import Batches
+from trainers.data.encoder_cache import CachedEncoder
+from trainers.data.pictures import class_pictures, held_out_pictures, instance_pictures
+from trainers.data.rng import Draws, mix
+from trainers.data.sampler import Share
+from trainers.distributed import deepspeed
+from trainers.distributed.fsdp import Shard, cut
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.efficiency import apply, compilation
+from trainers.families import FAMILIES, Family
+from trainers.families.sampling import make_class_images, write_samples
+from trainers.lora import export, proof
+from trainers.publishing import model_card
+from trainers.training.loop import Means, averaged, make_player
 
 AHEAD = 32  # steps whose modulation is computed at once
+
+
 DRAWS = 4  # of time and noise for each held-out photo
 
 
@@ -58,7 +65,7 @@ class DreamBooth:
         else:
             self.module.requires_grad_(True)
         family.settle()
-        kernels.checkpointed(family.denoiser, config.train.gradient_checkpointing)
+        compilation.checkpointed(family.denoiser, config.train.gradient_checkpointing)
         self.module._ddp_params_and_buffers_to_ignore = cut(self.module, accelerator)
         rate = config.optimizer.learning_rate
         text_rate = rate if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr
@@ -112,7 +119,7 @@ class DreamBooth:
 
     @property
     def joint(self) -> bool:
-        return self.family.shard is not None or zero.stage(self.accelerator) == 3
+        return self.family.shard is not None or deepspeed.stage(self.accelerator) == 3
 
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded before the training."""
@@ -138,7 +145,7 @@ class DreamBooth:
     def probe(self, prompt: str) -> Tensor:
         text = self.encoder.text(prompt)
         plain = self.accelerator.unwrap_model(self.players["denoiser"].module, keep_fp32_wrapper=False)
-        return export.probe(self.family, self.config.data.resolution, text, plain)
+        return proof.probe(self.family, self.config.data.resolution, text, plain)
 
     def finish(self) -> None:
         """Save, prove that the file reloads, sample from it, write the card. The trained model is freed on the way."""
@@ -146,7 +153,7 @@ class DreamBooth:
         main, crew = self.accelerator.is_main_process, self.crew
         with averaged(self):
             self.module.eval()
-            with zero.whole(self.module, self.accelerator):
+            with deepspeed.whole(self.module, self.accelerator):
                 if main:
                     self.save(config.output_dir)
             expected = self.probe(prompt)
@@ -156,12 +163,12 @@ class DreamBooth:
         del self.module
         self.accelerator.free_memory()
         family.release()
-        fresh, encode, difference = export.prove(config, self.encoder, expected, prompt)
+        fresh, encode, difference = proof.prove(config, self.encoder, expected, prompt)
         self.accelerator.print(f"reload proof: relative difference {difference:.1e}")
         if config.validation.prompts:
             write_samples(fresh, config, config.output_dir / "samples" / "final", encode, crew)
         if main:
-            card.write_card(config, difference, [picture.digest for picture in self.batches.pools[0]])
+            model_card.write_card(config, difference, [picture.digest for picture in self.batches.pools[0]])
 
 
 def build(
@@ -169,7 +176,7 @@ def build(
 ) -> tuple[DreamBooth, Batches, str]:
     """The task, its batches and a digest of its data, in stages: encoders and denoiser are never in memory together."""
     data, pools = config.data, [instance_pictures(config.data)]
-    dtype = zero.precision(accelerator) if config.lora else torch.float32
+    dtype = deepspeed.precision(accelerator) if config.lora else torch.float32
     family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
     text = family.clip_encoders if config.lora else family.text_encoder_names
     text = text if config.train.train_text_encoder else ()
@@ -194,6 +201,6 @@ def build(
         every = Share(mix(config.seed, "held out"), 1, DRAWS * len(held_out))
         plain = data.model_copy(update={"caption_dropout": 0.0})
         task.held_out = Batches([held_out], encoder, plain, every, accelerator.device)
-    kernels.tune(task)
+    apply.tune(task)
     digest = f"{mix(*(part for picture in pools[0] for part in (picture.digest, picture.caption))):x}"
     return task, task.batches, digest

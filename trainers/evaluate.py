@@ -16,21 +16,23 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import UserError
-from .cache import CachedEncoder
-from .checkpoint import checkpoints, verified
-from .data import Picture, View, files, instance_pictures
-from .dreambooth import Denoiser
-from .export import check_keys, save_lora
-from .families import FAMILIES, Family
-from .features import Net, Row, best, measure, memorisation
-from .formats import from_peft
-from .images import pictures
-from .lora_files import WEIGHT_NAME
-from .lowrank import energy, smallest_rank
-from .observers import write_grid
-from .optim import trained_state
-from .sections import DreamBoothConfig
+from trainers.config import DreamBoothConfig
+from trainers.data.crops import View
+from trainers.data.encoder_cache import CachedEncoder
+from trainers.data.imaging import pictures, write_grid
+from trainers.data.pictures import Picture, files, instance_pictures
+from trainers.distributed.trained_weights import trained_state
+from trainers.dreambooth import Denoiser
+from trainers.errors import UserError
+from trainers.families import FAMILIES, Family
+from trainers.lora.export import save_lora
+from trainers.lora.low_rank import energy, smallest_rank
+from trainers.lora.peft_format import from_peft
+from trainers.lora.proof import check_keys
+from trainers.metrics.feature_networks import Net
+from trainers.metrics.lora_quality import Row, best, measure, memorisation
+from trainers.run_folder import WEIGHT_NAME, checkpoints
+from trainers.training.checkpoint import verified
 
 Shots = dict[str, list[tuple[str, int]]]  # rows of pictures, each by its prompt and the seed of its noise
 

@@ -3,51 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import UserError
-from .augment import differentiable
-from .draws import Draws
-from .from_scratch import SHOWN, FromScratch, shape
-from .images import floats, pictures
-from .loop import Means
-from .metrics import classify, distances, inception, mobilenet, own_classes, train_classifier
-from .nets import Classifier, Discriminator, Generator
-from .observers import averaged, write_film, write_grid
-from .sections import GanConfig
+from trainers.config import GanConfig
+from trainers.data.imaging import floats, pictures, write_film, write_grid
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.from_scratch.adversarial import LOSSES, frozen
+from trainers.from_scratch.augment import differentiable
+from trainers.from_scratch.classifier import classify, own_classes, train_classifier
+from trainers.from_scratch.networks import Classifier, Discriminator, Generator
+from trainers.from_scratch.task import SHOWN, FromScratch, shape
+from trainers.metrics.feature_networks import inception, mobilenet
+from trainers.metrics.image_quality import distances
+from trainers.training.loop import Means, averaged
 
-Score = Callable[[Tensor, Tensor], Tensor]
-softplus, relu = F.softplus, F.relu
-# (discriminator's loss, generator's loss) of scores real, made
-LOSSES: dict[str, tuple[Score, Score]] = {
-    "non_saturating": (lambda r, m: (softplus(-r) + softplus(m)).mean(), lambda r, m: softplus(-m).mean()),
-    "hinge": (lambda r, m: (relu(1 - r) + relu(1 + m)).mean(), lambda r, m: -m.mean()),
-    "wasserstein": (lambda r, m: (m - r).mean(), lambda r, m: -m.mean()),
-    "relativistic": (lambda r, m: softplus(m - r).mean(), lambda r, m: softplus(r - m).mean()),
-}
 MEASURED = 10000  # pictures made for the figures
+
+
 FEWEST = 10  # held-out pictures
+
+
 COLLAPSED = 0.5  # spread of made pictures, relative to real ones, below which there is a warning
+
+
 WON = 0.995  # share of pairs that the discriminator puts in order, above which there is a warning
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, gradients go through the module and not into it."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 class Gan(FromScratch):

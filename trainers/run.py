@@ -5,24 +5,27 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 
-from . import RunFailedError, UserError, config, dreambooth
-from .autoencoder import Autoencoder
-from .checkpoint import State, relevant, resume, save_checkpoint
-from .gan import Gan
-from .guard import DivergenceError, Guard
-from .loop import Batches, Task, train
-from .observers import Checkpoint, Log, Sample
-from .optim import make_rate
-from .processes import Crew, Shard, make_accelerator, on_main
-from .push import Push, check_access
-from .report import write_report
-from .sections import Config
-from .trouble import claimed, explained, out_of_memory, tolerated, write_whole
-from .unet import UNetTask
+from trainers import dreambooth
+from trainers.autoencoder import Autoencoder
+from trainers.config import Config, loading
+from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.collectives import Crew, on_main
+from trainers.distributed.fsdp import Shard
+from trainers.errors import RunFailedError, UserError, tolerated
+from trainers.gan import Gan
+from trainers.publishing.hub import Push, check_access
+from trainers.publishing.report import write_report
+from trainers.run_folder import claimed, write_whole
+from trainers.training.auto_batch import fit_in_memory
+from trainers.training.callbacks import Checkpoint, Log, Sample
+from trainers.training.checkpoint import State, relevant, resume, save_checkpoint
+from trainers.training.failures import explained
+from trainers.training.loop import Batches, Task, train
+from trainers.training.nonfinite import DivergenceError, Guard
+from trainers.training.optimizers import make_rate
+from trainers.unet import UNetTask
 
 TASKS = {"dreambooth": dreambooth.build, "autoencoder": Autoencoder.build, "gan": Gan.build, "unet": UNetTask.build}
 
@@ -47,7 +50,7 @@ def tell(settings: Config, accelerator: Accelerator, shard: Shard | None, repo: 
     if newest != -oldest:
         raise UserError(f"output_dir: processes find other checkpoints: {settings.output_dir} must be on a shared disk")
     if main:
-        write_whole(settings.output_dir / "config.yaml", config.dump(settings))
+        write_whole(settings.output_dir / "config.yaml", loading.dump(settings))
     with tolerated("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
     if settings.train.auto_micro_batch:
@@ -108,33 +111,3 @@ def recover(
     save_checkpoint(settings, state.step, task, accelerator, state)  # a run that is killed now keeps the halved rate
     warnings.warn(f"{error}. Back to step {state.step}, at half the learning rate", stacklevel=2)
     return state
-
-
-def fit_in_memory(task: Task, batches: Batches, settings: Config, crew: Crew, start: int) -> None:
-    """Make the micro-batches smaller until a step and Adam's two moments fit in each process; nothing is trained."""
-    accelerator, once = crew.accelerator, settings.train.model_copy(update={"max_train_steps": start + 1})
-    accelerator.gradient_accumulation_steps = 2**30  # so that no step is due
-    while True:
-        moments, failed = [], False
-        try:
-            for player in task.players.values():
-                moments += [
-                    torch.empty(2, *p.shape, device=p.device) for p in player.module.parameters() if p.requires_grad
-                ]
-            train(task, batches, once, settings.seed, accelerator, lambda step: 0.0, start=start)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            failed = True
-            if batches.share.batch_size == 1:
-                raise
-        del moments
-        for player in task.players.values():
-            player.module.zero_grad()
-        clear_device_cache(garbage_collection=True)
-        if not crew.agree(failed)[0]:
-            break
-        batches.share = batches.share.in_smaller_parts()
-    accelerator.gradient_accumulation_steps, accelerator.step = batches.share.accumulation, 0
-    rows = batches.share
-    accelerator.print(f"micro-batches of {rows.batch_size}, {rows.accumulation} for each step")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,18 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from .cli import best_device
-from .draws import Draws
-from .from_scratch import SHOWN, FromScratch
-from .gan import LOSSES, frozen
-from .images import Images, found, mirrored, pictures
-from .nets import PatchDiscriminator, UNet
-from .observers import write_grid
-from .pairs import USES, Colorize, Segment
-from .sections import UNetConfig
+from trainers.config import UNetConfig
+from trainers.data.imaging import pictures, write_grid
+from trainers.data.rng import Draws
+from trainers.distributed.accelerator import best_device
+from trainers.from_scratch.adversarial import LOSSES, frozen
+from trainers.from_scratch.image_sets import Images, found
+from trainers.from_scratch.networks import PatchDiscriminator, UNet
+from trainers.from_scratch.task import SHOWN, FromScratch
+from trainers.from_scratch.tiling import tiled
+from trainers.from_scratch.uses import USES
+from trainers.from_scratch.uses.colorize import Colorize
+from trainers.from_scratch.uses.segment import Segment
 
 
 class UNetTask(FromScratch):
@@ -115,31 +118,3 @@ class Translator:
         if isinstance(self.use, Segment):
             return Image.fromarray(y[0].byte().cpu().numpy() * (255 if self.use.outputs == 2 else 1))
         return pictures(self.use.render(x, y))[0]
-
-
-def tiled(model: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
-    """`model` on x (B, C, H, W) of any size, in tiles of the size that it learnt from, blended where they overlap.
-
-    Tiles overlap by half; edges are mirrored (Ronneberger et al. 2015, figure 2).
-    """
-    height, width = x.shape[2:]
-    if (height, width) == (tile, tile):
-        return model(x)
-    x = mirrored(x, tile, tile)
-    ramp = torch.arange(1, tile + 1, device=x.device)
-    window = torch.minimum(ramp, ramp.flip(0)).float()
-    window = window[:, None] * window  # (tile, tile), highest in the middle
-    total, weight = None, torch.zeros(x.shape[2:], device=x.device)
-    for top in places(x.shape[2], tile):
-        for left in places(x.shape[3], tile):
-            at = (..., slice(top, top + tile), slice(left, left + tile))
-            out = model(x[at]) * window
-            total = out.new_zeros(*out.shape[:2], *x.shape[2:]) if total is None else total
-            total[at] += out
-            weight[at] += window
-    return (total / weight)[..., :height, :width]
-
-
-def places(length: int, tile: int) -> list[int]:
-    """Where tiles begin: half a tile apart, the last one at the end."""
-    return sorted({*range(0, length - tile, tile // 2), length - tile})

@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures on, and what it measures with."""
+"""What `scripts/benchmark` measures on, and what it measures with."""

@@ -23,23 +23,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import bases
 from benchmark.bases import PROMPT, SIZES, TARGETS, Size
-from trainers import config, dreambooth
+from trainers import dreambooth
 from trainers.cli import silence
-from trainers.draws import Draws
-from trainers.guard import Guard
-from trainers.loop import train
-from trainers.observers import Log
-from trainers.optim import make_rate, trained_parameters
-from trainers.plan import matmul_rate, timed
-from trainers.processes import make_accelerator
-from trainers.sections import DreamBoothConfig
+from trainers.config import DreamBoothConfig, loading
+from trainers.data.rng import Draws
+from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.trained_weights import trained_parameters
+from trainers.memory_plan import matmul_rate, timed
+from trainers.training.callbacks import Log
+from trainers.training.loop import train
+from trainers.training.nonfinite import Guard
+from trainers.training.optimizers import make_rate
 
 BOUNDS = {"no": (1e-6, 0.99999), "bf16": (1e-3, 0.999)}  # relative difference of the loss, cosine of the gradients
 
 
 def main() -> None:
     path, family, size, out, *overrides = sys.argv[1:]
-    settings = config.load(path, overrides)
+    settings = loading.load(path, overrides)
     silence()
     accelerator, _ = make_accelerator(settings)
     base = Path(settings.model.pretrained_model_name_or_path)

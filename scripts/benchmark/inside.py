@@ -27,11 +27,13 @@ import itertools
 
 from benchmark import bases, check
 from benchmark.bases import SIZES, Size
-from trainers import config, kernels
-from trainers.draws import Draws, Share
+from trainers.config import loading
+from trainers.data.rng import Draws
+from trainers.data.sampler import Share
 from trainers.dreambooth import DreamBooth
+from trainers.efficiency import apply
 from trainers.families import FAMILIES
-from trainers.loop import train
+from trainers.training.loop import train
 
 WARM_UP = 5
 # name: family, pixels (0: as the size has), pictures, options of ours, whether the plain step runs too
@@ -113,7 +115,7 @@ class Clock:
 def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps: int) -> float:
     """The task of DreamBooth in the loop."""
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    settings = config.load(
+    settings = loading.load(
         "configs/quickstart.yaml",
         [
             f"model.family={name}",
@@ -143,7 +145,7 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
         "weight": torch.full((rows,), 1 / rows, device=accelerator.device),
     }
     task.batches = OneBatch(batch, Share(0, rows), accelerator.device)
-    kernels.tune(task)
+    apply.tune(task)
     clock = Clock(accelerator.device)
     train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
     return clock.median()

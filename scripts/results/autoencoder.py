@@ -16,8 +16,8 @@ from sklearn.preprocessing import StandardScaler
 
 from trainers.autoencoder import PROBED
 from trainers.cli import exit_status, silence
-from trainers.config import load
-from trainers.images import load_images
+from trainers.config.loading import load
+from trainers.from_scratch.image_sets import load_images
 
 NOISE = 0.3
 

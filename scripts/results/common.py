@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from trainers.cli import parser_of
-from trainers.config import load
+from trainers.config.loading import load
 from trainers.run import run
 
 

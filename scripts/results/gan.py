@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainers.cli import exit_status, silence
-from trainers.config import load
+from trainers.config.loading import load
+from trainers.data.imaging import floats, pictures, write_grid
+from trainers.from_scratch.classifier import own_classes, train_classifier
+from trainers.from_scratch.image_sets import load_images
 from trainers.gan import FailureWarning, balance
-from trainers.images import floats, load_images, pictures
-from trainers.metrics import distances, own_classes, train_classifier
-from trainers.observers import write_grid
+from trainers.metrics.image_quality import distances
 
 
 def main() -> None:

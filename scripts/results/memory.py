@@ -22,10 +22,9 @@ from common import print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.bases import PROMPT, SIZES, make_base, make_photos
-
 from trainers.cli import exit_status, parser_of, silence
-from trainers.config import dump, load
-from trainers.plan import plan
+from trainers.config.loading import dump, load
+from trainers.memory_plan import plan
 from trainers.run import run
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}

@@ -10,10 +10,10 @@ import torch
 from common import arguments, print_table, train
 
 from trainers.cli import exit_status, silence
-from trainers.config import load
-from trainers.images import load_images
-from trainers.metrics import colourfulness, psnr
-from trainers.pairs import AB, Colorize, lab
+from trainers.config.loading import load
+from trainers.from_scratch.image_sets import load_images
+from trainers.from_scratch.uses.colorize import AB, Colorize, lab
+from trainers.metrics.image_quality import colourfulness, psnr
 
 
 def main() -> None:

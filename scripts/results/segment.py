@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from trainers.cli import exit_status, silence
-from trainers.config import load
-from trainers.images import Images, load_images, pictures
-from trainers.metrics import confusion
-from trainers.nets import UNet
-from trainers.observers import write_grid
-from trainers.pairs import IGNORED, USES
+from trainers.config.loading import load
+from trainers.data.imaging import pictures, write_grid
+from trainers.from_scratch.image_sets import Images, load_images
+from trainers.from_scratch.networks import UNet
+from trainers.from_scratch.uses import USES
+from trainers.from_scratch.uses.segment import IGNORED
+from trainers.metrics.image_quality import confusion
 
 
 def main() -> None:

@@ -24,11 +24,11 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
 from trainers.cli import exit_status, parser_of, silence
-from trainers.config import load
-from trainers.images import Images
-from trainers.loop import train
+from trainers.config import ScratchConfig
+from trainers.config.loading import load
+from trainers.from_scratch.image_sets import Images
 from trainers.run import TASKS
-from trainers.sections import ScratchConfig
+from trainers.training.loop import train
 
 Loop = Callable[[ScratchConfig, DataLoader, int], list[torch.Tensor]]
 
@@ -165,7 +165,7 @@ def clip(model: torch.nn.Module, config: ScratchConfig) -> None:
 
 
 def autoencoder(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
-    from trainers.nets import ConvAutoencoder
+    from trainers.from_scratch.networks import ConvAutoencoder
 
     model, losses = ConvAutoencoder(1, 28, **dict(config.model)), []
     optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate, weight_decay=0)
@@ -180,7 +180,7 @@ def autoencoder(config: ScratchConfig, loader: DataLoader, steps: int) -> list[t
 
 
 def adversaries(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
-    from trainers.nets import Discriminator, Generator
+    from trainers.from_scratch.networks import Discriminator, Generator
 
     latent, width, losses = config.model.latent_dim, config.model.width, []
     generator = Generator("dcgan", 1, 28, width, latent, 0)
@@ -205,8 +205,8 @@ def adversaries(config: ScratchConfig, loader: DataLoader, steps: int) -> list[t
 
 
 def segment(config: ScratchConfig, loader: DataLoader, steps: int) -> list[torch.Tensor]:
-    from trainers.nets import UNet
-    from trainers.pairs import USES
+    from trainers.from_scratch.networks import UNet
+    from trainers.from_scratch.uses import USES
 
     model, use, losses = UNet(1, 2, **dict(config.model)), USES["segment"](config), []
     optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.learning_rate)

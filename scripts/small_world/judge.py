@@ -23,8 +23,8 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from trainers.config import DreamBoothConfig
 from trainers.families import FAMILIES
-from trainers.sections import DreamBoothConfig
 
 from .world import (
     ASSETS,

@@ -1,8 +1,25 @@
 """Model families by their name in a config. A new one is a file here and a line below."""
 
-from .base import Family
-from .flux import Flux
-from .sd3 import SD3
-from .sd15 import SD15
+from __future__ import annotations
+
+from trainers.errors import UserError
+from trainers.families.base import Family
+from trainers.families.flux import Flux
+from trainers.families.sd3 import SD3
+from trainers.families.sd15 import SD15
 
 FAMILIES: dict[str, type[Family]] = {"sd15": SD15, "sd3": SD3, "flux": Flux}
+
+
+def family_of(base: str) -> str:
+    """The family of a base model, by its pipeline's class."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        kind = DiffusionPipeline.load_config(base)["_class_name"]
+    except OSError as error:
+        raise UserError(f"--base {base}: no pipeline there ({error})") from None
+    for name, family in FAMILIES.items():
+        if family.pipeline.__name__ == kind:
+            return name
+    raise UserError(f"--base {base} is a {kind}, which no family here uses")

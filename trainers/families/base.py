@@ -18,17 +18,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import UserError
-from ..draws import Draws
-from ..lora import LoraLinear, add_adapter
-from ..modulation import Modulation
-from ..objectives import Flow, Objective, resolution_shift
-from ..offload import Rotation
-from ..processes import Shard, blocks_of
-from ..quantize import load_quantized
-from ..sections import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
+from trainers.config import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
+from trainers.data.rng import Draws
+from trainers.distributed.fsdp import Shard, blocks_of
+from trainers.efficiency.modulation import Modulation
+from trainers.efficiency.offload import Rotation
+from trainers.efficiency.quantize import load_quantized
+from trainers.errors import UserError
+from trainers.families.objectives import Flow, Objective, resolution_shift
+from trainers.lora.layers import LoraLinear, add_adapter
 
 Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
+
+
 EMBEDS = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}  # for the pipelines
 
 

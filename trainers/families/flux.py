@@ -1,11 +1,13 @@
 """Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP for the prompt and a T5 for its words."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 
-from .. import UserError
-from .base import Family
+from trainers.errors import UserError
+from trainers.families.base import Family
 
 
 class Flux(Family):

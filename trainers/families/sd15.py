@@ -1,9 +1,11 @@
 """Stable Diffusion 1.5: a U-Net that predicts epsilon (or v), and one CLIP text encoder (Rombach et al. 2022)."""
 
+from __future__ import annotations
+
 from diffusers import StableDiffusionPipeline
 
-from ..objectives import DDPM
-from .base import Family
+from trainers.families.base import Family
+from trainers.families.objectives import DDPM
 
 
 class SD15(Family):

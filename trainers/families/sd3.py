@@ -1,10 +1,12 @@
 """Stable Diffusion 3 and 3.5: a multimodal transformer, two CLIPs and a T5 (Esser et al. 2024)."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
 
-from .base import Family
+from trainers.families.base import Family
 
 
 class SD3(Family):

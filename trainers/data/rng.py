@@ -1,0 +1,63 @@
+"""Random numbers that depend on (seed, step, row of the global batch) and on nothing else.
+
+So one process with four accumulated micro-batches trains like four processes, and a resumed run needs no random state
+(the idea is EDM2's: Karras et al. 2024, `training_loop.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+
+def mix(*parts: int | str) -> int:
+    """One well-spread 63-bit seed from several integers or names."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, on the host and `device` only; that one also writes down stack traces."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+class Draws:
+    """The random streams of one micro-batch: row i of every draw comes from the stream of global row `rows[i]`.
+
+    count: how many rows the global batch has; with several pools of pictures, each pool has as many, one after another.
+    """
+
+    def __init__(
+        self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu", count: int = 1
+    ) -> None:
+        self.seed, self.step, self.rows, self.count, self.device = seed, step, rows, count, torch.device(device)
+
+    @cached_property
+    def streams(self) -> list[torch.Generator]:
+        return [torch.Generator(self.device).manual_seed(mix(self.seed, self.step, row)) for row in self.rows]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Unit Gaussian of `shape` (B, ...), float32."""
+        return torch.stack([torch.randn(shape[1:], generator=g, device=self.device) for g in self.streams])
+
+    def uniform(self, stratified: bool = False) -> Tensor:
+        """(B,) uniform in (0, 1), float32. Stratified: each of `count` equal parts has one row of each global pool."""
+        u = [torch.rand(1, generator=g, device=self.device) for g in self.streams]
+        if stratified:  # with Python's numbers: a tensor of them would make the host wait for the device
+            u = [(part + self.stratum(row)) / self.count for part, row in zip(u, self.rows, strict=True)]
+        return torch.cat(u).clamp(2**-24, 1 - 2**-24)
+
+    def stratum(self, row: int) -> int:
+        pool, place = divmod(row, self.count)
+        return permutation(mix(self.seed, self.step, pool, "strata"), self.count)[place]
+
+
+@lru_cache(maxsize=8)
+def permutation(seed: int, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)

@@ -1,0 +1,1 @@
+"""The accelerator, what processes owe each other, and a base or an optimizer that is cut among them."""

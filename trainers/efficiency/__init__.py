@@ -1,0 +1,1 @@
+"""Less memory and time for a loaded denoiser: fewer bits, offloading, compilation, attention."""

@@ -1,0 +1,35 @@
+"""What the user can mend, what failed around a run, and what is only worth a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """What the user can mend; scripts print its message and exit with its status."""
+
+    status = 2
+
+
+class RunFailedError(UserError):
+    """Memory, disk, network or another process failed: no mistake in the config, and nothing to mend in the code."""
+
+    status = 1
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 + number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """A failure of what training does not need is told, and training goes on."""
+    try:
+        yield
+    except Exception as error:  # trackers and their servers raise whatever they like
+        warnings.warn(f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3)

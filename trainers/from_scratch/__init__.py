@@ -1,0 +1,1 @@
+"""Small networks on small pictures: what their three trainers share."""

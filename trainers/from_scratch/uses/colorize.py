@@ -1,0 +1,100 @@
+"""Colors for grey pictures, in the Lab space (Zhang et al. 2016)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainers.config import UNetConfig
+from trainers.data.rng import Draws
+from trainers.errors import UserError
+from trainers.from_scratch.image_sets import Images
+from trainers.from_scratch.uses.base import Use
+from trainers.metrics.image_quality import colourfulness, psnr, ssim
+
+AB = 110.0  # half the range of Lab's a and b
+
+
+class Colorize(Use):
+    """x: L of CIE Lab, which is kept; y (B, 2, H, W): a and b / AB, regressed or chosen among bins."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.inputs, self.outputs = 1, len(ab_bins()) if self.objective.rebalanced else 2
+        self.weight: Tensor | None = None
+
+    def prepare(self, train: Images, test: Images | None = None, most: int = 2000) -> None:
+        """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to `most` pictures.
+
+        Raises: UserError naming a grey picture.
+        """
+        for sample in [*train.samples, *(test.samples if test else [])]:
+            if sample.picture.grey:
+                raise UserError(f"{sample.picture.name} is grey: to learn colours, every picture must be in colour")
+        if self.objective.rebalanced:
+            rng = Draws(0, 0, [])
+            chosen = [nearest_bin(self.pair(train.take([i]), rng)[1]) for i in range(min(most, len(train)))]
+            p = torch.cat(chosen).flatten().bincount(minlength=self.outputs).float()
+            p /= p.sum()
+            weight = 1 / (p / 2 + 1 / (2 * self.outputs))
+            self.weight = weight / (p * weight).sum()
+
+    def show(self, pixels: Tensor) -> Tensor:
+        return lab(pixels)[:, :1] / 50 - 1
+
+    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
+        light, ab = lab(pixels).split([1, 2], 1)
+        return light / 50 - 1, ab / AB
+
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        if not self.objective.rebalanced:
+            return F.smooth_l1_loss(prediction, y, beta=0.1)
+        return F.cross_entropy(prediction, nearest_bin(y), self.weight, reduction="none").mean()
+
+    def decide(self, prediction: Tensor) -> Tensor:
+        """Of bins their annealed mean (Zhang et al. 2016, equation 5, T = 0.38)."""
+        if not self.objective.rebalanced:
+            return prediction
+        return torch.einsum("bqhw,qc->bchw", (prediction / 0.38).softmax(1), ab_bins().to(prediction)) / AB
+
+    def render(self, x: Tensor, y: Tensor) -> Tensor:
+        """Colours that no screen shows at their L are drawn towards grey until one can."""
+        from kornia.color import lab_to_rgb
+
+        scale, light, ab = torch.zeros_like(x), 50 * (x + 1), AB * y
+        for k in range(9):  # the largest multiple of 1/256 up to 1 that fits
+            trial = scale + 2.0**-k
+            rgb = lab_to_rgb(torch.cat([light, trial * ab], 1), clip=False)
+            fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(1, keepdim=True) & (trial <= 1)
+            scale = torch.where(fits, trial, scale)
+        return 2 * lab_to_rgb(torch.cat([light, scale * ab], 1)) - 1
+
+    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
+        made, true, grey = (self.render(x, ab) for ab in (made, y, 0 * y))
+        colours = {"colourfulness": colourfulness(made), "colourfulness_true": colourfulness(true)}
+        return {"psnr": psnr(made, true), "psnr_grey": psnr(grey, true), "ssim": ssim(made, true), **colours}
+
+
+def lab(pixels: Tensor) -> Tensor:
+    """CIE Lab (B, 3, H, W) of RGB uint8; L in 0..100."""
+    from kornia.color import rgb_to_lab
+
+    return rgb_to_lab(pixels.float() / 255)
+
+
+@lru_cache(maxsize=1)
+def ab_bins() -> Tensor:
+    """(Q, 2): the points of a grid of 10 in the plane of a and b near which there is a colour of sRGB."""
+    ramp = torch.arange(0, 256, 5, dtype=torch.uint8)
+    cube = torch.cartesian_prod(ramp, ramp, ramp).T[None, :, :, None]
+    return (lab(cube)[0, 1:, :, 0].T / 10).round().unique(dim=0) * 10
+
+
+def nearest_bin(y: Tensor) -> Tensor:
+    """(B, 2, H, W) to indices (B, H, W)."""
+    flat = AB * y.movedim(1, 3).reshape(-1, 2)
+    nearest = torch.cat([torch.cdist(part, ab_bins().to(part)).argmin(1) for part in flat.split(65536)])
+    return nearest.view(y[:, 0].shape)

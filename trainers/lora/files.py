@@ -1,0 +1,176 @@
+"""LoRA files of diffusers, PEFT and kohya's kind: read, written, applied to a base, merged into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from trainers.errors import UserError
+from trainers.families import FAMILIES, Family
+from trainers.lora.kohya import from_kohya, to_kohya
+from trainers.lora.low_rank import difference
+from trainers.lora.peft_format import diffusers_metadata, from_peft, peft_config, to_peft
+from trainers.lora.update import Layers, Lora
+
+METADATA_KEY = "lora_adapter_metadata"  # diffusers'
+
+
+def text_prefix(module: nn.Module) -> str:
+    """transformers 5 dropped the level `text_model.` of CLIPTextModel, which ComfyUI and kohya's readers need."""
+    return (
+        "text_model." if isinstance(module, CLIPTextModel) and "text_model" not in dict(module.named_children()) else ""
+    )
+
+
+def layers_of(family: Family) -> Layers:
+    """Every layer of the base that LoRA can be on, by component and module, and its outputs."""
+    parts = {part: family.skeleton(part) for part in (family.denoiser_name, *family.clip_encoders)}
+    return {name: len(weight) for name, weight in weights_of(parts).items()}
+
+
+def header_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
+def write_diffusers(lora: Lora, file: Path, facts: dict[str, str]) -> None:
+    save_file(to_peft(lora), file, facts | {"format": "pt", METADATA_KEY: diffusers_metadata(lora)})
+
+
+def write_kohya(lora: Lora, layers: Layers, family: str, file: Path, facts: dict[str, str]) -> None:
+    """With the ss_ and sshs_ keys by which sd-scripts, A1111 and its extensions know a file."""
+    state = to_kohya(lora, layers, family)
+    ranks = {update.rank for update in lora.values()}
+    version, module = {"sd15": ("sd_v1", "lora"), "sd3": ("sd3", "lora_sd3"), "flux": ("flux1", "lora_flux")}[family]
+    known = {
+        "ss_v2": "False",
+        "ss_base_model_version": version,
+        "ss_network_module": f"networks.{module}",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_args": "{}",
+    }
+    known["ss_network_alpha"] = known["ss_network_dim"]
+    content = save(state, known)
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors
+    known["sshs_model_hash"] = hashlib.sha256(content[start:]).hexdigest()
+    known["sshs_legacy_hash"] = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    save_file(state, file, facts | known)
+
+
+def write_peft(lora: Lora, family: Family, folder: Path) -> None:
+    """A folder for each component, for `PeftModel.from_pretrained(component, FOLDER)`."""
+    for part in dict.fromkeys(name.partition(".")[0] for name in lora):
+        prefix = f"{part}.{text_prefix(family.skeleton(part))}"
+        own = {name.removeprefix(prefix): update for name, update in lora.items() if name.startswith(prefix)}
+        PeftConfig(**peft_config(own)).save_pretrained(folder / part)
+        state = {f"base_model.model.{key}": value for key, value in to_peft(own).items()}
+        save_file(state, folder / part / "adapter_model.safetensors", {"format": "pt"})
+
+
+def read_lora(place: Path, family: Family) -> Lora:
+    """A LoRA file of diffusers or kohya's kind, or a PEFT folder; tells what of it no layer of the base answers to.
+
+    Raises: UserError when that is all of its denoiser, or when it is not plain LoRA.
+    """
+    layers = layers_of(family)
+    if place.is_dir():
+        lora = {}
+        for file in sorted(place.rglob("adapter_config.json")):
+            part = file.parent.name if file.parent.name in family.parts else family.denoiser_name
+            prefix = f"{part}.{text_prefix(family.skeleton(part))}"
+            state = load_file(file.parent / "adapter_model.safetensors")
+            state = {prefix + key.removeprefix("base_model.model."): value for key, value in state.items()}
+            lora |= from_peft(state, {part: json.loads(file.read_text())})
+        unknown = []
+    else:
+        state = load_file(place)
+        if any(key.startswith(("lora_unet_", "lora_te")) for key in state):
+            lora, unknown = from_kohya(state, layers, family_name(family))
+        else:
+            flat, configs = json.loads(header_of(place).get(METADATA_KEY, "{}")), {}
+            for key, value in flat.items():
+                part, _, key = key.partition(".")
+                configs.setdefault(part, {})[key] = value
+            lora, unknown = from_peft(with_text_level(state, family), configs), []
+    unknown += [name for name in lora if name not in layers]
+    lora = {name: update for name, update in lora.items() if name in layers}
+    if not lora and not unknown:
+        raise UserError(f"{place}: no LoRA is in it. Of a run that has not finished there is none yet")
+    if not lora or (unknown and not any(name.startswith(family.denoiser_name) for name in lora)):
+        raise UserError(
+            f"{place}: of {len(unknown) + len(lora)} layers {len(unknown)} are not in this base, such as "
+            f"{unknown[:1]}. It was made for another model, or is no LoRA"
+        )
+    if unknown:
+        print(f"{place}: {len(lora)} layers read; {len(unknown)} are not in this base, such as {unknown[0]}")
+    return lora
+
+
+def with_text_level(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Files that diffusers writes with transformers 5 lack the level `text_model.`."""
+    renamed = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        bare = part in family.clip_encoders and not rest.startswith("text_model.")
+        renamed[f"{part}.text_model.{rest}" if bare else key] = value
+    return renamed
+
+
+def family_name(family: Family) -> str:
+    return next(name for name, kind in FAMILIES.items() if isinstance(family, kind))
+
+
+def load_lora(family: Family, file: Path) -> None:
+    """Put what `read_lora` reads on the loaded pipeline; DoRA only from a file of diffusers' kind."""
+    dora = file.is_file() and any("lora_magnitude_vector" in key for key in load_file(file))
+    family.pipe.load_lora_weights(file if dora else to_peft(read_lora(file, family)))
+
+
+def loaded_weights(family: Family) -> dict[str, nn.Parameter]:
+    return weights_of({part: getattr(family.pipe, part) for part in (family.denoiser_name, *family.clip_encoders)})
+
+
+def weights_of(parts: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Those that LoRA can change, by component and module."""
+    weights = {}
+    for part, module in parts.items():
+        prefix = f"{part}.{text_prefix(module)}"
+        linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+        weights |= {prefix + name: layer.weight for name, layer in linear.items()}
+    return weights
+
+
+@torch.no_grad()
+def merge(family: Family, lora: Lora) -> float:
+    """Add the updates to the loaded weights; what rounding to their precision loses, relative to the updates."""
+    weights, lost, whole = loaded_weights(family), 0.0, 0.0
+    for name, update in lora.items():
+        weight, product = weights[name], update.product().view_as(weights[name])
+        exact = weight.double() + product
+        weight.copy_(exact)
+        lost += (weight - exact).square().sum().item()
+        whole += product.double().square().sum().item()
+    return (lost / whole) ** 0.5
+
+
+def extract(base: Family, tuned: Family, rank: int) -> tuple[Lora, float]:
+    """What training added to the base, at `rank`; and the share that this leaves out."""
+    for family in (base, tuned):
+        family.load(family.denoiser_name, *family.clip_encoders)
+    return difference(loaded_weights(base), loaded_weights(tuned), rank)
+
+
+def distance(a: Lora, b: Lora) -> float:
+    """The largest relative difference (Frobenius) of a layer's updates; infinite where one has none."""
+    if a.keys() != b.keys():
+        return float("inf")
+    pairs = [(a[name].product(), b[name].product()) for name in a]
+    return max(float((x - y).norm() / x.norm().clamp_min(1e-30)) for x, y in pairs)

@@ -1,0 +1,1 @@
+"""What a run leaves for others: the card, the report, the upload."""

@@ -1,0 +1,98 @@
+"""Every name in a run folder, its lock, atomic writes, and the config of a finished run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trainers.config import Config
+from trainers.config.loading import parse, validate
+from trainers.errors import UserError, tolerated
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(root.glob("step-*"), reverse=True)
+
+
+def finished(run: Path, kind: str = "") -> Config:
+    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind, if given."""
+    try:
+        config, _ = validate(parse((run / "config.yaml").read_text()))
+    except OSError:
+        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
+    if kind and config.kind != kind:
+        raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    if config.kind != "dreambooth" and not (run / "model").is_dir():
+        raise UserError(f"{run} is not finished: it has no model")
+    return config
+
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+
+
+def append(path: Path, line: str) -> None:
+    """All of the line or, as on a full disk, nothing of it."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(line.encode()) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def loads(text: str) -> dict[str, Any]:
+    """A JSON object; empty for what is none, such as the last line of a killed run."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The new text or, as on a full disk, the old one."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run folder and keep other runs out of it; the system forgets the claim of a process that dies.
+
+    Raises: UserError when it is taken or cannot be written to.
+    """
+    lock, owner = FileLock(folder / ".lock", blocking=False), folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror})") from None
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(f"output_dir: {folder} is in use ({who}): wait for its end, or choose another") from None
+    except (OSError, NotImplementedError):  # a network disk without locks
+        warnings.warn(f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2)
+    try:
+        with tolerated("noting who uses the run folder"):
+            write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()

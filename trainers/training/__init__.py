@@ -1,0 +1,1 @@
+"""The loop, its optimizers and its callbacks, checkpoints, and what happens when a step or a run fails."""
