@@ -72,7 +72,7 @@ def test_a_toolkit_that_was_never_installed_still_writes_its_cards_and_headers(c
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr("trainers.card.version", lacking)
+    monkeypatch.setattr("trainers.publishing.model_card.version", lacking)
     assert "diffusion-trainers not installed, torch 1.0" in card()
     assert json.loads(header(settings())["diffusion_trainers.versions"])["diffusion-trainers"] == "not installed"
 

@@ -72,7 +72,7 @@ def main() -> None:
 
 def ours(config: ScratchConfig, decoded: Images, steps: int) -> tuple[float, float]:
     """Decoding is once per run, and not counted."""
-    with mock.patch("trainers.from_scratch.load_images", return_value=decoded):
+    with mock.patch("trainers.from_scratch.task.load_images", return_value=decoded):
         task, batches, _ = TASKS[config.kind](config, Accelerator(cpu=True))
     settings, losses = config.train.model_copy(update={"max_train_steps": steps}), []
     name = f"{task.saved}_loss"
