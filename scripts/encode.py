@@ -2,26 +2,29 @@
 
 python scripts/encode.py RUN PICTURE_OR_FOLDER ... [--out codes.npz]
 
-The file holds `name` (N,), `code` (N, D) and `score` (N,): of anomaly, or the squared error of pictures in 0..1.
+The file holds `name` (N,), `code_block` (N, D) and `score` (N,): of anomaly, or the squared error
+of pictures in 0..1.
 """
 
 import sys
 
-from trainers.cli import exit_status, for_pictures
+from trainers.cli import parse_picture_arguments, run_main
 
 
 def main() -> None:
-    arguments, config = for_pictures(__doc__, "autoencoder", out="codes.npz", help="a .npz or .parquet file")
+    arguments, config = parse_picture_arguments(
+        __doc__, "autoencoder", out="codes.npz", help="a .npz or .parquet file"
+    )
 
     import datasets
     import numpy as np
 
-    from trainers.autoencoder import encode
+    from trainers.autoencoder import encode_pictures
 
     known = arguments.out.suffix in (".npz", ".parquet")
     out = arguments.out if known else arguments.out.with_name(f"{arguments.out.name}.npz")
     out.parent.mkdir(parents=True, exist_ok=True)
-    columns = encode(config, arguments.run, arguments.pictures)
+    columns = encode_pictures(config, arguments.run, arguments.pictures)
     if out.suffix == ".parquet":
         datasets.Dataset.from_dict(columns).to_parquet(out)
     else:
@@ -30,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

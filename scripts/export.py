@@ -1,35 +1,54 @@
-"""Write a trained LoRA in another program's format, at a lower rank, or into the weights of its base.
+"""Write a trained LoRA in another program's format, at a lower rank, or into the weights of its
+base.
 
 python scripts/export.py RUN --format kohya                     for ComfyUI, A1111, sd-scripts
 python scripts/export.py LORA.safetensors --base MODEL --rank 4 [--format diffusers]
-python scripts/export.py RUN --format merged --out FOLDER       a whole pipeline, which needs no LoRA reader
-python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16  what its training added to the base, as LoRA
+python scripts/export.py RUN --format merged --out FOLDER       a whole pipeline, which needs no
+LoRA reader python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16  what its training added
+to the base, as LoRA
 """
 
 import sys
 from pathlib import Path
 
 from trainers import run_folder
-from trainers.cli import described, exit_status, is_pipeline, parser_of, positive, silence
+from trainers.cli import (
+    is_pipeline,
+    load_weights_config,
+    make_parser,
+    positive_int,
+    run_main,
+    silence_libraries,
+)
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("source", type=Path, help="a run folder, a LoRA file, a PEFT folder or a tuned pipeline")
-    parser.add_argument("--format", choices=["diffusers", "kohya", "peft", "merged"], default="diffusers")
-    parser.add_argument("--rank", type=positive, help="the nearest LoRA of this rank, by SVD")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "source", type=Path, help="a run folder, a LoRA file, a PEFT folder or a tuned pipeline"
+    )
+    parser.add_argument(
+        "--format", choices=["diffusers", "kohya", "peft", "merged"], default="diffusers"
+    )
+    parser.add_argument("--rank", type=positive_int, help="the nearest LoRA of this rank, by SVD")
     parser.add_argument("--base", help="base model; a run folder knows its own")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged")
-    parser.add_argument("--out", type=Path, help="a file, for peft and merged a folder; by default beside the source")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a file, for peft and merged a folder; by default beside the source",
+    )
     arguments = parser.parse_args()
-    config = described(arguments.source, arguments.base)
-    silence()
+    config = load_weights_config(arguments.source, arguments.base)
+    silence_libraries()
 
     import torch
 
     from trainers.families import FAMILIES
     from trainers.lora import files, low_rank
-    from trainers.lora.export import header, save_pipeline
+    from trainers.lora.export import make_metadata, save_pipeline
 
     source, family = arguments.source, FAMILIES[config.model.family](config.model)
     parts = (family.denoiser_name, *family.clip_encoders)
@@ -38,37 +57,45 @@ def main() -> None:
             config.model.model_copy(update={"pretrained_model_name_or_path": str(source)}),
             arguments.rank or 16,
         )
-        lora, lost = files.extract(family, type(family)(model), rank)
-        print(f"LoRA of rank {rank} holds all but {lost:.2%} of what training changed (Frobenius norm)")
+        lora, lost = files.extract_lora(family, type(family)(model), rank)
+        print(
+            f"LoRA of rank {rank} holds all but {lost:.2%} of what training changed (Frobenius "
+            f"norm)"
+        )
     else:
         file = source / run_folder.WEIGHT_NAME
         lora = files.read_lora(file if file.is_file() else source, family)
         if arguments.rank:
-            lora, lost = low_rank.shrink(lora, arguments.rank)
-            print(f"rank {arguments.rank}: relative error of the updates {lost:.2e} (Frobenius norm)")
+            lora, lost = low_rank.reduce_rank(lora, arguments.rank)
+            print(
+                f"rank {arguments.rank}: relative error of the updates {lost:.2e} (Frobenius norm)"
+            )
     stem = source.name if source.is_dir() else source.stem
     stem += f"_rank{arguments.rank}" if arguments.rank else ""
     folder = source if (source / "config.yaml").is_file() else source.parent
     ending = ".safetensors" if arguments.format in ("diffusers", "kohya") else ""
     out = arguments.out or folder / f"{stem}_{arguments.format}{ending}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = header(config)
+    facts = make_metadata(config)
     if arguments.format == "merged":
         family.dtype = getattr(torch, arguments.dtype)
         family.load(*parts)
-        lost = files.merge(family, lora)
+        lost = files.merge_lora(family, lora)
         save_pipeline(family, family.clip_encoders, out)
-        print(f"{out}: {len(lora)} layers merged; rounding to {arguments.dtype} costs {lost:.1e} of the updates")
+        print(
+            f"{out}: {len(lora)} layers merged; rounding to {arguments.dtype} costs {lost:.1e} of "
+            f"the updates"
+        )
         return
     if arguments.format == "diffusers":
         files.write_diffusers(lora, out, facts)
     elif arguments.format == "kohya":
-        files.write_kohya(lora, files.layers_of(family), config.model.family, out, facts)
+        files.write_kohya(lora, files.adaptable_layers(family), config.model.family, out, facts)
     else:
         files.write_peft(lora, family, out)
-    far = files.distance(lora, files.read_lora(out, family))
-    print(f"{out}: {len(lora)} layers; read back, they differ by at most {far:.1e}")
+    difference = files.max_relative_difference(lora, files.read_lora(out, family))
+    print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

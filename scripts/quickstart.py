@@ -1,33 +1,45 @@
-"""Train a LoRA on the small world, then show and judge what it learned: a table, a picture, and an exit status.
+"""Train a LoRA on the small world, then show and judge what it learned: a table, a picture, and an
+exit status.
 
-python scripts/quickstart.py [CONFIG] [section.key=value ...]        (CONFIG: configs/quickstart.yaml)
+python scripts/quickstart.py [CONFIG] [section.key=value ...]        (CONFIG:
+configs/quickstart.yaml)
 """
 
 import sys
 
-from trainers.cli import exit_status, silence
-from trainers.config.loading import load
+from trainers.cli import run_main, silence_libraries
+from trainers.config.loading import load_config
 
 
 def main() -> int:
     path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
-    config = load(path, sys.argv[1:])
-    silence()
-    from small_world.judge import before_after_grid, gate, load_judge, load_pipeline, measure, table
+    config = load_config(path, sys.argv[1:])
+    silence_libraries()
+    from small_world.judge import (
+        before_after_grid,
+        format_gate,
+        gate,
+        load_judge,
+        load_pipeline,
+        measure_samples,
+    )
     from trainers.run import run
 
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
     judge = load_judge()
-    base = measure(load_pipeline(config, lora=False), judge, config)
-    tuned = measure(load_pipeline(config, lora=True), judge, config, base)
-    passed = gate(tuned.figures, prior=config.data.prior)
-    print(table(base.figures, tuned.figures, passed))
+    base = measure_samples(load_pipeline(config, lora=False), judge, config)
+    tuned = measure_samples(load_pipeline(config, lora=True), judge, config, base)
+    passed = gate(tuned.metrics, prior=config.data.uses_prior)
+    print(format_gate(base.metrics, tuned.metrics, passed))
     picture = config.output_dir / "before_after.png"
     before_after_grid(base, tuned).save(picture)
-    print(f"\nbefore and after: {picture}\nthe LoRA: {config.output_dir}/pytorch_lora_weights.safetensors")
+    print(
+        f"\nbefore and after: {picture}\nthe LoRA: "
+        f"{config.output_dir}/pytorch_lora_weights.safetensors"
+    )
     return 0 if all(passed.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

@@ -8,13 +8,17 @@ It needs no network. With --public it shows no training picture and may be uploa
 import sys
 from pathlib import Path
 
-from trainers.cli import exit_status, parser_of
+from trainers.cli import make_parser, run_main
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="the run folder of any trainer, finished or not")
-    parser.add_argument("--public", action="store_true", help="write report_public.html, without the training pictures")
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="write report_public.html, without the training pictures",
+    )
     arguments = parser.parse_args()
 
     from trainers.publishing.report import write_report
@@ -23,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

@@ -6,21 +6,23 @@ python scripts/train.py configs/NAME.yaml                                     (o
 
 import sys
 
-from trainers.cli import exit_status, parser_of, silence
-from trainers.config.loading import load
+from trainers.cli import make_parser, run_main, silence_libraries
+from trainers.config.loading import load_config
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4")
+    parser.add_argument(
+        "overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4"
+    )
     arguments = parser.parse_args()
-    config = load(arguments.config, arguments.overrides)  # before the slow imports
-    silence()
+    config = load_config(arguments.config, arguments.overrides)  # before the slow imports
+    silence_libraries()
     from trainers.run import run
 
     run(config)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

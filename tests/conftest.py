@@ -1,4 +1,5 @@
-"""Tiny pipelines with random weights in the true diffusers layout, pictures, and the config of a short run."""
+"""Tiny pipelines with random weights in the true diffusers layout, pictures, and the config of a
+short run."""
 
 import gc
 import io
@@ -42,13 +43,24 @@ torch.set_num_threads(1)
 
 def make_tokenizer() -> CLIPTokenizer:
     letters = [chr(code) for code in range(33, 127)]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12
+    )
 
 
 def make_t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(33, 127))]
-    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
+    return T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)],
+        extra_ids=0,
+        model_max_length=512,
+    )
 
 
 def make_clip(kind=CLIPTextModel, width: int = 16) -> CLIPTextModel:
@@ -188,7 +200,7 @@ def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """`Family.release` collects garbage; without what the imports left, that takes no time."""
+    """`Family.unload` collects garbage; without what the imports left, that takes no time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -221,18 +233,25 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     r = np.random.default_rng(0)
     for i in range(5):
-        Image.fromarray(r.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(r.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def bars(tmp_path_factory):
-    """Folder of train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else 1."""
+    """Folder of train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else
+    1."""
     folder, rng = tmp_path_factory.mktemp("bars"), np.random.default_rng(0)
     for split, count in (("train", 120), ("test", 40)):
         rows = {"image": [], "label": []}
         for i in range(count):
-            picture, at, buffer = np.zeros((16, 16), np.uint8), rng.integers(0, 6) + 8 * (i % 2), io.BytesIO()
+            picture, at, buffer = (
+                np.zeros((16, 16), np.uint8),
+                rng.integers(0, 6) + 8 * (i % 2),
+                io.BytesIO(),
+            )
             picture[at : at + 2] = rng.integers(150, 255)
             Image.fromarray(picture).save(buffer, "png")
             rows["image"].append({"bytes": buffer.getvalue(), "path": None})
@@ -244,15 +263,20 @@ def bars(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory):
-    """Folder of eight pictures of several sizes, a bright disc in colour on a dark ground, as NAME_image.png; where
-    the disc is, 0 or 255, as NAME_mask.png; its colours swapped, as NAME_target.png."""
+    """Folder of eight pictures of several sizes, a bright disc in colour on a dark ground, as
+    NAME_image.png; where the disc is, 0 or 255, as NAME_mask.png; its colours swapped, as
+    NAME_target.png."""
     folder, rng = tmp_path_factory.mktemp("blobs"), np.random.default_rng(0)
     for i in range(8):
         height, width = 20 + i, 28 - i
         at = np.indices((height, width)) - rng.integers(7, 13, (2, 1, 1))
         disc = np.hypot(*at) < rng.uniform(4, 7)
         picture = rng.integers(0, 60, (height, width, 3)) + disc[..., None] * [180, 90, 20]
-        for name, array in (("image", picture), ("mask", 255 * disc), ("target", picture[..., ::-1])):
+        for name, array in (
+            ("image", picture),
+            ("mask", 255 * disc),
+            ("target", picture[..., ::-1]),
+        ):
             Image.fromarray(array.astype(np.uint8)).save(folder / f"{i}_{name}.png")
     return folder
 
@@ -279,6 +303,6 @@ validation: {{num_inference_steps: 2, guidance_scale: 2}}
 tracking: {{report_to: [], log_every: 1}}
 """
         )
-        return loading.load(path, overrides)
+        return loading.load_config(path, overrides)
 
     return make

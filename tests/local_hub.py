@@ -1,6 +1,8 @@
-"""A small Hub on loopback: as much of its protocol as the real client needs to push a model and to load it again.
+"""A small Hub on loopback: as much of its protocol as the real client needs to push a model and to
+load it again.
 
-Repositories have commits, branches, proposals and readers; files are regular, LFS or Xet; answers fail when asked to.
+Repositories have commits, branches, proposals and readers; files are regular, LFS or Xet; answers
+fail when asked to.
 """
 
 import base64
@@ -21,7 +23,11 @@ import pytest
 import yaml
 from huggingface_hub.utils import http_backoff
 
-ROLES = {"hf_write": "write", "hf_read": "read", "hf_fine": "fineGrained"}  # tokens, all of the user "me"
+ROLES = {
+    "hf_write": "write",
+    "hf_read": "read",
+    "hf_fine": "fineGrained",
+}  # tokens, all of the user "me"
 FINE = "me/mine"  # where the fine-grained token may write
 ONES = b"\xff" * 32
 
@@ -49,7 +55,9 @@ class Commit:
 class Repo:
     private: bool = False
     refs: dict[str, list[Commit]] = field(  # branches and refs/pr/N, oldest commit first
-        default_factory=lambda: {"main": [Commit("initial commit", {".gitattributes": File(b"", False)})]}
+        default_factory=lambda: {
+            "main": [Commit("initial commit", {".gitattributes": File(b"", False)})]
+        }
     )
 
     def log(self, ref: str = "main") -> list[str]:
@@ -78,7 +86,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.address = root, f"http://127.0.0.1:{self.server_port}"
-        self.storage = f"http://localhost:{self.server_port}"  # another origin, as LFS objects have on the Hub
+        self.storage = (
+            f"http://localhost:{self.server_port}"  # another origin, as LFS objects have on the Hub
+        )
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # by SHA-256
         self.stores: list[Path] = []  # of Xet, one for each token that was handed out
@@ -91,8 +101,9 @@ class Hub(ThreadingHTTPServer):
     def read_xet(self) -> None:
         """Take in what clients put into the stores. They may still lock them, so copies are read.
 
-        A shard is made of records of 48 bytes. After its header there are, for each file, its hash with the number n
-        of its parts at byte 36, n parts with their lengths at byte 36, n checks, and its SHA-256; ones end the list.
+        A shard is made of records of 48 bytes. After its header there are, for each file, its hash
+        with the number n of its parts at byte 36, n parts with their lengths at byte 36, n checks,
+        and its SHA-256; ones end the list.
         """
         import hf_xet
 
@@ -105,7 +116,9 @@ class Hub(ThreadingHTTPServer):
                 while not records[0].startswith(ONES):
                     head, count = records[0], int.from_bytes(records[0][36:40], "little")
                     digest = b"".join(head[i : i + 8][::-1] for i in range(0, 32, 8)).hex()
-                    size = sum(int.from_bytes(part[36:40], "little") for part in records[1 : count + 1])
+                    size = sum(
+                        int.from_bytes(part[36:40], "little") for part in records[1 : count + 1]
+                    )
                     infos.append(hf_xet.XetFileInfo(digest, size))
                     records = records[2 * count + 2 :]
             paths = [copy / str(i) for i in range(len(infos))]
@@ -121,7 +134,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def serve(self) -> None:
-        self.body, url = self.rfile.read(int(self.headers.get("Content-Length", 0))), urlsplit(self.path)
+        self.body, url = (
+            self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            urlsplit(self.path),
+        )
         self.proposes = "create_pr" in parse_qs(url.query)
         route = f"{self.command} {unquote(url.path)}"
         self.server.requests.append(route)
@@ -149,7 +165,12 @@ class Handler(BaseHTTPRequestHandler):
             case ["GET", "api", "whoami-v2"]:
                 if self.role is None:
                     raise Refusal(401, "Unauthorized")
-                self.answer({"name": "me", "auth": {"accessToken": {"displayName": "laptop", "role": self.role}}})
+                self.answer(
+                    {
+                        "name": "me",
+                        "auth": {"accessToken": {"displayName": "laptop", "role": self.role}},
+                    }
+                )
             case ["POST", "api", "repos", "create"]:
                 name = f"{asked['organization'] or 'me'}/{asked['name']}"
                 self.check_writer(name)
@@ -159,18 +180,27 @@ class Handler(BaseHTTPRequestHandler):
             case ["POST", "api", "validate-yaml"]:
                 header = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
                 valid = header and isinstance(yaml.safe_load(header[1]), dict)
-                self.answer({"errors": [] if valid else [{"message": "no metadata"}]}, 200 if valid else 400)
+                self.answer(
+                    {"errors": [] if valid else [{"message": "no metadata"}]}, 200 if valid else 400
+                )
             case ["POST", _, _, "info", "lfs", "objects", "batch"]:
                 for each in asked["objects"]:
                     if each["oid"] not in objects:
-                        places = {"upload": f"{self.server.storage}/lfs/{each['oid']}", "verify": f"{address}/verify"}
-                        each["actions"] = {action: {"href": href} for action, href in places.items()}
+                        places = {
+                            "upload": f"{self.server.storage}/lfs/{each['oid']}",
+                            "verify": f"{address}/verify",
+                        }
+                        each["actions"] = {
+                            action: {"href": href} for action, href in places.items()
+                        }
                 self.answer({"objects": asked["objects"]})
             case ["PUT", "lfs", oid]:
                 objects[oid] = self.body
                 self.answer({})
             case ["POST", "verify"]:
-                self.answer({}, 200 if len(objects.get(asked["oid"], b"")) == asked["size"] else 404)
+                self.answer(
+                    {}, 200 if len(objects.get(asked["oid"], b"")) == asked["size"] else 404
+                )
             case ["GET", "lfs", oid]:
                 self.answer(objects[oid])
             case _:
@@ -182,11 +212,16 @@ class Handler(BaseHTTPRequestHandler):
             case ["GET"] | ["GET", "revision", _]:
                 commit = self.head(repo, *parts[2:])
                 siblings = [{"rfilename": path} for path in commit.files]
-                self.answer({"id": name, "sha": commit.oid, "private": repo.private, "siblings": siblings})
+                self.answer(
+                    {"id": name, "sha": commit.oid, "private": repo.private, "siblings": siblings}
+                )
             case ["GET", "tree", ref]:
                 files = self.head(repo, ref).files
                 self.answer(
-                    [{"type": "file", "path": k, "size": len(v.content), "oid": v.oid} for k, v in files.items()]
+                    [
+                        {"type": "file", "path": k, "size": len(v.content), "oid": v.oid}
+                        for k, v in files.items()
+                    ]
                 )
             case ["GET", "auth-check", "write"]:
                 self.check_writer(name)
@@ -198,15 +233,33 @@ class Handler(BaseHTTPRequestHandler):
             case ["POST", "discussions"]:
                 self.answer({"num": self.propose(repo)})
             case ["GET", "discussions", number]:
-                about = {"title": "", "num": int(number), "createdAt": "2026-01-01T00:00:00.000Z", "status": "draft"}
-                about |= {"repo": {"name": name, "type": "model"}, "events": [], "isPullRequest": True}
-                self.answer(about | {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": []})
+                about = {
+                    "title": "",
+                    "num": int(number),
+                    "createdAt": "2026-01-01T00:00:00.000Z",
+                    "status": "draft",
+                }
+                about |= {
+                    "repo": {"name": name, "type": "model"},
+                    "events": [],
+                    "isPullRequest": True,
+                }
+                self.answer(
+                    about | {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": []}
+                )
             case ["POST", "preupload", ref]:
                 known, files = self.head(repo, ref).files, []
                 for file in json.loads(self.body)["files"]:
                     mode = "lfs" if b"\0" in base64.b64decode(file["sample"]) else "regular"
                     oid = known[file["path"]].oid if file["path"] in known else None
-                    files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+                    files.append(
+                        {
+                            "path": file["path"],
+                            "uploadMode": mode,
+                            "shouldIgnore": False,
+                            "oid": oid,
+                        }
+                    )
                 self.answer({"files": files})
             case ["GET", "xet-write-token", ref]:
                 self.check_writer(name, ref)
@@ -236,14 +289,21 @@ class Handler(BaseHTTPRequestHandler):
         for path, file in changes.items() if commits is repo.refs["main"] else ():
             (hub.root / name / path).parent.mkdir(parents=True, exist_ok=True)
             (hub.root / name / path).write_bytes(file.content)
-        about = {"commitUrl": f"{hub.address}/{name}/commit/{commits[-1].oid}", "commitOid": commits[-1].oid}
+        about = {
+            "commitUrl": f"{hub.address}/{name}/commit/{commits[-1].oid}",
+            "commitOid": commits[-1].oid,
+        }
         self.answer(about | {"pullRequestUrl": f"{hub.address}/{name}/discussions/{number}"})
 
     def resolve(self, commit: Commit, path: str) -> None:
         if path not in commit.files:
             raise Refusal(404, "EntryNotFound")
         file = commit.files[path]
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.oid}"', "X-Linked-Size": len(file.content)}
+        headers = {
+            "X-Repo-Commit": commit.oid,
+            "ETag": f'"{file.oid}"',
+            "X-Linked-Size": len(file.content),
+        }
         if file.lfs:
             self.answer({}, 302, headers | {"Location": f"{self.server.storage}/lfs/{file.oid}"})
         else:
@@ -254,7 +314,9 @@ class Handler(BaseHTTPRequestHandler):
         return ROLES.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def check_writer(self, name: str, ref: str = "main") -> None:
-        proposal = self.proposes or ref.startswith("refs/pr/")  # for which it is enough to be somebody
+        proposal = self.proposes or ref.startswith(
+            "refs/pr/"
+        )  # for which it is enough to be somebody
         if not (self.role == "write" or (self.role == "fineGrained" and name == FINE)):
             raise Refusal(403, "Forbidden")
         if not (proposal or name.startswith("me/")):
@@ -291,7 +353,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The client in this process talks to the Hub, logged in as one who may write, and does not wait to try again."""
+    """The client in this process talks to the Hub, logged in as one who may write, and does not
+    wait to try again."""
     server = Hub(tmp_path / "hub")
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_TOKEN", "hf_write")

@@ -59,7 +59,12 @@ TESTS = {  # a file under trainers/ to the tests that should notice
 FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     # Objectives
     ("families/objectives.py", "target's sign", "return eps - x0", "return x0 - eps"),
-    ("families/objectives.py", "signal and noise swapped", "(1 - t) * x0 + t * eps", "t * x0 + (1 - t) * eps"),
+    (
+        "families/objectives.py",
+        "signal and noise swapped",
+        "(1 - t) * x0 + t * eps",
+        "t * x0 + (1 - t) * eps",
+    ),
     (
         "families/objectives.py",
         "logit mean's sign",
@@ -81,9 +86,24 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "t / (self.shift - (self.shift - 1) * t)",
     ),
     ("families/objectives.py", "ends not cut", ".clamp(1e-4, 1 - 1e-6)", ""),
-    ("families/objectives.py", "precondition by t, not t^2", "scale = t.square() if", "scale = t if"),
-    ("families/objectives.py", "sigma_sqrt by 1 / t", "return scale / t.square()", "return scale / t"),
-    ("families/objectives.py", "cosmap weight's square", "(1 - 2 * t + 2 * t.square())", "(1 - 2 * t + t.square())"),
+    (
+        "families/objectives.py",
+        "precondition by t, not t^2",
+        "scale = t.square() if",
+        "scale = t if",
+    ),
+    (
+        "families/objectives.py",
+        "sigma_sqrt by 1 / t",
+        "return scale / t.square()",
+        "return scale / t",
+    ),
+    (
+        "families/objectives.py",
+        "cosmap weight's square",
+        "(1 - 2 * t + 2 * t.square())",
+        "(1 - 2 * t + t.square())",
+    ),
     (
         "families/objectives.py",
         "cosmap weight forgets precondition",
@@ -97,36 +117,76 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         'slope * (tokens - scheduler["base_image_seq_len"])',
         "slope * tokens",
     ),
-    ("families/objectives.py", "dynamic shift without exp", "return math.exp(scheduler", "return 1.0 * (scheduler"),
+    (
+        "families/objectives.py",
+        "dynamic shift without exp",
+        "return math.exp(scheduler",
+        "return 1.0 * (scheduler",
+    ),
     ("families/objectives.py", "min-SNR of v without + 1", "else snr + 1", "else snr"),
-    ("families/objectives.py", "min-SNR as a maximum", "max=self.snr_gamma) / scale", "max=1e9) / scale"),
+    (
+        "families/objectives.py",
+        "min-SNR as a maximum",
+        "max=self.snr_gamma) / scale",
+        "max=1e9) / scale",
+    ),
     (
         "families/objectives.py",
         "debiased without root",
         "snr.clamp(min=1e-3).sqrt() / scale",
         "snr.clamp(min=1e-3) / scale",
     ),
-    ("families/objectives.py", "v's sign", "return signal * eps - noise * x0", "return noise * x0 - signal * eps"),
+    (
+        "families/objectives.py",
+        "v's sign",
+        "return signal * eps - noise * x0",
+        "return noise * x0 - signal * eps",
+    ),
     # Formats
     ("lora/kohya.py", "halves as they are", "b.roll(len(b) // 2, 0)", "b"),
     ("lora/kohya.py", "kohya's alpha ignored", "b = b * (entry", "b = 0 * b + b if 1 else (entry"),
-    ("lora/kohya.py", "keys before queries", '("to_q to_k to_v", "to_out.0")', '("to_k to_q to_v", "to_out.0")'),
+    (
+        "lora/kohya.py",
+        "keys before queries",
+        '("to_q to_k to_v", "to_out.0")',
+        '("to_k to_q to_v", "to_out.0")',
+    ),
     ("lora/update.py", "parts side by side", "column += update.rank", "column += 0"),
-    ("lora/peft_format.py", "alpha beside ignored", 'if f"{name}.alpha" in state else alpha', "if False else alpha"),
-    ("lora/peft_format.py", "rank of the first layer", "if update.rank != usual", "if False"),
-    ("lora/files.py", "strangers counted as read", "for name in lora if name not in layers", "for name in ()"),
-    ("lora/files.py", "merged twice", "exact = weight.double() + product", "exact = weight.double() + 2 * product"),
+    (
+        "lora/peft_format.py",
+        "alpha beside ignored",
+        'if f"{name}.alpha" in state else alpha',
+        "if False else alpha",
+    ),
+    ("lora/peft_format.py", "rank of the first layer", "if update.rank != common_rank", "if False"),
+    (
+        "lora/files.py",
+        "strangers counted as read",
+        "for name in lora if name not in layers",
+        "for name in ()",
+    ),
+    (
+        "lora/files.py",
+        "merged twice",
+        "exact = weight.double() + product",
+        "exact = weight.double() + 2 * product",
+    ),
     ("lora/low_rank.py", "the last value lost", "s[rank:]", "s[rank + 1 :]"),
     ("lora/low_rank.py", "singular values twice", "s[:rank].sqrt()", "s[:rank]"),
     # Draws
     (
         "data/rng.py",
         "a row's stream by its place",
-        "for row in self.rows]\n\n",
-        "for row in range(len(self.rows))]\n\n",
+        "            for row in self.rows\n        ]\n",
+        "            for row in range(len(self.rows))\n        ]\n",
     ),
     ("data/rng.py", "pools in the same parts", 'self.step, pool, "strata"', 'self.step, "strata"'),
-    ("data/rng.py", "parts in order", "self.count)[place]", "self.count)[place] * 0 + place"),
+    (
+        "data/rng.py",
+        "parts in order",
+        "self.global_batch_size)[position]",
+        "self.global_batch_size)[position] * 0 + position",
+    ),
     # Families
     (
         "families/base.py",
@@ -140,14 +200,24 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         '(z - (self.vae_config.get("shift',
         '(z + (self.vae_config.get("shift',
     ),
-    ("families/base.py", "posterior's variance for its std", "(0.5 * logvar.clamp", "(logvar.clamp"),
+    (
+        "families/base.py",
+        "posterior's variance for its std",
+        "(0.5 * logvar.clamp",
+        "(logvar.clamp",
+    ),
     (
         "families/base.py",
         "defaults of config files lost",
-        'return self.skeleton("vae").config',
+        'return self.meta_model("vae").config',
         "return {'scaling_factor': 1.0} | diffusers.AutoencoderKL.load_config(self.folder / 'vae')",
     ),
-    ("families/base.py", "a latent for a token", "// self.vae_factor // 2) ** 2", "// self.vae_factor) ** 2"),
+    (
+        "families/base.py",
+        "a latent for a token",
+        "// self.vae_scale_factor // 2) ** 2",
+        "// self.vae_scale_factor) ** 2",
+    ),
     (
         "families/base.py",
         "shift: none is auto",
@@ -166,14 +236,25 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length",
         "tokenizer.model_max_length",
     ),
-    ("families/base.py", "a T5 that is left out loads", "if model.text_encoder_3 is None:", "if False:"),
-    ("families/base.py", "LoRA lacks out_proj of the text encoders", '"v_proj", "out_proj"]', '"v_proj"]'),
+    (
+        "families/base.py",
+        "a T5 that is left out loads",
+        "if model.text_encoder_3 is None:",
+        "if False:",
+    ),
+    (
+        "families/base.py",
+        "LoRA lacks out_proj of the text encoders",
+        '"v_proj", "out_proj"]',
+        '"v_proj"]',
+    ),
     ("families/flux.py", "t multiplied by 1000", "timestep=t,", "timestep=1000 * t,"),
     (
         "families/flux.py",
         "token order (dy, dx, c)",
         "F.pixel_unshuffle(x_t, 2).flatten(2).mT",
-        "F.pixel_unshuffle(x_t, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2).flatten(2).mT",
+        "F.pixel_unshuffle(x_t, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, "
+        "2).flatten(2).mT",
     ),
     (
         "families/flux.py",
@@ -182,12 +263,37 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "cartesian_prod(zero, y, x)[:, [0, 2, 1]]",
     ),
     ("families/flux.py", "text ids not zero", "txt_ids=x_t.new_zeros(", "txt_ids=x_t.new_ones("),
-    ("families/flux.py", "guidance dropped", "torch.full_like(t, self.guidance)", "torch.zeros_like(t)"),
-    ("families/flux.py", "pooled text of the first token", "output.pooler_output", "output.last_hidden_state[:, 0]"),
-    ("families/flux.py", "schnell unasked", "if self.guidance is None and not model.allow_schnell:", "if False:"),
-    ("families/flux.py", "preset lacks proj_mlp", '"ff_context.net.2", "proj_mlp", ', '"ff_context.net.2", '),
+    (
+        "families/flux.py",
+        "guidance dropped",
+        "torch.full_like(t, self.guidance)",
+        "torch.zeros_like(t)",
+    ),
+    (
+        "families/flux.py",
+        "pooled text of the first token",
+        "output.pooler_output",
+        "output.last_hidden_state[:, 0]",
+    ),
+    (
+        "families/flux.py",
+        "schnell unasked",
+        "if self.guidance is None and not model.allow_schnell:",
+        "if False:",
+    ),
+    (
+        "families/flux.py",
+        "preset lacks proj_mlp",
+        '"proj_mlp",',
+        "",
+    ),
     ("families/sd3.py", "t not multiplied by 1000", "timestep=1000 * t", "timestep=t"),
-    ("families/sd3.py", "CLIP's last layer", "output.hidden_states[-2]", "output.hidden_states[-1]"),
+    (
+        "families/sd3.py",
+        "CLIP's last layer",
+        "output.hidden_states[-2]",
+        "output.hidden_states[-1]",
+    ),
     (
         "families/sd3.py",
         "pooled order swapped",
@@ -201,7 +307,12 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "text[name] for name in self.clip_encoders[::-1]]",
     ),
     ("families/sd3.py", "T5 before CLIP", "torch.cat([clip, t5], 1)", "torch.cat([t5, clip], 1)"),
-    ("families/sd3.py", "CLIP padded on the left", "(0, width - clip.shape[-1])", "(width - clip.shape[-1], 0)"),
+    (
+        "families/sd3.py",
+        "CLIP padded on the left",
+        "(0, width - clip.shape[-1])",
+        "(width - clip.shape[-1], 0)",
+    ),
     (
         "families/sd3.py",
         "no room for a T5 left out",
@@ -222,34 +333,69 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         'batch["weight"] * self.objective.weight(t) * error',
         'batch["weight"] * error',
     ),
-    ("dreambooth.py", "pictures' weight lost", 'batch["weight"] * self.objective', "0.5 * self.objective"),
-    ("dreambooth.py", "no new noise", "return x0, self.objective.noise(x0, rng)", "return x0, x0.roll(1)"),
+    (
+        "dreambooth.py",
+        "pictures' weight lost",
+        'batch["weight"] * self.objective',
+        "0.5 * self.objective",
+    ),
+    (
+        "dreambooth.py",
+        "no new noise",
+        "return x0, self.objective.noise(x0, rng)",
+        "return x0, x0.roll(1)",
+    ),
     (
         "dreambooth.py",
         "T5 trains beside the denoiser",
-        "family.load(*names, *encoder.live)",
+        "family.load(*names, *encoder.loaded_encoders)",
         "family.load(*names, *family.text_encoder_names)",
     ),
     (
         "families/sampling.py",
         "T5 draws class pictures",
-        'family.load("vae", family.denoiser_name, *encoder.live)',
+        'family.load("vae", family.denoiser_name, *encoder.loaded_encoders)',
         'family.load("vae", family.denoiser_name, *family.text_encoder_names)',
     ),
     ("dreambooth.py", "trained model kept", "self.players.clear()", "pass"),
-    ("data/dreambooth_batches.py", "prior weight lost", "[1.0, self.config.prior_loss_weight]", "[1.0, 1.0]"),
-    ("data/dreambooth_batches.py", "captions never dropped", '"" if dropped else picture.caption', "picture.caption"),
+    (
+        "data/dreambooth_batches.py",
+        "prior weight lost",
+        "[1.0, self.config.prior_loss_weight]",
+        "[1.0, 1.0]",
+    ),
+    (
+        "data/dreambooth_batches.py",
+        "captions never dropped",
+        '"" if is_dropped else picture.caption',
+        "picture.caption",
+    ),
     (
         "data/encoder_cache.py",
         "T5's length not in the key",
         "self.family.max_sequence_length if name == self.family.t5_encoder else None",
         "None",
     ),
-    ("data/encoder_cache.py", "encoders stay in memory", "family.release()", "pass"),
+    ("data/encoder_cache.py", "encoders stay in memory", "family.unload()", "pass"),
     # LoRA and its file
-    ("lora/layers.py", "alpha ignored", "lora_alpha=config.alpha or config.rank", "lora_alpha=config.rank"),
-    ("lora/layers.py", "a regex matches anywhere", "re.fullmatch(wanted, name)", "re.search(wanted, name)"),
-    ("lora/layers.py", "a preset reaches beyond the blocks", 'if "blocks." in name and ends(', "if ends("),
+    (
+        "lora/layers.py",
+        "alpha ignored",
+        "lora_alpha=config.alpha or config.rank",
+        "lora_alpha=config.rank",
+    ),
+    (
+        "lora/layers.py",
+        "a regex matches anywhere",
+        "re.fullmatch(requested, name)",
+        "re.search(requested, name)",
+    ),
+    (
+        "lora/layers.py",
+        "a preset reaches beyond the blocks",
+        'if "blocks." in name and ends_with(',
+        "if ends_with(",
+    ),
     (
         "lora/layers.py",
         "all-linear takes convolutions",
@@ -268,9 +414,19 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         '(".".join(parts[i:]), ".".join(parts[: i + 1]))',
         '(".".join(parts[: i + 1]),)',
     ),
-    ("lora/export.py", "LoRA's scale not folded", 'tensor * scale if ".lora_B" in name else tensor', "tensor"),
-    ("lora/export.py", "scale of rslora forgotten", "config.r**0.5 if config.use_rslora else config.r", "config.r"),
-    ("lora/files.py", "CLIP's level lost", '"text_model." if isinstance', '"" if isinstance'),
+    (
+        "lora/export.py",
+        "LoRA's scale not folded",
+        'tensor * scale if ".lora_B" in name else tensor',
+        "tensor",
+    ),
+    (
+        "lora/export.py",
+        "scale of rslora forgotten",
+        "config.r**0.5 if config.use_rslora else config.r",
+        "config.r",
+    ),
+    ("lora/files.py", "CLIP's level lost", '"text_model."\n        if', '""\n        if'),
     # What does not fit
     (
         "config/dreambooth.py",
@@ -285,9 +441,19 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "data.resolution % 8",
     ),
     # Small networks
-    ("autoencoder.py", "noise in half units", "x + 2 * config.objective.noise", "x + config.objective.noise"),
+    (
+        "autoencoder.py",
+        "noise in half units",
+        "x + 2 * config.objective.noise",
+        "x + config.objective.noise",
+    ),
     ("autoencoder.py", "divergence's sign", "- 1 - logvar).mean() / 2", "- 1 + logvar).mean() / 2"),
-    ("autoencoder.py", "anomalies are the learnt class", "roc_auc_score(~own.cpu()", "roc_auc_score(own.cpu()"),
+    (
+        "autoencoder.py",
+        "anomalies are the learnt class",
+        "roc_auc_score(~is_normal.cpu()",
+        "roc_auc_score(is_normal.cpu()",
+    ),
     (
         "from_scratch/adversarial.py",
         "relativistic loss turned round",
@@ -297,7 +463,12 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("from_scratch/adversarial.py", "hinge without margin", "relu(1 - r)", "relu(-r)"),
     ("gan.py", "penalty at every step", "if rng.step % objective.penalty_every:", "if False:"),
     ("gan.py", "lazy penalty not scaled", "return objective.penalty_every * total", "return total"),
-    ("gan.py", "R2 at real pictures", "(objective.r2 / 2, made, 0)", "(objective.r2 / 2, x, 0)"),
+    (
+        "gan.py",
+        "R2 at real pictures",
+        "(objective.r2 / 2, generated, 0)",
+        "(objective.r2 / 2, x, 0)",
+    ),
     (
         "gan.py",
         "WGAN-GP wants no slope",
@@ -313,36 +484,91 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "gan.py",
         "diversity inverted",
-        "made.std(0).mean() / (x.std(0).mean() + 1e-6)",
-        "x.std(0).mean() / (made.std(0).mean() + 1e-6)",
+        "generated.std(0).mean() / (x.std(0).mean() + 1e-6)",
+        "x.std(0).mean() / (generated.std(0).mean() + 1e-6)",
     ),
     ("metrics/image_quality.py", "a point is its own neighbour", "kthvalue(k + 1)", "kthvalue(k)"),
-    ("metrics/image_quality.py", "recall is precision", '"recall": inside(b, a)', '"recall": inside(a, b)'),
-    ("metrics/image_quality.py", "ignored pixels count", "known = truth != ignored", "known = truth == truth"),
-    ("metrics/image_quality.py", "sharpness inverted", "edges(made) / edges(true)", "edges(true) / edges(made)"),
-    ("from_scratch/augment.py", "masks bent smoothly", 'mode="nearest", padding', 'mode="bilinear", padding'),
+    (
+        "metrics/image_quality.py",
+        "recall is precision",
+        '"recall": coverage(b, a)',
+        '"recall": coverage(a, b)',
+    ),
+    (
+        "metrics/image_quality.py",
+        "ignored pixels count",
+        "known = truth != ignored",
+        "known = truth == truth",
+    ),
+    (
+        "metrics/image_quality.py",
+        "sharpness inverted",
+        "edges(generated) / edges(true)",
+        "edges(true) / edges(generated)",
+    ),
+    (
+        "from_scratch/augment.py",
+        "masks bent smoothly",
+        'mode="nearest", padding',
+        'mode="bilinear", padding',
+    ),
     ("from_scratch/augment.py", "bent by half", "grid + 2 * sigma", "grid + sigma"),
     ("from_scratch/augment.py", "never turned", "(4 * rng.uniform())", "(0 * rng.uniform())"),
-    ("from_scratch/uses/segment.py", "ignored pixels in the loss", "known = y != IGNORED", "known = y == y"),
-    ("from_scratch/uses/segment.py", "Dice without its 2", "(2 * (share * truth).sum", "((share * truth).sum"),
-    ("from_scratch/uses/restore.py", "restored the wrong way", "return x, true - x", "return x, x - true"),
+    (
+        "from_scratch/uses/segment.py",
+        "ignored pixels in the loss",
+        "known = y != IGNORE_INDEX",
+        "known = y == y",
+    ),
+    (
+        "from_scratch/uses/segment.py",
+        "Dice without its 2",
+        "(2 * (share * truth).sum",
+        "((share * truth).sum",
+    ),
+    (
+        "from_scratch/uses/restore.py",
+        "restored the wrong way",
+        "return x, true - x",
+        "return x, x - true",
+    ),
     (
         "from_scratch/uses/colorize.py",
         "colours cut, not drawn to grey",
         "& (trial <= 1)",
         "& (trial <= 1) | (trial == 1)",
     ),
-    ("from_scratch/uses/colorize.py", "bins are not weighted", "nearest_bin(y), self.weight, ", "nearest_bin(y), "),
-    ("from_scratch/tiling.py", "tiles not weighted", "weight[at] += window", "weight[at] += 1"),
+    (
+        "from_scratch/uses/colorize.py",
+        "bins are not weighted",
+        "nearest_bin(y), self.bin_weights, ",
+        "nearest_bin(y), ",
+    ),
+    (
+        "from_scratch/tiling.py",
+        "tiles not weighted",
+        "weight[window_index] += window",
+        "weight[window_index] += 1",
+    ),
     ("from_scratch/tiling.py", "last tile left out", ", length - tile})", "})"),
-    ("from_scratch/image_sets.py", "folds overlap", "== config.fold) == held_out", "!= config.fold) == held_out"),
+    (
+        "from_scratch/image_sets.py",
+        "folds overlap",
+        "== config.fold) == held_out",
+        "!= config.fold) == held_out",
+    ),
     (
         "from_scratch/image_sets.py",
         "always the first corner",
         "r.randrange(length - side + 1)",
         "0 * r.randrange(length - side + 1)",
     ),
-    ("training/optimizers.py", "gradient not clipped", "(norm / max_norm).clamp(min=1)", "norm / norm.clamp(min=1e-9)"),
+    (
+        "training/optimizers.py",
+        "gradient not clipped",
+        "(norm / max_norm).clamp(min=1)",
+        "norm / norm.clamp(min=1e-9)",
+    ),
     (
         "training/optimizers.py",
         "small gradients forgotten",
@@ -391,7 +617,9 @@ def judge(root: Path, tests: list[str], answer: Connection) -> None:
 
     assert Path(trainers.__file__).is_relative_to(root), trainers.__file__
     first = FirstFailure()
-    status = pytest.main(["-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)], [first])
+    status = pytest.main(
+        ["-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)], [first]
+    )
     answer.send(first.name or ("" if status == 0 else f"pytest ended with {status!r}"))
 
 
@@ -411,16 +639,22 @@ def tests_of(file: str) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    faults = [fault for fault in FAULTS if not words or any(word in " ".join(fault[:2]) for word in words)]
+    faults = [
+        fault for fault in FAULTS if not words or any(word in " ".join(fault[:2]) for word in words)
+    ]
     for name in LIBRARIES:
         importlib.import_module(name)
     torch.set_num_threads(1)
-    sys.dont_write_bytecode = True  # two faults of one length within one second would share their bytecode
+    sys.dont_write_bytecode = (
+        True  # two faults of one length within one second would share their bytecode
+    )
     gc.freeze()
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "copy"
-        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+        shutil.copytree(
+            ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
+        )
         needed = sorted({test for file, *_ in faults for test in tests_of(file)})
         if failed := first_failure(root, needed):
             print(f"without any fault, {failed} fails")
@@ -436,7 +670,9 @@ def main(words: list[str]) -> int:
                 path.write_text(text)
                 verdict = f"caught by {failed}" if failed else "SURVIVED"
             bad += not verdict.startswith("caught")
-            print(f"{file:17} {name:40} {time.perf_counter() - start:4.0f} s  {verdict}", flush=True)
+            print(
+                f"{file:17} {name:40} {time.perf_counter() - start:4.0f} s  {verdict}", flush=True
+            )
     print(f"{len(faults) - bad} of {len(faults)} caught")
     return 1 if bad else 0
 

@@ -4,7 +4,8 @@ import torch
 
 
 def check_each_players_step(task, steps, expected, rtol, atol):
-    """Each player in turn has the loss `expected(name)` and its gradients, then steps before the next one is asked.
+    """Each player in turn has the loss `expected(name)` and its gradients, then steps before the
+    next one is asked.
 
     expected: the loss of a player as the papers write it, in the order in which they step.
     """
@@ -22,11 +23,12 @@ def check_each_players_step(task, steps, expected, rtol, atol):
 
 
 def assert_trained_alike(losses, weights, rate):
-    """Two trainings, each a pair, that are equal but for the order in which float32 is summed, on any processor.
+    """Two trainings, each a pair, that are equal but for the order in which float32 is summed, on
+    any processor.
 
-    A sum of n products is off by about sqrt(n) * 6e-8 of its size, 1e-5 for the longest sums here, and after a few
-    steps the loss by ten times that. Adam divides a gradient by its own size: one that is mostly rounding moves its
-    weight by a share of `rate`, of which a fiftieth is allowed.
+    A sum of n products is off by about sqrt(n) * 6e-8 of its size, 1e-5 for the longest sums here,
+    and after a few steps the loss by ten times that. Adam divides a gradient by its own size: one
+    that is mostly rounding moves its weight by a share of `rate`, of which a fiftieth is allowed.
     """
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=rate / 50)

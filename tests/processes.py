@@ -1,4 +1,5 @@
-"""Scripts in processes of their own, each forked from a server that has imported the libraries already."""
+"""Scripts in processes of their own, each forked from a server that has imported the libraries
+already."""
 
 import multiprocessing
 import os
@@ -11,12 +12,17 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["pytest", "trainers.run", "sklearn.linear_model", "torchmetrics", "processes"])
+server.set_forkserver_preload(
+    ["pytest", "trainers.run", "sklearn.linear_model", "torchmetrics", "processes"]
+)
 
 
 def start(script, *arguments, log, before=None, **environment):
-    """A process that runs scripts/`script`, what it prints going to the file `log`; first it calls `before`."""
-    process = server.Process(target=become, args=(script, [str(a) for a in arguments], log, before, environment))
+    """A process that runs scripts/`script`, what it prints going to the file `log`; first it calls
+    `before`."""
+    process = server.Process(
+        target=become, args=(script, [str(a) for a in arguments], log, before, environment)
+    )
     process.start()
     return process
 
@@ -26,7 +32,12 @@ def group(script, *arguments, log, processes, before=None, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return [
         start(
             script,
@@ -55,7 +66,9 @@ def become(script, arguments, log, before, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)  # as in conftest.py: sums in another order are no longer equal to the bit
+    torch.set_num_threads(
+        1
+    )  # as in conftest.py: sums in another order are no longer equal to the bit
     if before:
         before()
     sys.argv = [script, *arguments]

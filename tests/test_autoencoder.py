@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from torch.distributions import Normal, kl_divergence
 
-from trainers.autoencoder import Autoencoder, anomaly, spoil
+from trainers.autoencoder import Autoencoder, anomaly_score, corrupt
 from trainers.config import loading
-from trainers.data.imaging import floats
-from trainers.data.rng import Draws
+from trainers.data.imaging import to_float
+from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
 from trainers.from_scratch.networks import ConvAutoencoder
@@ -34,7 +34,7 @@ checkpoint: {{checkpointing_steps: 10}}
 tracking: {{report_to: [], log_every: 10}}
 """
     )
-    return lambda *overrides: loading.load(path, overrides)
+    return lambda *overrides: loading.load_config(path, overrides)
 
 
 def figures(settings):
@@ -57,7 +57,7 @@ def test_the_written_auroc_is_that_of_the_saved_model(settings):
     run(final)
     model = ConvAutoencoder.from_pretrained(final.output_dir / "model")
     test = load_images(final.data, "cpu", held_out=True)
-    score = anomaly(model, floats(test.pixels), final)
+    score = anomaly_score(model, to_float(test.pixels), final)
     assert figures(final)["auroc"] == pytest.approx(roc_auc_score(test.labels == 1, score))
     assert figures(final)["auroc"] > 0.8
 
@@ -81,7 +81,10 @@ def test_mistakes_in_the_config_are_named(settings, override, message):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("data.only_label=7", "label 7: there is no picture"), ("data.test_split=tests", "split 'tests'")],
+    [
+        ("data.only_label=7", "label 7: there is no picture"),
+        ("data.test_split=tests", "split 'tests'"),
+    ],
 )
 def test_data_that_is_not_there_is_named(settings, override, message):
     with pytest.raises(UserError, match=message):
@@ -90,8 +93,8 @@ def test_data_that_is_not_there_is_named(settings, override, message):
 
 def test_what_is_shown_has_the_noise_that_was_asked_for(settings):
     final = settings("use=denoise", "objective.noise=0.1")
-    grey = torch.zeros(50, 1, 16, 16)  # far from the ends, where noise is cut
-    noise = spoil(grey, final, Draws(0, 0, range(50))) / 2
+    gray = torch.zeros(50, 1, 16, 16)  # far from the ends, where noise is cut
+    noise = corrupt(gray, final, SampleRng(0, 0, range(50))) / 2
     assert float(noise.std()) == pytest.approx(0.1, rel=0.03)
 
 
@@ -101,9 +104,9 @@ def test_the_variational_loss_is_the_error_and_the_divergence_of_the_posterior(s
     )
     batch, rng = next(iter(batches(0)))
     ((_, loss),) = task.losses(batch, rng)
-    x = floats(batch["pixels"])
+    x = to_float(batch["pixels"])
     mean, logvar = task.model.posterior(x)
     posterior = Normal(mean, (logvar / 2).exp())
-    out = task.model.decode(mean + posterior.stddev * Draws(0, 0, rng.rows).normal(mean.shape))
+    out = task.model.decode(mean + posterior.stddev * SampleRng(0, 0, rng.rows).normal(mean.shape))
     divergence = kl_divergence(posterior, Normal(0, 1)).mean()
     torch.testing.assert_close(loss, (out - x).square().mean() + 0.3 * divergence)

@@ -1,4 +1,5 @@
-"""A cache entry may be unused but is never wrong: damage is noticed, and a key tells all that its entry depends on."""
+"""A cache entry may be unused but is never wrong: damage is noticed, and a key tells all that its
+entry depends on."""
 
 import gc
 import shutil
@@ -10,22 +11,28 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from trainers.data.crops import View
-from trainers.data.encoder_cache import Cache, CachedEncoder
-from trainers.data.pictures import Picture, instance_pictures
+from trainers.data.crops import Crop
+from trainers.data.encoder_cache import CachedEncoder, TensorCache
+from trainers.data.pictures import Picture, load_instance_pictures
 from trainers.errors import RunFailedError
 from trainers.families import SD15
 
-ENTRY = {"moments": torch.arange(6.0).view(2, 3).T, "half": torch.ones(3, dtype=torch.bfloat16), "ids": torch.arange(4)}
+ENTRY = {
+    "moments": torch.arange(6.0).view(2, 3).T,
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "ids": torch.arange(4),
+}
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """`Family.release` collects garbage; without what the imports left, that takes no time."""
+    """`Family.unload` collects garbage; without what the imports left, that takes no time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -33,14 +40,14 @@ def frozen():
 
 @pytest.fixture
 def cache(tmp_path):
-    cache = Cache(tmp_path / "cache")
+    cache = TensorCache(tmp_path / "cache")
     cache.write("key", ENTRY)
     return cache
 
 
 def test_what_is_written_is_read_in_this_process_and_the_next(cache):
     assert same(cache.read("key"), ENTRY)
-    assert same(Cache(cache.folder).read("key"), ENTRY)
+    assert same(TensorCache(cache.folder).read("key"), ENTRY)
 
 
 def test_what_was_not_written_is_none(cache):
@@ -107,20 +114,31 @@ def picture(content):
 
 
 def both(encoder):
-    return {"image": encoder.image_key(picture(b"a"), View(16)), "prompt": encoder.prompt_key("text_encoder", "a")}
+    return {
+        "image": encoder.image_key(picture(b"a"), Crop(16)),
+        "prompt": encoder.prompt_key("text_encoder", "a"),
+    }
 
 
 def test_a_pictures_key_tells_its_bytes_and_its_view(encoder):
-    key, plain = encoder().image_key, View(16)
-    views = [replace(plain, **change) for change in ({}, {"size": 24}, {"left": 0}, {"top": 0}, {"flip": True})]
-    keys = {key(picture(content), view) for content in (b"a", b"b") for view in views}
+    key, plain = encoder().image_key, Crop(16)
+    crops = [
+        replace(plain, **change)
+        for change in ({}, {"size": 24}, {"left": 0}, {"top": 0}, {"flip": True})
+    ]
+    keys = {key(picture(content), crop) for content in (b"a", b"b") for crop in crops}
     assert len(keys) == 10
-    assert key(Picture("renamed", partial(bytes, b"a"), "other caption"), plain) == key(picture(b"a"), plain)
+    assert key(Picture("renamed", partial(bytes, b"a"), "other caption"), plain) == key(
+        picture(b"a"), plain
+    )
 
 
 def test_a_prompts_key_tells_the_prompt(encoder):
     one, other = encoder(), encoder()
-    keys = [encoder.prompt_key("text_encoder", words) for encoder, words in ((one, "a"), (other, "a"), (other, "b"))]
+    keys = [
+        encoder.prompt_key("text_encoder", words)
+        for encoder, words in ((one, "a"), (other, "a"), (other, "b"))
+    ]
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -134,7 +152,9 @@ def test_a_prompts_key_tells_the_prompt(encoder):
         ("scheduler", set()),
     ],
 )
-def test_a_key_changes_with_the_content_of_the_encoders_that_it_depends_on(encoder, base, tmp_path, part, depends):
+def test_a_key_changes_with_the_content_of_the_encoders_that_it_depends_on(
+    encoder, base, tmp_path, part, depends
+):
     copy = shutil.copytree(base, tmp_path / "copy")
 
     def keys():
@@ -160,16 +180,16 @@ def test_a_prompts_key_tells_the_precision_and_a_pictures_does_not(encoder):
 
 # Filling
 
-VIEWS = [View(16), View(16, flip=True)]
+VIEWS = [Crop(16), Crop(16, flip=True)]
 
 
 @pytest.fixture
 def filled(encoder, settings):
     """An encoder after its fill, the pictures, and a function that fills (another) encoder."""
-    pictures = instance_pictures(settings().data)
+    pictures = load_instance_pictures(settings().data)
 
     def fill(encoder):
-        jobs = [(picture, view) for picture in pictures for view in VIEWS]
+        jobs = [(picture, crop) for picture in pictures for crop in VIEWS]
         encoder.fill(jobs, ["a b c", ""], Accelerator(cpu=True))
         return encoder
 
@@ -180,12 +200,12 @@ def test_entries_equal_what_diffusers_encodes(filled, base):
     encoder, pictures, _ = filled
     pipe = StableDiffusionPipeline.from_pretrained(base)
     for picture in pictures:
-        for view in VIEWS:
-            posterior = pipe.vae.encode(view(picture.decode())[None]).latent_dist
-            assert torch.equal(encoder.moments(picture, view), posterior.parameters[0])
+        for crop in VIEWS:
+            posterior = pipe.vae.encode(crop(picture.decode())[None]).latent_dist
+            assert torch.equal(encoder.moments(picture, crop), posterior.parameters[0])
     for prompt in ("a b c", ""):
         theirs = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
-        torch.testing.assert_close(encoder.text(prompt)["text_encoder"], theirs)
+        torch.testing.assert_close(encoder.text_inputs(prompt)["text_encoder"], theirs)
 
 
 def test_each_picture_view_and_prompt_is_encoded_once_and_never_again(filled, encoder):
@@ -215,7 +235,10 @@ def test_a_trained_text_encoder_is_fed_token_ids_that_are_never_cached(filled, e
     trained = fill(encoder(train=("text_encoder",)))
     assert trained.family.encoded == 0
     trained.family.load("text_encoder")
-    ids = trained.text("a b c")["text_encoder_ids"]
+    ids = trained.text_inputs("a b c")["text_encoder_ids"]
     assert torch.equal(
-        ids, trained.family.pipe.tokenizer("a b c", padding="max_length", return_tensors="pt").input_ids[0]
+        ids,
+        trained.family.pipe.tokenizer("a b c", padding="max_length", return_tensors="pt").input_ids[
+            0
+        ],
     )

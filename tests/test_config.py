@@ -1,4 +1,5 @@
-"""Laws of the configuration: no typo trains, every mistake is told at once, what is written reads back."""
+"""Laws of the configuration: no typo trains, every mistake is told at once, what is written reads
+back."""
 
 import json
 import subprocess
@@ -36,7 +37,7 @@ def complaints(action, *arguments):
 
 
 def test_five_mistakes_give_five_lines_each_with_its_path_and_what_to_do(written):
-    told = dict(line.split(": ", 1) for line in complaints(loading.load, written(FIVE)))
+    message = dict(line.split(": ", 1) for line in complaints(loading.load_config, written(FIVE)))
     expected = {
         "data.resolutoin": "did you mean data.resolution?",
         "optimizer.name": "did you mean adamw?",
@@ -44,13 +45,17 @@ def test_five_mistakes_give_five_lines_each_with_its_path_and_what_to_do(written
         "data.instance_data_dir": "/no/such/folder",
         "data.class_prompt": "needs a class prompt",
     }
-    assert told.keys() == expected.keys()
-    assert all(hint in told[path] for path, hint in expected.items())
+    assert message.keys() == expected.keys()
+    assert all(hint in message[path] for path, hint in expected.items())
 
 
 @pytest.mark.parametrize(
     ("text", "lines"),
-    [(FIVE, 5), ("data: {1: 2, instance_data_dir: .}", 1), ("on: push\ndata: {instance_data_dir: .}", 1)],
+    [
+        (FIVE, 5),
+        ("data: {1: 2, instance_data_dir: .}", 1),
+        ("on: push\ndata: {instance_data_dir: .}", 1),
+    ],
     ids=["five", "number as key", "bool as key"],
 )
 def test_a_bad_file_exits_2_in_seconds_without_a_traceback(written, text, lines):
@@ -66,35 +71,45 @@ def test_no_package_is_hidden_from_the_libraries():
     """transformers 5.17 to 5.20 import scikit-learn, and so scipy, with the first model."""
     script = """
 from trainers import cli
-cli.silence()
+cli.silence_libraries()
 import gc, sys, trainers.run
 import scipy.stats, kornia, bitsandbytes
 from diffusers import StableDiffusionPipeline
-print([name for name, module in sys.modules.items() if module is None and "." not in name], gc.get_threshold())
+hidden = [name for name, module in sys.modules.items() if module is None and "." not in name]
+print(hidden, gc.get_threshold())
 """
-    plain = subprocess.run([sys.executable, "-c", "import gc; print([], gc.get_threshold())"], capture_output=True)
+    plain = subprocess.run(
+        [sys.executable, "-c", "import gc; print([], gc.get_threshold())"], capture_output=True
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60)
     assert done.stdout == plain.stdout, done.stderr
 
 
-@pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff", "seed: 1\nseed: 2"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b", "data: [", "data: {a: b: c}", "data: \udcff", "seed: 1\nseed: 2"]
+)
 def test_a_file_that_cannot_be_understood_is_named(written, text):
-    assert "written.yaml" in complaints(loading.load, written(text))[0]
+    assert "written.yaml" in complaints(loading.load_config, written(text))[0]
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert "absent.yaml" in complaints(loading.load, tmp_path / "absent.yaml")[0]
+    assert "absent.yaml" in complaints(loading.load_config, tmp_path / "absent.yaml")[0]
 
 
 @pytest.mark.parametrize("number", ["1e-4", "5E+3", "-1e5", "1.5e3", "0.25", "12", "-3", "0"])
 def test_a_number_means_what_it_means_in_json(number):
-    assert repr(loading.parse(number)) == repr(json.loads(number))
+    assert repr(loading.parse_yaml(number)) == repr(json.loads(number))
 
 
 @pytest.mark.parametrize("spelling", ["1e-4", "1.0E-4", ".0001", "0.0001"])
 def test_a_rate_is_a_float_in_the_file_and_in_an_override(settings, written, spelling):
-    text = loading.dump(settings()).replace("learning_rate: 0.01", f"learning_rate: {spelling}")
-    for loaded in (loading.load(written(text)), settings(f"optimizer.learning_rate={spelling}")):
+    text = loading.dump_config(settings()).replace(
+        "learning_rate: 0.01", f"learning_rate: {spelling}"
+    )
+    for loaded in (
+        loading.load_config(written(text)),
+        settings(f"optimizer.learning_rate={spelling}"),
+    ):
         assert repr(loaded.optimizer.learning_rate) == "0.0001"
 
 
@@ -104,8 +119,8 @@ def test_an_integer_stays_one(settings):
 
 
 def test_an_override_equals_the_same_words_in_the_file(settings, written):
-    text = loading.dump(settings()).replace("resolution: 16", "resolution: 24")
-    assert loading.load(written(text)) == settings("data.resolution=24") != settings()
+    text = loading.dump_config(settings()).replace("resolution: 16", "resolution: 24")
+    assert loading.load_config(written(text)) == settings("data.resolution=24") != settings()
 
 
 @pytest.mark.parametrize(
@@ -138,16 +153,18 @@ def test_wrong_overrides_are_told_together(settings):
     assert len(complaints(settings, "optimizer", "seed=x", "lora.rnk=4", "data.resolution=9")) == 4
 
 
-@pytest.mark.parametrize("prompt", ["1e5", "12e4567", "1.e5", "5", "yes", "null", "010", "1:30", "é: [x", "- a", "#x"])
+@pytest.mark.parametrize(
+    "prompt", ["1e5", "12e4567", "1.e5", "5", "yes", "null", "010", "1:30", "é: [x", "- a", "#x"]
+)
 def test_what_is_dumped_loads_equal(settings, written, prompt):
     original = settings("lora.target_modules=[to_q, to_k]", "lora.alpha=3", "objective.snr_gamma=5")
     data = original.data.model_copy(update={"instance_prompt": prompt})
     original = original.model_copy(update={"data": data})
-    assert loading.load(written(loading.dump(original))) == original
+    assert loading.load_config(written(loading.dump_config(original))) == original
 
 
 def test_null_lora_loads_equal(settings, written):
-    assert loading.load(written(loading.dump(settings("lora=null")))).lora is None
+    assert loading.load_config(written(loading.dump_config(settings("lora=null")))).lora is None
 
 
 @pytest.mark.parametrize(
@@ -185,7 +202,9 @@ def test_every_rule_between_fields_fires_alone(settings, path, overrides):
         ("tracking.report_to", "tracking.report_to=[trackio]", "trackio"),
     ],
 )
-def test_a_missing_package_is_named_before_anything_loads(settings, monkeypatch, path, override, package):
+def test_a_missing_package_is_named_before_anything_loads(
+    settings, monkeypatch, path, override, package
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = complaints(settings, override)
     assert line.startswith(path)
@@ -194,18 +213,25 @@ def test_a_missing_package_is_named_before_anything_loads(settings, monkeypatch,
 
 def test_the_schema_file_is_the_current_schema():
     stale = "stale: run python -m trainers.config.loading > configs/schema.json"
-    assert (ROOT / "configs" / "schema.json").read_text() == loading.schema(), stale
+    assert (ROOT / "configs" / "schema.json").read_text() == loading.json_schema(), stale
 
 
 def test_every_key_has_a_help_text():
-    sections = json.loads(loading.schema())["$defs"].values()
-    bare = [key for s in sections for key, fact in s["properties"].items() if not {"description", "$ref"} & fact.keys()]
+    sections = json.loads(loading.json_schema())["$defs"].values()
+    bare = [
+        key
+        for s in sections
+        for key, fact in s["properties"].items()
+        if not {"description", "$ref"} & fact.keys()
+    ]
     assert bare == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_a_shipped_config_names_its_schema_and_validates(path):
     text = path.read_text()
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
-    _, mistakes = loading.validate(loading.parse(text))
+    _, mistakes = loading.validate(loading.parse_yaml(text))
     assert [m for m in mistakes if "no such folder" not in m and "not installed" not in m] == []

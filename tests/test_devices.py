@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_leaves
 from trainers import run_folder
 from trainers.config import ImagesConfig, OptimizerConfig, TrainConfig
 from trainers.data.pictures import Picture
-from trainers.data.sampler import Share
+from trainers.data.sampler import BatchSlice
 from trainers.errors import RunFailedError
 from trainers.from_scratch import classifier
-from trainers.from_scratch.image_sets import Batches, Images, Sample
+from trainers.from_scratch.image_sets import ImageBatches, ImageSample, ImageSet
 from trainers.metrics import image_quality
 from trainers.publishing import model_card
 from trainers.run import run
-from trainers.training.failures import explained
+from trainers.training.failures import friendly_errors
 from trainers.training.loop import make_player, train
-from trainers.training.nonfinite import finite
+from trainers.training.nonfinite import is_finite
 from trainers.training.optimizers import make_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -45,8 +45,12 @@ class Away(Tensor):
 def test_an_average_is_made_where_the_weights_are_trained():
     """`prepare` moves the module; here to the meta device."""
     module = nn.Linear(2, 2)
-    moves = SimpleNamespace(distributed_type=None, prepare=lambda module, optimizer: (module.to("meta"), optimizer))
-    player = make_player(module, [{"params": list(module.parameters()), "lr": 1.0}], OptimizerConfig(), 0.9, moves)
+    moves = SimpleNamespace(
+        distributed_type=None, prepare=lambda module, optimizer: (module.to("meta"), optimizer)
+    )
+    player = make_player(
+        module, [{"params": list(module.parameters()), "lr": 1.0}], OptimizerConfig(), 0.9, moves
+    )
     assert {value.device.type for value in player.ema.average.values()} == {"meta"}
     player.ema.update(1)
 
@@ -54,8 +58,8 @@ def test_an_average_is_made_where_the_weights_are_trained():
 def test_distances_are_measured_in_features_of_another_device():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(60, 1, 4, 4, generator=generator) for _ in range(2))
-    here = image_quality.distances(x, y, lambda part: part.flatten(1))
-    there = image_quality.distances(x, y, lambda part: part.flatten(1).as_subclass(Away))
+    here = image_quality.distribution_metrics(x, y, lambda part: part.flatten(1))
+    there = image_quality.distribution_metrics(x, y, lambda part: part.flatten(1).as_subclass(Away))
     assert here == pytest.approx(there)
 
 
@@ -64,47 +68,65 @@ def test_a_checkpoint_of_a_gpu_is_read_without_one(settings, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         run(four)
-    assert run_folder.checkpoints(four.output_dir / "checkpoints")
+    assert run_folder.list_checkpoints(four.output_dir / "checkpoints")
     run(settings("train.max_train_steps=4"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.uint8]
+)
 def test_weights_of_any_precision_are_looked_at(dtype):
-    assert finite(torch.ones(3).to(dtype)).all()
+    assert is_finite(torch.ones(3).to(dtype)).all()
 
 
 def test_eight_bit_floats_that_are_not_finite_are_found():
-    assert finite(torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)).tolist() == [True, False]
+    assert is_finite(torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn)).tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_a_classifier_unscales_gradients_that_were_scaled_for_float16(monkeypatch):
     """Else its steps follow gradients 65,536 times too large, clipped."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 255, (32, 1, 16, 16), generator=generator, dtype=torch.uint8)
-    samples = [Sample(Picture(str(i), bytes, ""), label=i % 2) for i in range(32)]
-    images = Images(samples, lambda sample: pixels[int(sample.picture.name)], True, "cpu")
+    samples = [ImageSample(Picture(str(i), bytes, ""), label=i % 2) for i in range(32)]
+    images = ImageSet(samples, lambda sample: pixels[int(sample.picture.name)], True, "cpu")
     optimizer, norms = OptimizerConfig(learning_rate=3e-3), {}
-    for name, scaler in (("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=65536.0))):
+    for name, scaler in (
+        ("plain", None),
+        ("scaled", torch.amp.GradScaler("cpu", init_scale=65536.0)),
+    ):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler, accelerator.native_amp = scaler, True
         if scaler:  # what a GPU's accelerator says of itself
             monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-        task, found = classifier.Reading(images, 0, optimizer, accelerator), norms.setdefault(name, [])
-        batches = Batches(images, ImagesConfig(image_dir=".", resolution=16, channels=1), Share(0, 16))
+        task, found = (
+            classifier.ClassifierTask(images, 0, optimizer, accelerator),
+            norms.setdefault(name, []),
+        )
+        batches = ImageBatches(
+            images, ImagesConfig(image_dir=".", resolution=16, channels=1), BatchSlice(0, 16)
+        )
 
-        def note(step, means, found=found):
-            found.append(means["classifier_grad_norm"].item())
+        def note(step, metrics, found=found):
+            found.append(metrics["classifier_grad_norm"].item())
 
-        train(task, batches, TrainConfig(max_train_steps=3), 0, accelerator, lambda step: 1.0, [note])
+        train(
+            task, batches, TrainConfig(max_train_steps=3), 0, accelerator, lambda step: 1.0, [note]
+        )
     assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     "words",
-    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"],
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
 )
 def test_every_way_of_running_out_of_memory_is_known(settings, words):
-    with pytest.raises(RunFailedError, match="out of memory"), explained(settings(), 1):
+    with pytest.raises(RunFailedError, match="out of memory"), friendly_errors(settings(), 1):
         raise RuntimeError(words)
 
 
@@ -115,8 +137,8 @@ def test_a_checkout_that_is_not_installed_can_write_its_card(monkeypatch):
         return "1"
 
     monkeypatch.setattr(model_card, "version", version)
-    assert model_card.versions()["diffusion-trainers"] == "not installed"
-    assert model_card.versions()["torch"] == "1"
+    assert model_card.package_versions()["diffusion-trainers"] == "not installed"
+    assert model_card.package_versions()["torch"] == "1"
 
 
 def test_every_module_can_be_imported_on_windows():
@@ -131,7 +153,9 @@ for module in pkgutil.walk_packages(trainers.__path__, "trainers."):
     importlib.import_module(module.name)
     print(module.name)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "trainers.run" in done.stdout.split()
 
@@ -144,5 +168,7 @@ def test_what_the_optimizer_is_called_with_is_what_the_package_can_do():
 
 def test_config_is_loaded_without_torch():
     script = "import sys; from trainers import config; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "False", done.stderr

@@ -1,4 +1,5 @@
-"""Every reader finds the trained updates in the files: diffusers, PEFT, and the rules of ComfyUI and sd-scripts."""
+"""Every reader finds the trained updates in the files: diffusers, PEFT, and the rules of ComfyUI
+and sd-scripts."""
 
 import hashlib
 import json
@@ -25,10 +26,16 @@ from trainers import dreambooth
 from trainers.errors import UserError
 from trainers.families import FAMILIES
 from trainers.lora import files
-from trainers.lora.files import distance, layers_of, load_lora, read_lora, text_prefix
-from trainers.lora.kohya import from_kohya, kohya_names, swapped, to_kohya
-from trainers.lora.low_rank import difference, shrink
-from trainers.lora.update import Update
+from trainers.lora.files import (
+    adaptable_layers,
+    load_lora,
+    max_relative_difference,
+    read_lora,
+    text_prefix,
+)
+from trainers.lora.kohya import from_kohya, kohya_names, swapped_layers, to_kohya
+from trainers.lora.low_rank import lora_from_difference, reduce_rank
+from trainers.lora.update import LoraUpdate
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 ALL = ("sd15", "sd3", "flux")
@@ -37,17 +44,20 @@ TRAINED = ("lora.alpha=5", "train.train_text_encoder=true", "lora.kohya=true")
 
 @pytest.fixture(scope="module")
 def made(bases, photos, tmp_path_factory):
-    """Family name -> (folder of a saved task, the updates that its modules compute), alpha != rank, nothing zero."""
+    """Family name -> (folder of a saved task, the updates that its modules compute), alpha != rank,
+    nothing zero."""
     from conftest import settings
 
     results = {}
     for name in ALL:
         folder = tmp_path_factory.mktemp(name)
-        config = settings.__wrapped__(bases, photos, folder)(*TRAINED, "lora.target_modules=all-linear", family=name)
+        config = settings.__wrapped__(bases, photos, folder)(
+            *TRAINED, "lora.target_modules=all-linear", family=name
+        )
         task, _, _ = dreambooth.build(config, Accelerator(cpu=True))
         torch.manual_seed(0)
         updates = {}
-        for part in (task.family.denoiser_name, *task.encoder.train):
+        for part in (task.family.denoiser_name, *task.encoder.trained_encoders):
             module = getattr(task.family.pipe, part)
             for layer_name, layer in module.named_modules():
                 if isinstance(layer, BaseTunerLayer):
@@ -69,13 +79,15 @@ def check(found, wanted, tolerance=1e-5):
 
 
 def products(lora):
-    return {name: update.product() for name, update in lora.items()}
+    return {name: update.delta_weight() for name, update in lora.items()}
 
 
 def family_of(folder_of_base, name):
     from trainers.config import ModelConfig
 
-    return FAMILIES[name](ModelConfig(family=name, pretrained_model_name_or_path=str(folder_of_base)))
+    return FAMILIES[name](
+        ModelConfig(family=name, pretrained_model_name_or_path=str(folder_of_base))
+    )
 
 
 # Readers
@@ -88,7 +100,9 @@ def test_our_own_reader_finds_every_update_in_both_files(made, bases, name, file
     check(products(read_lora(folder / file, family_of(bases[name], name))), updates)
 
 
-@pytest.mark.parametrize(("name", "file"), [*((name, WEIGHT_NAME) for name in ALL), ("sd15", KOHYA_NAME)])
+@pytest.mark.parametrize(
+    ("name", "file"), [*((name, WEIGHT_NAME) for name in ALL), ("sd15", KOHYA_NAME)]
+)
 def test_diffusers_finds_every_update(made, bases, name, file):
     folder, updates = made[name]
     pipe = DiffusionPipeline.from_pretrained(bases[name])
@@ -105,7 +119,8 @@ def test_diffusers_finds_every_update(made, bases, name, file):
 
 
 def stems_of_sd15(pipe):
-    """As sd-scripts walks the models: LoRA on linear and convolution layers, dots become underscores.
+    """As sd-scripts walks the models: LoRA on linear and convolution layers, dots become
+    underscores.
 
     Its CLIP has the level `text_model`; ComfyUI knows the same names.
     """
@@ -134,13 +149,15 @@ def strengths(file):
 def test_sd_scripts_rules_find_every_update_of_sd15(made, bases):
     folder, updates = made["sd15"]
     stems = stems_of_sd15(DiffusionPipeline.from_pretrained(bases["sd15"]))
-    check({stems[stem]: product for stem, product in strengths(folder / KOHYA_NAME).items()}, updates)
+    check(
+        {stems[stem]: product for stem, product in strengths(folder / KOHYA_NAME).items()}, updates
+    )
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_comfyuis_rules_find_every_update_in_diffusers_file(made, bases, name):
-    """For these it takes `transformer.` and diffusers' module names, CLIP by `text_encoder.text_model.`, and, without
-    an alpha beside them, a strength of one."""
+    """For these it takes `transformer.` and diffusers' module names, CLIP by
+    `text_encoder.text_model.`, and, without an alpha beside them, a strength of one."""
     folder, updates = made[name]
     state, pipe = load_file(folder / WEIGHT_NAME), DiffusionPipeline.from_pretrained(bases[name])
     known = {f"transformer.{name}" for name, _ in pipe.transformer.named_parameters()}
@@ -158,8 +175,16 @@ SIDE = 8  # width of the released SD3 in these tests
 
 def released_sd3(blocks):
     """Names and shapes of the model as released, with dual attention in all blocks but the last."""
-    shapes = {"x_embedder.proj": (SIDE, 4, 2, 2), "context_embedder": (SIDE, 6), "final_layer.linear": (16, SIDE)}
-    shapes |= {"t_embedder.mlp.0": (SIDE, 4), "t_embedder.mlp.2": (SIDE, SIDE), "y_embedder.mlp.0": (SIDE, 5)}
+    shapes = {
+        "x_embedder.proj": (SIDE, 4, 2, 2),
+        "context_embedder": (SIDE, 6),
+        "final_layer.linear": (16, SIDE),
+    }
+    shapes |= {
+        "t_embedder.mlp.0": (SIDE, 4),
+        "t_embedder.mlp.2": (SIDE, SIDE),
+        "y_embedder.mlp.0": (SIDE, 5),
+    }
     shapes |= {"y_embedder.mlp.2": (SIDE, SIDE), "final_layer.adaLN_modulation.1": (2 * SIDE, SIDE)}
     for i in range(blocks):
         last = i == blocks - 1
@@ -172,7 +197,10 @@ def released_sd3(blocks):
                 shapes |= {f"{block}.attn.proj": (SIDE, SIDE), f"{block}.mlp.fc1": (4 * SIDE, SIDE)}
                 shapes[f"{block}.mlp.fc2"] = (SIDE, 4 * SIDE)
             if side == "x" and not last:
-                shapes |= {f"{block}.attn2.qkv": (3 * SIDE, SIDE), f"{block}.attn2.proj": (SIDE, SIDE)}
+                shapes |= {
+                    f"{block}.attn2.qkv": (3 * SIDE, SIDE),
+                    f"{block}.attn2.proj": (SIDE, SIDE),
+                }
     return shapes
 
 
@@ -181,21 +209,34 @@ def released_flux(columns=2):
     width, shapes = 3072, {}
     for side in ("img", "txt"):
         block = f"double_blocks.0.{side}"
-        shapes |= {f"{block}_attn.qkv": 3 * width, f"{block}_attn.proj": width, f"{block}_mlp.0": 4 * width}
+        shapes |= {
+            f"{block}_attn.qkv": 3 * width,
+            f"{block}_attn.proj": width,
+            f"{block}_mlp.0": 4 * width,
+        }
         shapes |= {f"{block}_mlp.2": width, f"{block}_mod.lin": 6 * width}
     shapes |= {"single_blocks.0.linear1": 7 * width, "single_blocks.0.linear2": width}
     shapes |= {"single_blocks.0.modulation.lin": 3 * width, "img_in": width, "txt_in": width}
     shapes |= {
-        f"{name}.{half}_layer": width for name in ("time_in", "vector_in", "guidance_in") for half in ("in", "out")
+        f"{name}.{half}_layer": width
+        for name in ("time_in", "vector_in", "guidance_in")
+        for half in ("in", "out")
     }
     shapes |= {"final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * width}
     return {name: (rows, columns) for name, rows in shapes.items()}
 
 
 NORMS = {
-    "sd3": ["pos_embed", *(f"joint_blocks.0.{s}_block.attn.ln_{x}.weight" for s in ("x", "context") for x in "qk")],
+    "sd3": [
+        "pos_embed",
+        *(f"joint_blocks.0.{s}_block.attn.ln_{x}.weight" for s in ("x", "context") for x in "qk"),
+    ],
     "flux": [
-        *(f"double_blocks.0.{s}_attn.norm.{x}_norm.scale" for s in ("img", "txt") for x in ("query", "key")),
+        *(
+            f"double_blocks.0.{s}_attn.norm.{x}_norm.scale"
+            for s in ("img", "txt")
+            for x in ("query", "key")
+        ),
         *(f"single_blocks.0.norm.{x}_norm.scale" for x in ("query", "key")),
     ],
 }
@@ -206,15 +247,25 @@ CONVERTERS = {
 
 
 def converted(shapes, weights, name):
-    """Weights of released layers, zero where none is given, as diffusers reads a released checkpoint."""
+    """Weights of released layers, zero where none is given, as diffusers reads a released
+    checkpoint."""
     state = {f"{key}.weight": weights.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
     state |= {f"{key}.bias": torch.zeros(shape[0]) for key, shape in shapes.items()}
     state |= {key: torch.zeros(1) for key in NORMS[name]}
     if name == "sd3":
-        state |= {key.replace(".attn.", ".attn2."): torch.zeros(1) for key in NORMS["sd3"] if ".x_block.attn." in key}
-        state |= {key.replace("joint_blocks.0", "joint_blocks.1"): torch.zeros(1) for key in NORMS["sd3"][1:]}
+        state |= {
+            key.replace(".attn.", ".attn2."): torch.zeros(1)
+            for key in NORMS["sd3"]
+            if ".x_block.attn." in key
+        }
+        state |= {
+            key.replace("joint_blocks.0", "joint_blocks.1"): torch.zeros(1)
+            for key in NORMS["sd3"][1:]
+        }
     found = CONVERTERS[name](state)
-    return {f"transformer.{key.removesuffix('.weight')}": w for key, w in found.items() if w.ndim > 1}
+    return {
+        f"transformer.{key.removesuffix('.weight')}": w for key, w in found.items() if w.ndim > 1
+    }
 
 
 def random_lora(layers, inputs, seed=0, ranks=(2,)):
@@ -223,14 +274,14 @@ def random_lora(layers, inputs, seed=0, ranks=(2,)):
     for i, (name, outputs) in enumerate(layers.items()):
         rank = ranks[i % len(ranks)]
         a = torch.randn((rank, *inputs[name]), generator=rng)
-        lora[name] = Update(a, torch.randn((outputs, rank, *[1] * (a.ndim - 2)), generator=rng))
+        lora[name] = LoraUpdate(a, torch.randn((outputs, rank, *[1] * (a.ndim - 2)), generator=rng))
     return lora
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_released_models_get_the_updates_that_diffusers_would(name):
-    """ComfyUI adds `lora_unet_LAYER` to the layer of the released model; diffusers' converter of released checkpoints
-    then says what that is in diffusers' layers."""
+    """ComfyUI adds `lora_unet_LAYER` to the layer of the released model; diffusers' converter of
+    released checkpoints then says what that is in diffusers' layers."""
     shapes = released_sd3(2) if name == "sd3" else released_flux()
     zeros = converted(shapes, {}, name)
     layers = {key: len(weight) for key, weight in zeros.items()}
@@ -240,7 +291,9 @@ def test_released_models_get_the_updates_that_diffusers_would(name):
     for key, shape in shapes.items():
         stem = "lora_unet_" + key.replace(".", "_")
         down, up = state.pop(f"{stem}.lora_down.weight"), state.pop(f"{stem}.lora_up.weight")
-        weights[key] = (state.pop(f"{stem}.alpha") / len(down) * up.flatten(1) @ down.flatten(1)).view(shape)
+        weights[key] = (
+            state.pop(f"{stem}.alpha") / len(down) * up.flatten(1) @ down.flatten(1)
+        ).view(shape)
     assert not state
     found = converted(shapes, weights, name)
     check({key: weight.flatten(1) for key, weight in found.items()}, products(lora))
@@ -252,7 +305,10 @@ def test_diffusers_reader_of_sd_scripts_flux_files_finds_every_update_at_full_wi
     lora = random_lora(layers, {key: zeros[key].shape[1:] for key in layers})
     found = _convert_kohya_flux_lora_to_diffusers(to_kohya(lora, layers, "flux"))
     stems = [key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")]
-    check({stem: found[f"{stem}.lora_B.weight"] @ found[f"{stem}.lora_A.weight"] for stem in stems}, products(lora))
+    check(
+        {stem: found[f"{stem}.lora_B.weight"] @ found[f"{stem}.lora_A.weight"] for stem in stems},
+        products(lora),
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -278,8 +334,10 @@ def test_peft_finds_every_update(made, bases, tmp_path, name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ranks", [(2,), (1, 3, 2)], ids=["one rank", "several"])
 @pytest.mark.parametrize("wanted", ["", "to_q", "to_v", "proj_mlp", "ff"])
-def test_kohya_and_back_is_exact_with_whole_and_with_partly_trained_layers(bases, name, ranks, wanted):
-    layers = layers_of(family_of(bases[name], name))
+def test_kohya_and_back_is_exact_with_whole_and_with_partly_trained_layers(
+    bases, name, ranks, wanted
+):
+    layers = adaptable_layers(family_of(bases[name], name))
     chosen = {key: outputs for key, outputs in layers.items() if wanted in key}
     lora = random_lora(chosen, dict.fromkeys(chosen, (3,)), ranks=ranks)
     back, unknown = from_kohya(to_kohya(lora, layers, name), layers, name)
@@ -293,19 +351,24 @@ def test_kohya_and_back_is_exact_with_whole_and_with_partly_trained_layers(bases
 def test_layers_that_share_their_first_half_stay_as_small_as_they_were():
     layers = {f"transformer.transformer_blocks.0.attn.to_{x}": 4 for x in "qkv"}
     a = torch.randn(2, 3)
-    lora = {name: Update(a, torch.randn(4, 2)) for name in layers}
-    assert to_kohya(lora, layers, "flux")["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (2, 3)
-    assert distance(lora, from_kohya(to_kohya(lora, layers, "flux"), layers, "flux")[0]) == 0
+    lora = {name: LoraUpdate(a, torch.randn(4, 2)) for name in layers}
+    assert to_kohya(lora, layers, "flux")[
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
+    ].shape == (2, 3)
+    assert (
+        max_relative_difference(lora, from_kohya(to_kohya(lora, layers, "flux"), layers, "flux")[0])
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_two_layers_share_a_name_and_none_is_left_out(bases, name):
-    layers = layers_of(family_of(bases[name], name))
+    layers = adaptable_layers(family_of(bases[name], name))
     names = kohya_names(layers, name)
     parts = [part for parts in names.values() for part in parts]
     assert len(parts) == len(set(parts))
     assert layers.keys() <= set(parts)
-    assert swapped(layers, name) <= layers.keys() | {""}
+    assert swapped_layers(layers, name) <= layers.keys() | {""}
 
 
 @pytest.mark.parametrize("alpha", ["metadata", "beside"])
@@ -341,9 +404,15 @@ def test_kohyas_alpha_is_read(made, bases, tmp_path):
 def test_layers_of_several_ranks_keep_theirs_in_diffusers_and_peft(bases, tmp_path):
     family = family_of(bases["sd3"], "sd3")
     family.load("transformer")
-    weights = {f"transformer.{n}": m.weight for n, m in family.denoiser.named_modules() if isinstance(m, nn.Linear)}
+    weights = {
+        f"transformer.{n}": m.weight
+        for n, m in family.denoiser.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     layers = {name: len(weight) for name, weight in weights.items()}
-    lora = random_lora(layers, {name: weight.shape[1:] for name, weight in weights.items()}, ranks=(1, 3, 2))
+    lora = random_lora(
+        layers, {name: weight.shape[1:] for name, weight in weights.items()}, ranks=(1, 3, 2)
+    )
     files.write_diffusers(lora, tmp_path / WEIGHT_NAME, {})
     files.write_peft(lora, family, tmp_path)
     peft = PeftModel.from_pretrained(
@@ -370,15 +439,22 @@ def test_a_file_for_another_model_is_an_error_that_says_so(made, bases):
 
 
 def test_a_run_that_has_not_finished_has_no_lora_yet_and_is_told_so(bases, tmp_path):
-    with pytest.raises(UserError, match=r"no LoRA is in it\. Of a run that has not finished there is none yet"):
+    with pytest.raises(
+        UserError, match=r"no LoRA is in it\. Of a run that has not finished there is none yet"
+    ):
         read_lora(tmp_path, family_of(bases["sd15"], "sd15"))
 
 
 def test_layers_that_the_base_lacks_are_counted_and_told(made, bases, tmp_path, capsys):
     state = load_file(made["sd15"][0] / KOHYA_NAME)
-    state |= {f"lora_unet_nowhere.{half}.weight": torch.zeros(2, 2) for half in ("lora_down", "lora_up")}
+    state |= {
+        f"lora_unet_nowhere.{half}.weight": torch.zeros(2, 2) for half in ("lora_down", "lora_up")
+    }
     save_file(state, tmp_path / "file.safetensors")
-    check(products(read_lora(tmp_path / "file.safetensors", family_of(bases["sd15"], "sd15"))), made["sd15"][1])
+    check(
+        products(read_lora(tmp_path / "file.safetensors", family_of(bases["sd15"], "sd15"))),
+        made["sd15"][1],
+    )
     assert (
         f"{len(made['sd15'][1])} layers read; 1 are not in this base, such as lora_unet_nowhere"
         in capsys.readouterr()[0]
@@ -386,7 +462,8 @@ def test_layers_that_the_base_lacks_are_counted_and_told(made, bases, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "key", ["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "unet.conv_in.lora_magnitude_vector"]
+    "key",
+    ["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "unet.conv_in.lora_magnitude_vector"],
 )
 def test_relatives_of_lora_are_refused_by_name(bases, tmp_path, key):
     save_file({key: torch.zeros(2, 2)}, tmp_path / "file.safetensors")
@@ -426,36 +503,47 @@ def test_kohyas_hash_is_of_the_tensors_alone(made):
 
 def test_a_lower_rank_is_the_nearest_and_its_error_is_told():
     lora = random_lora({"a": 12, "b": 7}, {"a": (9,), "b": (5, 3, 3)}, ranks=(6, 4))
-    lora["b"] = Update(lora["b"].a, lora["b"].b[..., None, None] if lora["b"].b.ndim == 2 else lora["b"].b)
-    small, told = shrink(lora, 2)
+    lora["b"] = LoraUpdate(
+        lora["b"].a, lora["b"].b[..., None, None] if lora["b"].b.ndim == 2 else lora["b"].b
+    )
+    small, message = reduce_rank(lora, 2)
     lost = whole = 0
     for name, update in lora.items():
-        product = update.product().numpy().astype(float)
+        product = update.delta_weight().numpy().astype(float)
         u, s, v = np.linalg.svd(product, full_matrices=False)
-        np.testing.assert_allclose(small[name].product().numpy(), (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
+        np.testing.assert_allclose(
+            small[name].delta_weight().numpy(), (u[:, :2] * s[:2]) @ v[:2], atol=1e-5
+        )
         assert small[name].rank == 2
         assert small[name].a.shape[1:] == update.a.shape[1:]
         lost += (s[2:] ** 2).sum()
         whole += (s**2).sum()
-    assert told == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
-    same, nothing = shrink(lora, 16)
+    assert message == pytest.approx((lost / whole) ** 0.5, rel=1e-6)
+    same, nothing = reduce_rank(lora, 16)
     assert nothing == pytest.approx(0, abs=1e-12)
-    assert distance(lora, same) < 1e-5
+    assert max_relative_difference(lora, same) < 1e-5
 
 
 def test_the_difference_of_two_models_is_what_was_added():
     rng = torch.Generator().manual_seed(0)
-    base = {"linear": torch.randn(8, 6, generator=rng), "conv": torch.randn(8, 4, 3, 3, generator=rng)}
+    base = {
+        "linear": torch.randn(8, 6, generator=rng),
+        "conv": torch.randn(8, 4, 3, 3, generator=rng),
+    }
     base["same"] = torch.ones(2, 2)
     lora = random_lora({"linear": 8, "conv": 8}, {"linear": (6,), "conv": (4, 3, 3)}, ranks=(2,))
-    tuned = {name: weight + lora[name].product().view_as(weight) for name, weight in base.items() if name in lora}
-    found, told = difference(base, base | tuned, 2)
+    tuned = {
+        name: weight + lora[name].delta_weight().view_as(weight)
+        for name, weight in base.items()
+        if name in lora
+    }
+    found, message = lora_from_difference(base, base | tuned, 2)
     assert found.keys() == lora.keys()
-    assert distance(lora, found) < 1e-5
-    assert told < 1e-5
+    assert max_relative_difference(lora, found) < 1e-5
+    assert message < 1e-5
     assert found["conv"].a.shape == (2, 4, 3, 3)
     assert found["conv"].b.shape == (8, 2, 1, 1)
-    _, much = difference(base, base | tuned, 1)
+    _, much = lora_from_difference(base, base | tuned, 1)
     assert 0.1 < much < 1
 
 
@@ -468,9 +556,20 @@ def call(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_merged_weights_need_no_lora_and_are_the_same_model(made, bases, tmp_path, monkeypatch, capsys, name):
+def test_merged_weights_need_no_lora_and_are_the_same_model(
+    made, bases, tmp_path, monkeypatch, capsys, name
+):
     folder, _ = made[name]
-    call(monkeypatch, folder / WEIGHT_NAME, "--base", bases[name], "--format", "merged", "--out", tmp_path / "merged")
+    call(
+        monkeypatch,
+        folder / WEIGHT_NAME,
+        "--base",
+        bases[name],
+        "--format",
+        "merged",
+        "--out",
+        tmp_path / "merged",
+    )
     assert "costs" in capsys.readouterr().out
     merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     fused = DiffusionPipeline.from_pretrained(bases[name])
@@ -480,12 +579,16 @@ def test_merged_weights_need_no_lora_and_are_the_same_model(made, bases, tmp_pat
         for layer_name, layer in getattr(fused, part).named_modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.merge()
-                torch.testing.assert_close(state[f"{layer_name}.weight"], layer.base_layer.weight.data)
+                torch.testing.assert_close(
+                    state[f"{layer_name}.weight"], layer.base_layer.weight.data
+                )
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
 @pytest.mark.parametrize("name", ALL)
-def test_the_script_writes_what_the_reader_reads(made, bases, tmp_path, monkeypatch, capsys, name, form):
+def test_the_script_writes_what_the_reader_reads(
+    made, bases, tmp_path, monkeypatch, capsys, name, form
+):
     folder, updates = made[name]
     out = tmp_path / f"out{'' if form == 'peft' else '.safetensors'}"
     call(monkeypatch, folder / KOHYA_NAME, "--base", bases[name], "--format", form, "--out", out)
@@ -497,20 +600,42 @@ def test_the_script_tells_the_error_of_a_lower_rank(made, bases, tmp_path, monke
     folder, updates = made["sd15"]
     out = tmp_path / "small.safetensors"
     call(monkeypatch, folder / WEIGHT_NAME, "--base", bases["sd15"], "--rank", 1, "--out", out)
-    told = float(capsys.readouterr().out.split("error of the updates ")[1].split()[0])
+    message = float(capsys.readouterr().out.split("error of the updates ")[1].split()[0])
     found = products(read_lora(out, family_of(bases["sd15"], "sd15")))
     lost = sum((found[name] - product).square().sum() for name, product in updates.items())
     whole = sum(product.square().sum() for product in updates.values())
-    assert told == pytest.approx(float((lost / whole) ** 0.5), rel=0.01)
-    assert told > 0.05
+    assert message == pytest.approx(float((lost / whole) ** 0.5), rel=0.01)
+    assert message > 0.05
 
 
-def test_a_tuned_pipeline_gives_back_the_lora_that_was_merged_into_it(made, bases, tmp_path, monkeypatch):
+def test_a_tuned_pipeline_gives_back_the_lora_that_was_merged_into_it(
+    made, bases, tmp_path, monkeypatch
+):
     folder, updates = made["flux"]
     base = bases["flux"]
-    call(monkeypatch, folder / WEIGHT_NAME, "--base", base, "--format", "merged", "--out", tmp_path / "tuned")
-    call(monkeypatch, tmp_path / "tuned", "--base", base, "--rank", 2, "--out", tmp_path / "back.safetensors")
-    check(products(read_lora(tmp_path / "back.safetensors", family_of(base, "flux"))), updates, 1e-3)
+    call(
+        monkeypatch,
+        folder / WEIGHT_NAME,
+        "--base",
+        base,
+        "--format",
+        "merged",
+        "--out",
+        tmp_path / "tuned",
+    )
+    call(
+        monkeypatch,
+        tmp_path / "tuned",
+        "--base",
+        base,
+        "--rank",
+        2,
+        "--out",
+        tmp_path / "back.safetensors",
+    )
+    check(
+        products(read_lora(tmp_path / "back.safetensors", family_of(base, "flux"))), updates, 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -541,9 +666,31 @@ def test_a_peft_folder_on_a_pipeline_is_the_diffusers_file(made, bases, tmp_path
 def test_a_difference_merged_again_goes_into_the_base(made, bases, tmp_path, monkeypatch):
     """Not into the tuned pipeline that it was taken from."""
     tuned, again = tmp_path / "tuned", tmp_path / "again"
-    call(monkeypatch, made["sd15"][0] / WEIGHT_NAME, "--base", bases["sd15"], "--format", "merged", "--out", tuned)
-    call(monkeypatch, tuned, "--base", bases["sd15"], "--rank", 2, "--format", "merged", "--out", again)
-    states = [DiffusionPipeline.from_pretrained(place).unet.state_dict() for place in (tuned, again)]
+    call(
+        monkeypatch,
+        made["sd15"][0] / WEIGHT_NAME,
+        "--base",
+        bases["sd15"],
+        "--format",
+        "merged",
+        "--out",
+        tuned,
+    )
+    call(
+        monkeypatch,
+        tuned,
+        "--base",
+        bases["sd15"],
+        "--rank",
+        2,
+        "--format",
+        "merged",
+        "--out",
+        again,
+    )
+    states = [
+        DiffusionPipeline.from_pretrained(place).unet.state_dict() for place in (tuned, again)
+    ]
     for name, weight in states[0].items():
         torch.testing.assert_close(states[1][name], weight, rtol=1e-3, atol=1e-3)
 

@@ -1,4 +1,5 @@
-"""Laws of every trainer of small networks: resuming, kill -9, processes, accumulation, folds, seeds, Hub, scripts."""
+"""Laws of every trainer of small networks: resuming, kill -9, processes, accumulation, folds,
+seeds, Hub, scripts."""
 
 import json
 import re
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from trainers import gan
 from trainers.config import loading
 from trainers.data.pictures import Picture
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 from trainers.from_scratch.classifier import train_classifier
 from trainers.from_scratch.image_sets import load_images
@@ -31,21 +32,27 @@ from trainers.from_scratch.networks import ConvAutoencoder, UNet
 from trainers.run import TASKS, run
 
 KINDS = {
-    "autoencoder": "kind=autoencoder use=denoise model.latent_dim=4 data.resolution=16 data.random_flip=true",
-    "gan": "kind=gan data.resolution=28 model.latent_dim=4 model.spectral_norm=true model.conditional=true "
+    "autoencoder": "kind=autoencoder use=denoise model.latent_dim=4 data.resolution=16 "
+    "data.random_flip=true",
+    "gan": "kind=gan data.resolution=28 model.latent_dim=4 model.spectral_norm=true "
+    "model.conditional=true "
     "objective.augment=[color,translation,cutout] objective.r2=0.5 objective.penalty_every=3 "
     "objective.generator_every=2 train.train_batch_size=8",
-    "segment": "kind=unet use=segment data.crop=true data.elastic=2 data.random_flip=true data.random_rotate=true "
+    "segment": "kind=unet use=segment data.crop=true data.elastic=2 data.random_flip=true "
+    "data.random_rotate=true "
     "data.random_vertical_flip=true",
-    "pix2pix": "kind=unet use=pix2pix data.target_suffix=_target data.channels=3 data.random_flip=true",
+    "pix2pix": "kind=unet use=pix2pix data.target_suffix=_target data.channels=3 "
+    "data.random_flip=true",
 }
 
 
 @pytest.fixture(scope="module")
 def make(bars, blobs, tmp_path_factory):
-    """A function: kind, name of the run, overrides -> Config of a run of twelve steps with a checkpoint every third.
+    """A function: kind, name of the run, overrides -> Config of a run of twelve steps with a
+    checkpoint every third.
 
-    Adam's epsilon is large: biases before a norm have no gradient but rounding errors, which it else makes steps of.
+    Adam's epsilon is large: biases before a norm have no gradient but rounding errors, which it
+    else makes steps of.
     """
     root = tmp_path_factory.mktemp("runs")
     (root / "config.yaml").write_text(
@@ -59,11 +66,16 @@ tracking: {report_to: [], log_every: 1}
     )
     lone = [f"data.dataset_name={bars}"]
     pairs = [f"data.image_dir={blobs}", "data.folds=4", "data.resolution=16", "model.levels=2"]
-    sources = {"autoencoder": lone, "gan": [*lone, "data.label_column=label"], "segment": pairs, "pix2pix": pairs}
+    sources = {
+        "autoencoder": lone,
+        "gan": [*lone, "data.label_column=label"],
+        "segment": pairs,
+        "pix2pix": pairs,
+    }
 
     def settings(kind, name, *overrides):
         first = [*KINDS[kind].split(), *sources[kind], f"output_dir={root}/{kind}-{name}"]
-        return loading.load(root / "config.yaml", [*first, *overrides])
+        return loading.load_config(root / "config.yaml", [*first, *overrides])
 
     return settings
 
@@ -105,7 +117,8 @@ def whole(kind, undisturbed):
 
 
 def state(settings):
-    """Every tensor of the last checkpoint: all players' weights, buffers, averages and optimisers."""
+    """Every tensor of the last checkpoint: all players' weights, buffers, averages and
+    optimisers."""
     folder, tensors = max((settings.output_dir / "checkpoints").iterdir()), {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= {f"{path.name} {name}": tensor for name, tensor in load_file(path).items()}
@@ -120,7 +133,10 @@ def weights(settings):
 
 
 def losses(settings):
-    rows = [json.loads(line) for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     return [{name: value for name, value in row.items() if name.endswith("_loss")} for row in rows]
 
 
@@ -138,11 +154,13 @@ def assert_same(one, other):
 
 
 def assert_close(one, other):
-    assert_trained_alike((losses(one), losses(other)), (weights(one), weights(other)), one.optimizer.learning_rate)
+    assert_trained_alike(
+        (losses(one), losses(other)), (weights(one), weights(other)), one.optimizer.learning_rate
+    )
 
 
 def written(settings, path):
-    path.write_text(loading.dump(settings))
+    path.write_text(loading.dump_config(settings))
     return path
 
 
@@ -154,7 +172,9 @@ def test_a_checkpoint_has_every_player_and_what_they_remember(kind, whole):
         "pix2pix": {"unet", "discriminator"},
     }
     assert {name.split(".")[0] for name in state(whole)} == players[kind]
-    assert {name.split(".")[0] for name in state(whole) if ".ema." in name} == players[kind] - {"discriminator"}
+    assert {name.split(".")[0] for name in state(whole) if ".ema." in name} == players[kind] - {
+        "discriminator"
+    }
     assert any(name.endswith("._u") for name in state(whole)) == (kind == "gan")
 
 
@@ -165,7 +185,9 @@ def test_stopping_and_going_on_equals_one_run(kind, make, whole):
     assert_same(whole, parts)
 
 
-def test_a_run_goes_on_when_its_pictures_lie_elsewhere_and_are_not_kept_in_memory(make, undisturbed, blobs, tmp_path):
+def test_a_run_goes_on_when_its_pictures_lie_elsewhere_and_are_not_kept_in_memory(
+    make, undisturbed, blobs, tmp_path
+):
     whole, moved = undisturbed("pix2pix"), shutil.copytree(blobs, tmp_path / "moved")
     parts = make("pix2pix", "moved", "train.max_train_steps=7")
     run(parts)
@@ -175,9 +197,18 @@ def test_a_run_goes_on_when_its_pictures_lie_elsewhere_and_are_not_kept_in_memor
 
 def test_kill_9_and_the_same_command_give_the_same_weights(kind, make, whole, tmp_path):
     killed, log = make(kind, "killed", "checkpoint.checkpointing_steps=1"), tmp_path / "log"
-    command = partial(start, "train.py", written(killed, tmp_path / "killed.yaml"), log=log, before=measure_quickly)
+    command = partial(
+        start,
+        "train.py",
+        written(killed, tmp_path / "killed.yaml"),
+        log=log,
+        before=measure_quickly,
+    )
     process, checkpoints = command(), killed.output_dir / "checkpoints"
-    while process.is_alive() and max((path.name for path in checkpoints.glob("step-*")), default="") < "step-000003":
+    while (
+        process.is_alive()
+        and max((path.name for path in checkpoints.glob("step-*")), default="") < "step-000003"
+    ):
         time.sleep(0.001)
     process.kill()
     process.join()
@@ -191,10 +222,19 @@ def test_kill_9_and_the_same_command_give_the_same_weights(kind, make, whole, tm
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_processes_equal_one_with_their_batches_together(kind, make, whole, tmp_path, world):
+def test_several_processes_equal_one_with_their_batches_together(
+    kind, make, whole, tmp_path, world
+):
     unmeasured = ["data.test_split=null"] if kind == "gan" else []
-    parts = make(kind, f"of-{world}", f"train.train_batch_size={whole.train.train_batch_size // world}", *unmeasured)
-    statuses = launch("train.py", written(parts, tmp_path / "parts.yaml"), log=tmp_path / "log", processes=world)
+    parts = make(
+        kind,
+        f"of-{world}",
+        f"train.train_batch_size={whole.train.train_batch_size // world}",
+        *unmeasured,
+    )
+    statuses = launch(
+        "train.py", written(parts, tmp_path / "parts.yaml"), log=tmp_path / "log", processes=world
+    )
     assert statuses == [0] * world, (tmp_path / "log.0").read_text()
     assert_close(parts, whole)
 
@@ -225,13 +265,23 @@ def test_pictures_decoded_at_each_step_give_the_same_training(kind, make, whole)
     assert_same(whole, lazy)
 
 
-def test_a_seed_decides_the_first_weights_and_the_pictures_and_another_decides_otherwise(kind, make):
+def test_a_seed_decides_the_first_weights_and_the_pictures_and_another_decides_otherwise(
+    kind, make
+):
     starts = []
     for seed in (0, 0, 1):
-        task, batches, _ = TASKS[make(kind, "seed").kind](make(kind, "seed", f"seed={seed}"), Accelerator(cpu=True))
+        task, batches, _ = TASKS[make(kind, "seed").kind](
+            make(kind, "seed", f"seed={seed}"), Accelerator(cpu=True)
+        )
         (batch, rng), *_ = batches(0)
-        players = [parameter for player in task.players.values() for parameter in player.module.parameters()]
-        starts.append([torch.cat([p.flatten() for p in players]), batch["pixels"], rng.normal((4, 3))])
+        players = [
+            parameter
+            for player in task.players.values()
+            for parameter in player.module.parameters()
+        ]
+        starts.append(
+            [torch.cat([p.flatten() for p in players]), batch["pixels"], rng.normal((4, 3))]
+        )
     one, again, other = starts
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -245,9 +295,12 @@ def test_each_picture_is_held_out_by_one_fold_and_learnt_from_in_the_others(make
     held_out = []
     for fold in range(4):
         data = make(source, "folds", *([] if pairs else lone), f"data.fold={fold}").data
-        both = (load_images(data, "cpu", part, Picture.decode if pairs else None) for part in (False, True))
-        learnt, held = ([sample.picture.name for sample in images.samples] for images in both)
-        assert sorted(learnt + held) == everything
+        both = (
+            load_images(data, "cpu", part, Picture.decode if pairs else None)
+            for part in (False, True)
+        )
+        train_images, held = ([sample.picture.name for sample in images.samples] for images in both)
+        assert sorted(train_images + held) == everything
         held_out += held
     assert sorted(held_out) == everything
 
@@ -255,8 +308,16 @@ def test_each_picture_is_held_out_by_one_fold_and_learnt_from_in_the_others(make
 def test_what_is_pushed_loads_and_runs_by_the_lines_of_its_card(kind, whole, local_hub):
     run(whole.model_copy(update={"hub": whole.hub.model_copy(update={"push_to_hub": True})}))
     name = f"me/{whole.output_dir.name}"
-    public = {path.relative_to(local_hub / name).as_posix() for path in (local_hub / name).rglob("*.*")}
-    assert public >= {"README.md", "config.yaml", "figures.json", "model/config.json", "samples/final/grid.png"}
+    public = {
+        path.relative_to(local_hub / name).as_posix() for path in (local_hub / name).rglob("*.*")
+    }
+    assert public >= {
+        "README.md",
+        "config.yaml",
+        "figures.json",
+        "model/config.json",
+        "samples/final/grid.png",
+    }
     assert not any("checkpoint" in path or path == "metrics.jsonl" for path in public)
     text = (local_hub / name / "README.md").read_text()
     assert ModelCard(text).data.tags == [whole.kind, "diffusion-trainers"]
@@ -264,18 +325,44 @@ def test_what_is_pushed_loads_and_runs_by_the_lines_of_its_card(kind, whole, loc
     side, noise = whole.data.resolution, kind == "pix2pix"
     scope = {"torch": torch, "x": torch.zeros(10, whole.data.channels + noise, side, side)}
     exec(code.replace("PATH_OR_REPO", name), scope)
-    ours, theirs = scope["model"].state_dict(), type(scope["model"]).from_pretrained(whole.output_dir / "model")
+    ours, theirs = (
+        scope["model"].state_dict(),
+        type(scope["model"]).from_pretrained(whole.output_dir / "model"),
+    )
     assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.state_dict().items())
 
 
-def test_encode_gives_the_models_own_codes_and_errors_of_pictures_of_any_size(undisturbed, blobs, tmp_path):
+def test_encode_gives_the_models_own_codes_and_errors_of_pictures_of_any_size(
+    undisturbed, blobs, tmp_path
+):
     run_folder = undisturbed("autoencoder").output_dir
     Image.new("RGB", (9, 5), "red").save(tmp_path / "small.jpg")
-    assert call("encode.py", run_folder, blobs, tmp_path / "small.jpg", "--out", tmp_path / "codes.npz") == 0
-    assert call("encode.py", run_folder, blobs, tmp_path / "small.jpg", "--out", tmp_path / "codes.parquet") == 0
-    npz, rows = np.load(tmp_path / "codes.npz"), datasets.Dataset.from_parquet(str(tmp_path / "codes.parquet"))
+    assert (
+        call(
+            "encode.py", run_folder, blobs, tmp_path / "small.jpg", "--out", tmp_path / "codes.npz"
+        )
+        == 0
+    )
+    assert (
+        call(
+            "encode.py",
+            run_folder,
+            blobs,
+            tmp_path / "small.jpg",
+            "--out",
+            tmp_path / "codes.parquet",
+        )
+        == 0
+    )
+    npz, rows = (
+        np.load(tmp_path / "codes.npz"),
+        datasets.Dataset.from_parquet(str(tmp_path / "codes.parquet")),
+    )
     paths = [*sorted(blobs.glob("*.png")), tmp_path / "small.jpg"]
-    small = [Image.open(path).convert("RGB").convert("L").resize((16, 16), Image.Resampling.LANCZOS) for path in paths]
+    small = [
+        Image.open(path).convert("RGB").convert("L").resize((16, 16), Image.Resampling.LANCZOS)
+        for path in paths
+    ]
     x = torch.from_numpy(np.stack(small)).float()[:, None] / 127.5 - 1
     model = ConvAutoencoder.from_pretrained(run_folder / "model")
     with torch.no_grad():
@@ -288,22 +375,41 @@ def test_encode_gives_the_models_own_codes_and_errors_of_pictures_of_any_size(un
 
 
 @pytest.mark.parametrize("kind", ["segment", "pix2pix"])
-def test_translate_gives_a_picture_of_the_size_of_each_whatever_that_is(kind, undisturbed, tmp_path):
-    settings, sizes, rng = undisturbed(kind), [(5, 9), (16, 16), (16, 40), (33, 47)], np.random.default_rng(0)
+def test_translate_gives_a_picture_of_the_size_of_each_whatever_that_is(
+    kind, undisturbed, tmp_path
+):
+    settings, sizes, rng = (
+        undisturbed(kind),
+        [(5, 9), (16, 16), (16, 40), (33, 47)],
+        np.random.default_rng(0),
+    )
     (tmp_path / "in").mkdir()
     for width, height in sizes:
         array = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(array).save(tmp_path / f"in/{width}x{height}.png")
-    assert call("translate.py", settings.output_dir, tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert (
+        call("translate.py", settings.output_dir, tmp_path / "in", "--out", tmp_path / "out") == 0
+    )
     results = {path.name: Image.open(path) for path in (tmp_path / "out").iterdir()}
-    assert {name: image.size for name, image in results.items()} == {f"{w}x{h}.png": (w, h) for w, h in sizes}
+    assert {name: image.size for name, image in results.items()} == {
+        f"{w}x{h}.png": (w, h) for w, h in sizes
+    }
     given = Image.open(tmp_path / "in/16x16.png").convert("L" if kind == "segment" else "RGB")
-    x = torch.from_numpy(np.array(given)).reshape(16, 16, -1).permute(2, 0, 1)[None].float() / 127.5 - 1
-    noise = [Draws(settings.seed, -1, [0]).normal((1, 1, 16, 16))] if kind == "pix2pix" else []
+    x = (
+        torch.from_numpy(np.array(given)).reshape(16, 16, -1).permute(2, 0, 1)[None].float() / 127.5
+        - 1
+    )
+    noise = [SampleRng(settings.seed, -1, [0]).normal((1, 1, 16, 16))] if kind == "pix2pix" else []
     with torch.no_grad():
         y = UNet.from_pretrained(settings.output_dir / "model")(torch.cat([x, *noise], 1))[0]
-    wanted = 255 * y.argmax(0) if kind == "segment" else ((y.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
-    np.testing.assert_allclose(np.asarray(results["16x16.png"]), wanted, atol=0 if kind == "segment" else 1)
+    wanted = (
+        255 * y.argmax(0)
+        if kind == "segment"
+        else ((y.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
+    )
+    np.testing.assert_allclose(
+        np.asarray(results["16x16.png"]), wanted, atol=0 if kind == "segment" else 1
+    )
 
 
 def test_a_finished_run_translates_when_its_data_are_gone(undisturbed, blobs, tmp_path):
@@ -314,22 +420,35 @@ def test_a_finished_run_translates_when_its_data_are_gone(undisturbed, blobs, tm
     outs = {name: tmp_path / name for name in ("here", "gone")}
     for folder, out in zip((settings.output_dir, tmp_path / "run"), outs.values(), strict=True):
         assert call("translate.py", folder, blobs / "0_image.png", "--out", out) == 0
-    assert (outs["here"] / "0_image.png").read_bytes() == (outs["gone"] / "0_image.png").read_bytes()
+    assert (outs["here"] / "0_image.png").read_bytes() == (
+        outs["gone"] / "0_image.png"
+    ).read_bytes()
 
 
 def test_translate_keeps_the_results_of_pictures_of_one_name_apart(undisturbed, tmp_path):
-    for place, colour in (("a", "black"), ("b", "white")):
+    for place, color in (("a", "black"), ("b", "white")):
         (tmp_path / place).mkdir()
-        Image.new("RGB", (16, 16), colour).save(tmp_path / place / "1.png")
-    status = call("translate.py", undisturbed("pix2pix").output_dir, tmp_path / "a", tmp_path / "b", "--out", tmp_path)
+        Image.new("RGB", (16, 16), color).save(tmp_path / place / "1.png")
+    status = call(
+        "translate.py",
+        undisturbed("pix2pix").output_dir,
+        tmp_path / "a",
+        tmp_path / "b",
+        "--out",
+        tmp_path,
+    )
     results = len(list(tmp_path.glob("*.png")))
     assert status == 2 or results == 2, "the second 1.png silently replaced the result of the first"
 
 
 @pytest.mark.parametrize("script", ["encode.py", "translate.py"])
-@pytest.mark.parametrize("case", ["wrong kind", "no run", "no model", "no picture", "broken picture"])
+@pytest.mark.parametrize(
+    "case", ["wrong kind", "no run", "no model", "no picture", "broken picture"]
+)
 def test_a_mistake_is_one_message_and_exit_status_2(script, case, undisturbed, tmp_path, capsys):
-    right, wrong = ("autoencoder", "segment") if script == "encode.py" else ("segment", "autoencoder")
+    right, wrong = (
+        ("autoencoder", "segment") if script == "encode.py" else ("segment", "autoencoder")
+    )
     Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "unfinished").mkdir()
@@ -358,7 +477,11 @@ def test_encode_writes_the_file_that_it_names(undisturbed, blobs, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("source", "key"),
-    [("data set", "data.folds=4"), ("data set", "data.fold=1"), ("folder", "data.label_column=label")],
+    [
+        ("data set", "data.folds=4"),
+        ("data set", "data.fold=1"),
+        ("folder", "data.label_column=label"),
+    ],
 )
 def test_keys_that_mean_nothing_to_a_source_of_pictures_are_refused(make, blobs, source, key):
     folder = ["data.dataset_name=null", f"data.image_dir={blobs}"] if source == "folder" else []

@@ -1,4 +1,5 @@
-"""scripts/generate.py makes the run's own final samples again, from the run folder and from the bare LoRA file."""
+"""scripts/generate.py makes the run's own final samples again, from the run folder and from the
+bare LoRA file."""
 
 import subprocess
 import sys
@@ -32,7 +33,18 @@ def test_a_bare_file_takes_its_base(settings, bases, tmp_path):
     config = settings()
     run(config)
     file = config.output_dir / "pytorch_lora_weights.safetensors"
-    options = ["--prompt", "a b c", "--steps", 2, "--guidance", 2, "--resolution", 16, "--out", tmp_path / "out"]
+    options = [
+        "--prompt",
+        "a b c",
+        "--steps",
+        2,
+        "--guidance",
+        2,
+        "--resolution",
+        16,
+        "--out",
+        tmp_path / "out",
+    ]
     done = generate(file, "--base", bases["sd15"], *options)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/00-0.png").size == (16, 16)

@@ -1,4 +1,5 @@
-"""The model card is valid metadata and runnable code; a push shares what it should with whom it should, or says why.
+"""The model card is valid metadata and runnable code; a push shares what it should with whom it
+should, or says why.
 
 The client is the real one; it talks to the small Hub of local_hub.py.
 """
@@ -23,11 +24,11 @@ from PIL import Image
 from processes import ROOT, call
 from safetensors.torch import load, load_file
 
-from trainers.config.loading import dump
+from trainers.config.loading import dump_config
 from trainers.errors import UserError
-from trainers.lora.export import header
+from trainers.lora.export import make_metadata
 from trainers.publishing import hub as publishing_hub
-from trainers.publishing.model_card import add_figures, write_card
+from trainers.publishing.model_card import add_metrics, write_dreambooth_card
 from trainers.run import TASKS, run
 
 HUB_NAME = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -41,12 +42,26 @@ PUBLIC = [
         "kohya.safetensors",
         "report_public.html",
     ),
-    *("samples/final/00-0.png", "samples/final/grid.png", "model/config.json", "pipeline/unet/weights.safetensors"),
+    *(
+        "samples/final/00-0.png",
+        "samples/final/grid.png",
+        "model/config.json",
+        "pipeline/unet/weights.safetensors",
+    ),
 ]
 PRIVATE = [
     *("report.html", "evaluation/photos/photo-00.png"),
-    *("checkpoints/step-000002/denoiser.safetensors", "cache/ab/abcd.safetensors", "metrics.jsonl", "tracking/events"),
-    *("class_images/class-00000.png", "samples/step-000002/00-0.png", ".push/pytorch_lora_weights.safetensors"),
+    *(
+        "checkpoints/step-000002/denoiser.safetensors",
+        "cache/ab/abcd.safetensors",
+        "metrics.jsonl",
+        "tracking/events",
+    ),
+    *(
+        "class_images/class-00000.png",
+        "samples/step-000002/00-0.png",
+        ".push/pytorch_lora_weights.safetensors",
+    ),
 ]
 
 
@@ -56,15 +71,19 @@ def card(settings):
 
     def write(*overrides):
         config = settings(*overrides)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"instance_prompt": NASTY})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"instance_prompt": NASTY})}
+        )
         config.output_dir.mkdir(exist_ok=True)
-        write_card(config, 1e-7, ["0"] * 5)
+        write_dreambooth_card(config, 1e-7, ["0"] * 5)
         return (config.output_dir / "README.md").read_text()
 
     return write
 
 
-def test_a_toolkit_that_was_never_installed_still_writes_its_cards_and_headers(card, settings, monkeypatch):
+def test_a_toolkit_that_was_never_installed_still_writes_its_cards_and_headers(
+    card, settings, monkeypatch
+):
     """Run from its folder it has no metadata, which ended every run after its last step."""
 
     def lacking(name):
@@ -74,15 +93,24 @@ def test_a_toolkit_that_was_never_installed_still_writes_its_cards_and_headers(c
 
     monkeypatch.setattr("trainers.publishing.model_card.version", lacking)
     assert "diffusion-trainers not installed, torch 1.0" in card()
-    assert json.loads(header(settings())["diffusion_trainers.versions"])["diffusion-trainers"] == "not installed"
+    assert (
+        json.loads(make_metadata(settings())["diffusion_trainers.versions"])["diffusion-trainers"]
+        == "not installed"
+    )
 
 
 @pytest.mark.parametrize("lora", ["lora.rank=4", "lora.target_modules=[to_q, to_k]", "lora=null"])
 def test_the_header_is_valid_metadata(card, lora):
-    text = card(lora, f"model.pretrained_model_name_or_path={HUB_NAME}", "validation.prompts=[a b, c d]")
+    text = card(
+        lora, f"model.pretrained_model_name_or_path={HUB_NAME}", "validation.prompts=[a b, c d]"
+    )
     header, data = yaml.safe_load(text.split("---")[1]), ModelCard(text).data
     assert data.to_dict() == header  # nothing was dropped as unknown or malformed
-    assert (data.base_model, data.library_name, data.pipeline_tag) == (HUB_NAME, "diffusers", "text-to-image")
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (
+        HUB_NAME,
+        "diffusers",
+        "text-to-image",
+    )
     assert header["base_model_relation"] == ("finetune" if lora == "lora=null" else "adapter")
     assert ("lora" in data.tags) == (lora != "lora=null")
     assert header["instance_prompt"] == NASTY
@@ -92,15 +120,25 @@ def test_the_header_is_valid_metadata(card, lora):
     ("family", "base", "license"),
     [
         ("sd15", HUB_NAME, {"license": "creativeml-openrail-m"}),
-        ("sd3", "stabilityai/stable-diffusion-3.5-medium", {"license_name": "stabilityai-ai-community"}),
-        ("flux", "black-forest-labs/FLUX.1-dev", {"license_name": "flux-1-dev-non-commercial-license"}),
+        (
+            "sd3",
+            "stabilityai/stable-diffusion-3.5-medium",
+            {"license_name": "stabilityai-ai-community"},
+        ),
+        (
+            "flux",
+            "black-forest-labs/FLUX.1-dev",
+            {"license_name": "flux-1-dev-non-commercial-license"},
+        ),
         ("sd15", "somebody/a-base", {}),
     ],
 )
-def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(settings, family, base, license):
+def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(
+    settings, family, base, license
+):
     config = settings(f"model.pretrained_model_name_or_path={base}", family=family)
     config.output_dir.mkdir()
-    write_card(config, 1e-7, ["0"])
+    write_dreambooth_card(config, 1e-7, ["0"])
     text = (config.output_dir / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert license.items() <= header.items()
@@ -113,10 +151,10 @@ def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(settings, f
 def test_figures_measured_later_stand_in_the_card_once(settings):
     config = settings()
     config.output_dir.mkdir()
-    write_card(config, 1e-7, ["0"])
+    write_dreambooth_card(config, 1e-7, ["0"])
     before = (config.output_dir / "README.md").read_text()
     for figure in (0.25, 0.75):
-        add_figures(config.output_dir, {"subject": figure, "net": "MobileNet-I"})
+        add_metrics(config.output_dir, {"subject": figure, "net": "MobileNet-I"})
     text = (config.output_dir / "README.md").read_text()
     assert text.startswith(before.rstrip())
     assert "| subject | 0.7500 |" in text
@@ -137,7 +175,7 @@ def test_the_example_is_python_that_asks_for_the_prompt(card, lora):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(publishing_hub, "WAITS", (0, 0))
+    monkeypatch.setattr(publishing_hub, "RETRY_DELAYS", (0, 0))
     with serving(tmp_path, monkeypatch) as server:
         yield server
 
@@ -149,22 +187,25 @@ def test_the_pictures_of_the_card_are_shared(card, settings):
     for name in shown:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    assert set(shown) < set(publishing_hub.shared(folder))
+    assert set(shown) < set(publishing_hub.files_to_upload(folder))
 
 
 @pytest.fixture
 def finished(settings):
-    """A function: keys of `hub` -> Config of a run that goes to me/mine, with a folder as a run leaves it."""
+    """A function: keys of `hub` -> Config of a run that goes to me/mine, with a folder as a run
+    leaves it."""
     folder = settings().output_dir
 
     def make(**keys):
         for name in PUBLIC + PRIVATE:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(b"\0" * name.endswith((".png", ".safetensors")) + name.encode())
+            (folder / name).write_bytes(
+                b"\0" * name.endswith((".png", ".safetensors")) + name.encode()
+            )
         (folder / "README.md").write_text("---\ntags: [lora]\n---\n\n# Mine\n")
         keys = {"push_to_hub": True, "hub_model_id": "me/mine"} | keys
         config = settings(*(f"hub.{key}={value}" for key, value in keys.items()))
-        (folder / "config.yaml").write_text(dump(settings()))
+        (folder / "config.yaml").write_text(dump_config(settings()))
         return config
 
     return make
@@ -180,7 +221,7 @@ def way(request, monkeypatch):
 
 
 def send(config):
-    return publishing_hub.push(config, publishing_hub.check_access(config))
+    return publishing_hub.push_run(config, publishing_hub.check_access(config))
 
 
 def clone(name="me/mine", **options):
@@ -201,7 +242,9 @@ def lora(config):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        tensor.equal(other[name]) for name, tensor in one.items()
+    )
 
 
 def test_a_clone_has_what_is_for_others_and_nothing_else(hub, finished, way):
@@ -265,13 +308,17 @@ def test_anybody_may_propose_to_a_repository_of_others(hub, finished, way):
         ("", "me/mine", "not logged in"),
     ],
 )
-def test_who_may_not_push_is_told_before_anything_is_loaded(hub, settings, monkeypatch, token, name, message):
+def test_who_may_not_push_is_told_before_anything_is_loaded(
+    hub, settings, monkeypatch, token, name, message
+):
     hub.repos |= {"me/mine": Repo(), "me/other": Repo(), "them/theirs": Repo()}
     refused(settings, monkeypatch, name, message, HF_TOKEN=token)
 
 
 @pytest.mark.parametrize("trouble", ["offline", "no network", "no answer", "busy"])
-def test_a_hub_that_cannot_be_asked_is_told_before_anything_is_loaded(hub, settings, monkeypatch, trouble):
+def test_a_hub_that_cannot_be_asked_is_told_before_anything_is_loaded(
+    hub, settings, monkeypatch, trouble
+):
     match trouble:
         case "offline":
             monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -282,7 +329,9 @@ def test_a_hub_that_cannot_be_asked_is_told_before_anything_is_loaded(hub, setti
         case "busy":
             hub.fail("whoami", 503)
     messages = {"offline": "HF_HUB_OFFLINE is set", "busy": "the Hub answers 503"}
-    refused(settings, monkeypatch, "me/mine", messages.get(trouble, "no answer from http://127.0.0.1:"))
+    refused(
+        settings, monkeypatch, "me/mine", messages.get(trouble, "no answer from http://127.0.0.1:")
+    )
 
 
 def refused(settings, monkeypatch, name, message, **environment):
@@ -299,8 +348,14 @@ def refused(settings, monkeypatch, name, message, **environment):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("push_to_hub create_pr hub_revision=b", "hub.create_pr: a pull request is made against main"),
-        ("push_to_hub create_pr push_every=2", "hub.push_every: every upload would open a pull request"),
+        (
+            "push_to_hub create_pr hub_revision=b",
+            "hub.create_pr: a pull request is made against main",
+        ),
+        (
+            "push_to_hub create_pr push_every=2",
+            "hub.push_every: every upload would open a pull request",
+        ),
         ("push_every=2", "hub.push_every: nothing is pushed without hub.push_to_hub"),
         ("required", "hub.required: nothing is pushed without hub.push_to_hub"),
     ],
@@ -330,21 +385,27 @@ def test_trouble_that_passes_is_not_noticed(hub, finished, way, route, status):
     config = finished()
     publishing_hub.check_access(config)
     hub.fail(route, status, times=2)
-    assert publishing_hub.push(config, "me/mine").startswith("pushed to ")
+    assert publishing_hub.push_run(config, "me/mine").startswith("pushed to ")
     assert all(fault.times == 0 for fault in hub.faults)
     assert len(hub.repos["me/mine"].log()) == 1
     assert clone() == files(config)
 
 
-@pytest.mark.parametrize("keys", [{}, {"private": True}, {"hub_revision": "a branch"}, {"create_pr": True}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"private": True}, {"hub_revision": "a branch"}, {"create_pr": True}], ids=str
+)
 def test_the_command_after_a_failure_makes_the_same_push(hub, finished, way, keys):
     config = finished(**keys)
     publishing_hub.check_access(config)
     before = files(config)
     hub.fail("commit", 403)
-    with pytest.raises(publishing_hub.PushError, match="the upload to me/mine failed: the Hub answers 403") as caught:
-        publishing_hub.push(config, "me/mine")
-    assert sum("commit" in route for route in hub.requests) == 1, "it asked again although the answer was final"
+    with pytest.raises(
+        publishing_hub.PushError, match="the upload to me/mine failed: the Hub answers 403"
+    ) as caught:
+        publishing_hub.push_run(config, "me/mine")
+    assert sum("commit" in route for route in hub.requests) == 1, (
+        "it asked again although the answer was final"
+    )
     assert files(config) == before
     assert clone(revision=keys.get("hub_revision")) == {}
     hub.faults.clear()
@@ -353,7 +414,9 @@ def test_the_command_after_a_failure_makes_the_same_push(hub, finished, way, key
     del hub.repos["me/mine"]
     assert call("push.py", *arguments) == 0
     assert hub.repos["me/mine"].private == ("private" in keys)
-    assert clone(revision="refs/pr/1" if "create_pr" in keys else keys.get("hub_revision")) == before
+    assert (
+        clone(revision="refs/pr/1" if "create_pr" in keys else keys.get("hub_revision")) == before
+    )
 
 
 @pytest.mark.parametrize("way", ["lfs"], indirect=True)
@@ -362,19 +425,21 @@ def test_a_file_that_is_refused_is_told_as_the_hub_tells_it(hub, finished, way):
     repo = publishing_hub.check_access(config)
     hub.fail("PUT /lfs", 403)
     with pytest.raises(publishing_hub.PushError, match="the Hub answers 403"):
-        publishing_hub.push(config, repo)
+        publishing_hub.push_run(config, repo)
     assert sum("objects/batch" in route for route in hub.requests) == 1
 
 
 def test_what_is_typed_goes_before_what_the_run_says(hub, finished):
     config = finished(create_pr=True)
-    (config.output_dir / "config.yaml").write_text(dump(config))
+    (config.output_dir / "config.yaml").write_text(dump_config(config))
     assert call("push.py", config.output_dir, "--repo", "me/else", "--revision", "b") == 0
     assert hub.repos["me/else"].refs.keys() == {"main", "b"}
     assert hub.repos.keys() == {"me/else"}
 
 
-@pytest.mark.parametrize(("lacking", "message"), [("config.yaml", "no run folder"), ("README.md", "not finished")])
+@pytest.mark.parametrize(
+    ("lacking", "message"), [("config.yaml", "no run folder"), ("README.md", "not finished")]
+)
 def test_only_a_finished_run_is_pushed(hub, finished, capsys, lacking, message):
     folder = finished().output_dir
     (folder / lacking).unlink()
@@ -383,24 +448,35 @@ def test_only_a_finished_run_is_pushed(hub, finished, capsys, lacking, message):
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_a_failed_push_fails_the_run_only_if_it_is_required(hub, settings, tmp_path, capsys, required):
+def test_a_failed_push_fails_the_run_only_if_it_is_required(
+    hub, settings, tmp_path, capsys, required
+):
     config = settings("hub.push_to_hub=true", f"hub.required={required}")
-    (tmp_path / "train.yaml").write_text(dump(config))
+    (tmp_path / "train.yaml").write_text(dump_config(config))
     hub.fail("commit", 500)
     assert call("train.py", tmp_path / "train.yaml") == required
     assert lora(config)
-    told = capsys.readouterr()
-    (line,) = (line for line in (told.out + told.err).splitlines() if "scripts/push.py" in line)
+    message = capsys.readouterr()
+    (line,) = (
+        line for line in (message.out + message.err).splitlines() if "scripts/push.py" in line
+    )
     hub.faults.clear()
     _, *typed = shlex.split(line)
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, *typed], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *typed], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert same(load(clone("me/run")["pytorch_lora_weights.safetensors"]), lora(config))
 
 
 def test_a_pushed_lora_loads_from_the_hub_and_makes_the_runs_own_picture(hub, settings, way):
-    config = settings("hub.push_to_hub=true", "hub.hub_model_id=me/mine", "validation.prompts=[a b c]", "lora.alpha=5")
+    config = settings(
+        "hub.push_to_hub=true",
+        "hub.hub_model_id=me/mine",
+        "validation.prompts=[a b c]",
+        "lora.alpha=5",
+    )
     run(config)
     (code,) = re.findall(r"```python\n(.*?)```", clone()["README.md"].decode(), re.DOTALL)
     scope = {}
@@ -411,18 +487,30 @@ def test_a_pushed_lora_loads_from_the_hub_and_makes_the_runs_own_picture(hub, se
     assert "GET /lfs/" in " ".join(hub.requests)
 
 
-def test_uploads_while_training_are_the_weights_of_that_step_and_change_nothing(hub, settings, tmp_path):
+def test_uploads_while_training_are_the_weights_of_that_step_and_change_nothing(
+    hub, settings, tmp_path
+):
     def trained(name, *overrides):
         config = settings(f"output_dir={tmp_path}/{name}", *overrides)
         run(config)
         return lora(config)
 
-    pushed = ("hub.push_to_hub=true", "hub.hub_model_id=me/mine", "hub.push_every=2", "train.ema_decay=0.5")
+    pushed = (
+        "hub.push_to_hub=true",
+        "hub.hub_model_id=me/mine",
+        "hub.push_every=2",
+        "train.ema_decay=0.5",
+    )
     two, six = trained("two", *pushed[-1:], "train.max_train_steps=2"), trained("six", *pushed[-1:])
     assert same(trained("good", *pushed), six)
     *_, first = hub.repos["me/mine"].log()
     assert first == "Weights at step 2"
-    assert same(load(hub.repos["me/mine"].refs["main"][1].files["pytorch_lora_weights.safetensors"].content), two)
+    assert same(
+        load(
+            hub.repos["me/mine"].refs["main"][1].files["pytorch_lora_weights.safetensors"].content
+        ),
+        two,
+    )
     assert hub.repos["me/mine"].log()[0] == "Add trained weights"
     assert not (tmp_path / "good/.push").exists()
     hub.fail("commit", 500)
@@ -432,17 +520,20 @@ def test_uploads_while_training_are_the_weights_of_that_step_and_change_nothing(
 
 @pytest.fixture
 def uploads(hub, settings):
-    """A `Push` every second step of six, of a task that notes which steps it saved."""
-    config, saved = settings("hub.push_to_hub=true", "hub.hub_model_id=me/mine", "hub.push_every=2"), []
+    """A `PushToHub` every second step of six, of a task that notes which steps it saved."""
+    config, saved = (
+        settings("hub.push_to_hub=true", "hub.hub_model_id=me/mine", "hub.push_every=2"),
+        [],
+    )
     config.output_dir.mkdir()
-    (config.output_dir / "config.yaml").write_text(dump(config))
+    (config.output_dir / "config.yaml").write_text(dump_config(config))
 
     def save(folder):
         saved.append(len(saved))
         (folder / "pytorch_lora_weights.safetensors").write_bytes(b"\0%d" % len(saved))
 
     task = SimpleNamespace(players={}, save=save, saved=saved)
-    return publishing_hub.Push(task, config, publishing_hub.check_access(config))
+    return publishing_hub.PushToHub(task, config, publishing_hub.check_access(config))
 
 
 def test_an_upload_that_lasts_is_not_joined_by_another(uploads):
@@ -479,7 +570,7 @@ def test_failing_uploads_warn_once(hub, uploads, recwarn):
 
 
 def test_other_processes_upload_nothing(uploads):
-    other = publishing_hub.Push(uploads.task, uploads.config, None)
+    other = publishing_hub.PushToHub(uploads.task, uploads.config, None)
     other(2, {})
     other.finish()
     assert not uploads.task.saved

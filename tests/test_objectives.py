@@ -1,4 +1,5 @@
-"""DDPM and Flow against diffusers' schedulers and the papers' formulas, and the laws of the random draws."""
+"""DDPM and Flow against diffusers' schedulers and the papers' formulas, and the laws of the random
+draws."""
 
 import math
 
@@ -7,12 +8,14 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.errors import UserError
-from trainers.families.objectives import DDPM, Flow, resolution_shift
+from trainers.families.objectives import DDPM, RectifiedFlow, resolution_shift
 
 STANDARD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-ZERO_SNR = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+ZERO_SNR = DDPMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+)
 TYPES = ("epsilon", "v_prediction")
 t = torch.tensor([0, 1, 250, 500, 998, 999])
 
@@ -45,10 +48,14 @@ def test_weights_equal_the_papers():
     }
     for (kind, gamma, debiased), weight in expected.items():
         ours = DDPM(STANDARD.alphas_cumprod, kind, gamma, debiased).weight(torch.arange(1000))
-        torch.testing.assert_close(ours.double(), weight.double(), rtol=1e-3, atol=0)  # 1 - abar cancels in float32
+        torch.testing.assert_close(
+            ours.double(), weight.double(), rtol=1e-3, atol=0
+        )  # 1 - abar cancels in float32
 
 
-@pytest.mark.parametrize("weighting", [{"snr_gamma": 5.0}, {"debiased": True}], ids=["min-SNR", "debiased"])
+@pytest.mark.parametrize(
+    "weighting", [{"snr_gamma": 5.0}, {"debiased": True}], ids=["min-SNR", "debiased"]
+)
 def test_weighted_eps_and_v_losses_weigh_the_same_x0_error_equally(weighting):
     x0, eps, wrong_x0 = tensors(dtype=torch.float64)
     abar = STANDARD.alphas_cumprod.double()
@@ -79,7 +86,10 @@ def test_weights_are_finite_where_no_signal_is_left(kind, weighting):
 
 def test_noise_offset_adds_a_constant_to_each_channel():
     x0, rows = torch.zeros(200, 4, 3, 3), range(200)
-    plain, offset = (DDPM(STANDARD.alphas_cumprod, noise_offset=o).noise(x0, Draws(0, 0, rows)) for o in (0, 0.1))
+    plain, offset = (
+        DDPM(STANDARD.alphas_cumprod, noise_offset=o).noise(x0, SampleRng(0, 0, rows))
+        for o in (0, 0.1)
+    )
     shift = offset - plain
     torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift))
     levels = shift[..., 0, 0]
@@ -88,7 +98,7 @@ def test_noise_offset_adds_a_constant_to_each_channel():
 
 
 def drawn(seed, step, rows):
-    rng = Draws(seed, step, rows)
+    rng = SampleRng(seed, step, rows)
     return torch.cat([rng.normal((len(rows), 2, 2)).flatten(1), rng.uniform()[:, None]], dim=1)
 
 
@@ -98,13 +108,18 @@ def test_a_row_draws_the_same_in_any_company():
 
 
 def test_rows_steps_and_seeds_draw_differently():
-    values = [drawn(seed, step, [row])[0, 0].item() for seed in range(5) for step in range(5) for row in range(5)]
+    values = [
+        drawn(seed, step, [row])[0, 0].item()
+        for seed in range(5)
+        for step in range(5)
+        for row in range(5)
+    ]
     assert len(set(values)) == 125
 
 
 def test_normals_are_unit_and_uncorrelated_between_rows_and_steps():
     count, width = 500, 64
-    now, then = (Draws(0, step, range(count)).normal((count, width)) for step in (0, 1))
+    now, then = (SampleRng(0, step, range(count)).normal((count, width)) for step in (0, 1))
     bound = 4 / (count * width) ** 0.5  # four standard errors
     assert abs(now.mean()) < bound
     assert abs(now.std() - 1) < bound
@@ -113,10 +128,13 @@ def test_normals_are_unit_and_uncorrelated_between_rows_and_steps():
 
 
 def test_stratified_draws_fill_every_part_of_each_pool_however_they_are_shared():
-    whole = Draws(0, 3, range(16), count=8).uniform(stratified=True)
+    whole = SampleRng(0, 3, range(16), global_batch_size=8).uniform(stratified=True)
     for pool in (whole[:8], whole[8:]):
         assert sorted((pool * 8).long().tolist()) == list(range(8))
-    shared = [Draws(0, 3, rows, count=8).uniform(stratified=True) for rows in ([0, 1], [9, 15, 4])]
+    shared = [
+        SampleRng(0, 3, rows, global_batch_size=8).uniform(stratified=True)
+        for rows in ([0, 1], [9, 15, 4])
+    ]
     assert torch.equal(torch.cat(shared), whole[[0, 1, 9, 15, 4]])
     assert (whole[:8] * 8).long().tolist() != (whole[8:] * 8).long().tolist()
 
@@ -124,12 +142,16 @@ def test_stratified_draws_fill_every_part_of_each_pool_however_they_are_shared()
 @pytest.mark.parametrize("count", [1, 8])
 def test_times_are_uniform_over_all_steps(count):
     n, bins = 5000, 10
-    draws = [Draws(0, step, range(count), count=count) for step in range(n // count)]
+    draws = [
+        SampleRng(0, step, range(count), global_batch_size=count) for step in range(n // count)
+    ]
     times = torch.cat([DDPM(STANDARD.alphas_cumprod).times(rng) for rng in draws])
     assert times.min() >= 0
     assert times.max() < 1000
     counts = torch.bincount(times * bins // 1000, minlength=bins)
-    assert (counts - n / bins).square().sum() / (n / bins) < 27.9  # chi-square, 9 degrees of freedom, 99.9 %
+    assert (counts - n / bins).square().sum() / (
+        n / bins
+    ) < 27.9  # chi-square, 9 degrees of freedom, 99.9 %
 
 
 # Flow
@@ -145,7 +167,10 @@ def mode_cdf(t):
     low, high = torch.zeros_like(t), torch.ones_like(t)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = torch.where(mode(middle) > t, middle, low), torch.where(mode(middle) > t, high, middle)
+        low, high = (
+            torch.where(mode(middle) > t, middle, low),
+            torch.where(mode(middle) > t, high, middle),
+        )
     return 1 - low
 
 
@@ -162,10 +187,13 @@ CDFS = {  # of t, 1 is noise
 
 
 def farthest(samples, cdf, shift):
-    """Kolmogorov and Smirnov's distance of samples of t from `cdf` shifted, whose t came from t / (a - (a - 1) t)."""
+    """Kolmogorov and Smirnov's distance of samples of t from `cdf` shifted, whose t came from t /
+    (a - (a - 1) t)."""
     shifted, n = samples.double().sort().values, len(samples)
     probability = cdf(shifted / (shift - (shift - 1) * shifted))
-    return torch.maximum(torch.arange(1, n + 1) / n - probability, probability - torch.arange(n) / n).max()
+    return torch.maximum(
+        torch.arange(1, n + 1) / n - probability, probability - torch.arange(n) / n
+    ).max()
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -173,7 +201,9 @@ def farthest(samples, cdf, shift):
 def test_times_have_the_papers_density(options, cdf, shift):
     n = 4000
     plain, even = (
-        Flow(**options, shift=shift, stratified=stratified).times(Draws(0, 0, range(n), count=n))
+        RectifiedFlow(**options, shift=shift, stratified=stratified).times(
+            SampleRng(0, 0, range(n), global_batch_size=n)
+        )
         for stratified in (False, True)
     )
     assert farthest(plain, cdf, shift) < 1.95 / n**0.5  # 99.9 %
@@ -200,7 +230,9 @@ class Given:
 @pytest.mark.parametrize("options", [options for options, _ in CDFS.values()], ids=CDFS)
 @pytest.mark.parametrize("shift", [0.2, 1.0, 3.0, 20.0])
 def test_times_stay_between_signal_and_noise_at_the_ends_of_the_draw(options, shift):
-    times = Flow(**options, shift=shift).times(Given(torch.tensor([2**-24, 1e-4, 0.5, 1 - 1e-4, 1 - 2**-24])))
+    times = RectifiedFlow(**options, shift=shift).times(
+        Given(torch.tensor([2**-24, 1e-4, 0.5, 1 - 1e-4, 1 - 2**-24]))
+    )
     assert (times > 0).all()
     assert (times < 1).all()
 
@@ -208,9 +240,12 @@ def test_times_stay_between_signal_and_noise_at_the_ends_of_the_draw(options, sh
 @pytest.mark.parametrize("options", [options for options, _ in CDFS.values()], ids=CDFS)
 @pytest.mark.parametrize("stratified", [False, True])
 def test_a_rows_time_does_not_depend_on_its_company(options, stratified):
-    flow = Flow(**options, shift=3.0, stratified=stratified)
-    whole = flow.times(Draws(0, 3, range(8), count=8))
-    shared = [flow.times(Draws(0, 3, rows, count=8)) for rows in ([5], [0, 7], [2, 6, 1, 4, 3])]
+    flow = RectifiedFlow(**options, shift=3.0, stratified=stratified)
+    whole = flow.times(SampleRng(0, 3, range(8), global_batch_size=8))
+    shared = [
+        flow.times(SampleRng(0, 3, rows, global_batch_size=8))
+        for rows in ([5], [0, 7], [2, 6, 1, 4, 3])
+    ]
     assert torch.equal(torch.cat(shared), whole[[5, 0, 7, 2, 6, 1, 4, 3]])
 
 
@@ -225,12 +260,16 @@ def flow_tensors():
 def test_flow_corrupts_as_the_scheduler():
     scheduler, index, x0, eps, times = flow_tensors()
     expected = scheduler.scale_noise(x0, scheduler.timesteps[index], eps)
-    torch.testing.assert_close(Flow().corrupt(x0, eps, times), expected)
+    torch.testing.assert_close(RectifiedFlow().corrupt(x0, eps, times), expected)
 
 
 def test_the_target_leads_from_any_time_to_the_clean_latents_and_to_the_noise():
     _, _, x0, eps, times = flow_tensors()
-    x_t, v, time = Flow().corrupt(x0, eps, times), Flow().target(x0, eps, times), times.view(-1, 1, 1, 1)
+    x_t, v, time = (
+        RectifiedFlow().corrupt(x0, eps, times),
+        RectifiedFlow().target(x0, eps, times),
+        times.view(-1, 1, 1, 1),
+    )
     torch.testing.assert_close(x_t - time * v, x0)
     torch.testing.assert_close(x_t + (1 - time) * v, eps)
 
@@ -239,19 +278,20 @@ def test_one_euler_step_of_the_scheduler_along_the_target_ends_at_the_clean_late
     x0, eps, _ = tensors()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[0.6])
-    x_t = Flow().corrupt(x0, eps, scheduler.sigmas[:1].expand(len(x0)))
-    v = Flow().target(x0, eps, scheduler.sigmas[:1])
+    x_t = RectifiedFlow().corrupt(x0, eps, scheduler.sigmas[:1].expand(len(x0)))
+    v = RectifiedFlow().target(x0, eps, scheduler.sigmas[:1])
     torch.testing.assert_close(scheduler.step(v, scheduler.timesteps[0], x_t).prev_sample, x0)
 
 
 def test_flow_noise_is_the_plain_draw():
     assert torch.equal(
-        Flow().noise(torch.ones(3, 4, 2, 2), Draws(0, 1, range(3))), Draws(0, 1, range(3)).normal((3, 4, 2, 2))
+        RectifiedFlow().noise(torch.ones(3, 4, 2, 2), SampleRng(0, 1, range(3))),
+        SampleRng(0, 1, range(3)).normal((3, 4, 2, 2)),
     )
 
 
 def shifted(factor, grid):
-    return Flow(density="uniform", shift=factor).times(Given(grid))
+    return RectifiedFlow(density="uniform", shift=factor).times(Given(grid))
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
@@ -263,7 +303,9 @@ def test_a_static_shift_is_the_schedulers(factor):
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
-@pytest.mark.parametrize("slope", [{}, {"base_image_seq_len": 64, "max_image_seq_len": 1000, "max_shift": 2.0}])
+@pytest.mark.parametrize(
+    "slope", [{}, {"base_image_seq_len": 64, "max_image_seq_len": 1000, "max_shift": 2.0}]
+)
 def test_a_dynamic_shift_is_the_pipelines(tokens, slope):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **slope)
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
@@ -278,22 +320,32 @@ def flow_loss(objective, v, seed=0):
     x0, eps, _ = tensors(seed)
     times = torch.tensor([0.01, 0.2, 0.4, 0.6, 0.8, 0.99])
     error = (v - objective.target(x0, eps, times)).square().mean(dim=(1, 2, 3))
-    return (objective.weight(times) * error).mean(), objective.corrupt(x0, eps, times), times.view(-1, 1, 1, 1), x0
+    return (
+        (objective.weight(times) * error).mean(),
+        objective.corrupt(x0, eps, times),
+        times.view(-1, 1, 1, 1),
+        x0,
+    )
 
 
 def test_preconditioned_is_the_loss_of_the_clean_latents():
     """The diffusers script for SD3 reads the output v as the estimate x_t - t v of x0."""
     _, _, v = tensors(seed=1)
     ours, theirs = v.clone().requires_grad_(), v.clone().requires_grad_()
-    loss, x_t, times, x0 = flow_loss(Flow(precondition=True), ours)
+    loss, x_t, times, x0 = flow_loss(RectifiedFlow(precondition=True), ours)
     expected = (x_t - times * theirs - x0).square().mean()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(*pair)[0] for pair in ((loss, ours), (expected, theirs))))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(*pair)[0] for pair in ((loss, ours), (expected, theirs)))
+    )
 
 
 def test_sigma_sqrt_undoes_preconditioning():
     _, _, v = tensors(seed=1)
-    plain, both = (flow_loss(flow, v)[0] for flow in (Flow(), Flow(weighting="sigma_sqrt", precondition=True)))
+    plain, both = (
+        flow_loss(flow, v)[0]
+        for flow in (RectifiedFlow(), RectifiedFlow(weighting="sigma_sqrt", precondition=True))
+    )
     torch.testing.assert_close(both, plain)
 
 
@@ -309,7 +361,7 @@ def test_sigma_sqrt_undoes_preconditioning():
 )
 def test_flow_weights_equal_the_papers(weighting, closed_form, precondition):
     times = torch.linspace(0.01, 0.99, 99)
-    weight = Flow(weighting=weighting, precondition=precondition).weight(times)
+    weight = RectifiedFlow(weighting=weighting, precondition=precondition).weight(times)
     double = times.double()
     torch.testing.assert_close(
         weight.double(), closed_form(double) * (double**2 if precondition else 1), rtol=1e-5, atol=0
@@ -320,6 +372,6 @@ def test_flow_weights_equal_the_papers(weighting, closed_form, precondition):
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
 def test_flow_weights_are_finite_and_positive_at_the_first_and_last_time(weighting, precondition):
     ends = shifted(1.0, torch.tensor([0.0, 1.0]))
-    weight = Flow(weighting=weighting, precondition=precondition).weight(ends)
+    weight = RectifiedFlow(weighting=weighting, precondition=precondition).weight(ends)
     assert weight.isfinite().all()
     assert (weight > 0).all()

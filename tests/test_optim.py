@@ -1,4 +1,5 @@
-"""The learning rate against diffusers' schedulers, the optimisers on a quadratic, the weight average in closed form."""
+"""The learning rate against diffusers' schedulers, the optimisers on a quadratic, the weight
+average in closed form."""
 
 import importlib.util
 from math import prod
@@ -10,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from trainers.config import OptimizerConfig
-from trainers.training.optimizers import EMA, make_optimizer, make_rate
+from trainers.training.optimizers import EMA, make_lr_schedule, make_optimizer
 
 NAMES = get_args(OptimizerConfig.model_fields["name"].annotation)
 SCHEDULES = get_args(OptimizerConfig.model_fields["lr_scheduler"].annotation)
@@ -22,14 +23,20 @@ def test_the_rate_equals_diffusers_at_every_step(schedule, warmup, cycles, power
     steps, peak, warmup = 50, 3e-3, 0 if schedule == "constant" else warmup
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     theirs = get_scheduler(schedule, optimizer, None, warmup, steps, cycles, power)
-    ours = make_rate(
+    ours = make_lr_schedule(
         OptimizerConfig(
-            learning_rate=peak, lr_scheduler=schedule, lr_warmup_steps=warmup, lr_num_cycles=cycles, lr_power=power
+            learning_rate=peak,
+            lr_scheduler=schedule,
+            lr_warmup_steps=warmup,
+            lr_num_cycles=cycles,
+            lr_power=power,
         ),
         steps,
     )
     for step in range(steps):
-        assert ours(step) * peak == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15), step
+        assert ours(step) * peak == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-15
+        ), step
         optimizer.step()
         theirs.step()
 
@@ -41,7 +48,9 @@ def test_every_optimiser_lowers_a_quadratic(name):
         pytest.skip("prodigyopt is not installed")
     rate = 1.0 if name == "prodigy" else 0.05
     w = nn.Parameter(torch.ones(64, 128))  # bitsandbytes keeps 8-bit states from 4096 numbers on
-    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=rate), [{"params": [w], "lr": rate}])
+    optimizer = make_optimizer(
+        OptimizerConfig(name=name, learning_rate=rate), [{"params": [w], "lr": rate}]
+    )
     for _ in range(30):
         w.square().mean().backward()
         optimizer.step()
@@ -93,6 +102,9 @@ def test_the_average_is_the_decayed_sum_of_all_weights(layer):
         history.append(layer.weight.detach().clone().double())
     decays = [min(0.5, (1 + step) / (10 + step)) for step in range(steps)]
     shares = [1.0, *(1 - d for d in decays)]
-    expected = sum(share * prod(decays[i:]) * w for i, (share, w) in enumerate(zip(shares, history, strict=True)))
+    expected = sum(
+        share * prod(decays[i:]) * w
+        for i, (share, w) in enumerate(zip(shares, history, strict=True))
+    )
     torch.testing.assert_close(ema.average["weight"].double(), expected)
     assert ema.average.keys() == {"weight"}  # what does not train is not averaged

@@ -1,4 +1,5 @@
-"""A quantised base: what is kept small, that LoRA learns on it nearly as on the whole one, and what is refused."""
+"""A quantised base: what is kept small, that LoRA learns on it nearly as on the whole one, and what
+is refused."""
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_training import first_gradients, lora
 from torch import nn
 
 from trainers import dreambooth
-from trainers.distributed.trained_weights import trained_parameters
+from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import UserError
 from trainers.families import FAMILIES
 from trainers.run import run
@@ -20,7 +21,9 @@ CASES += [("sd3", "fp8"), ("flux", "fp8")]
 
 
 def quantised(settings, family, how, *overrides):
-    return settings(*(FP8 if how == "fp8" else [f"model.quantization={how}"]), *overrides, family=family)
+    return settings(
+        *(FP8 if how == "fp8" else [f"model.quantization={how}"]), *overrides, family=family
+    )
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
@@ -29,7 +32,7 @@ def test_the_base_is_small_and_lora_is_float32(settings, family, how):
     names = {name for name, p in task.module.named_parameters() if p.requires_grad}
     assert names
     assert all("lora_" in name for name in names)
-    assert {p.dtype for p in trained_parameters(task.module).values()} == {torch.float32}
+    assert {p.dtype for p in trainable_parameters(task.module).values()} == {torch.float32}
     for name, layer in task.family.denoiser.named_modules():
         if "blocks." not in name or "lora_" in name or "norm" in name:
             continue
@@ -51,7 +54,9 @@ def test_gradients_are_near_those_on_the_whole_base(settings, family, how):
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
-def test_a_run_samples_resumes_and_its_lora_loads_on_the_whole_base(settings, bases, family, how, tmp_path):
+def test_a_run_samples_resumes_and_its_lora_loads_on_the_whole_base(
+    settings, bases, family, how, tmp_path
+):
     overrides = ("validation.prompts=[a b c]", "validation.validation_steps=2", "lora.alpha=5")
     one = quantised(settings, family, how, *overrides, f"output_dir={tmp_path}/one")
     two = quantised(settings, family, how, *overrides, f"output_dir={tmp_path}/two")

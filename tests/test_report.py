@@ -1,4 +1,5 @@
-"""A report shows the numbers of its run, needs nothing from outside, and keeps the training pictures to itself."""
+"""A report shows the numbers of its run, needs nothing from outside, and keeps the training
+pictures to itself."""
 
 import base64
 import io
@@ -15,9 +16,9 @@ from PIL import Image, ImageSequence
 from processes import call
 
 from trainers.config import loading
-from trainers.data.pictures import image_files
+from trainers.data.pictures import list_image_files
 from trainers.errors import UserError
-from trainers.publishing.charts import curves, smooth, ticks, words
+from trainers.publishing.charts import display_name, line_charts, smooth, ticks
 from trainers.publishing.report import write_report
 from trainers.run import run
 
@@ -29,7 +30,8 @@ KINDS = {
 model: {{family: sd15, pretrained_model_name_or_path: {sd15}}}
 lora: {{rank: 2}}
 data: {{instance_data_dir: {photos}, instance_prompt: a b, resolution: 16}}
-validation: {{prompts: [a b, c], num_images: 2, validation_steps: 2, num_inference_steps: 2, guidance_scale: 2}}
+validation: {{prompts: [a b, c], num_images: 2, validation_steps: 2,
+  num_inference_steps: 2, guidance_scale: 2}}
 """,
     "gan": """
 model: {{latent_dim: 4, width: 8}}
@@ -59,9 +61,10 @@ def runs(bases, photos, bars, blobs, tmp_path_factory):
         text = text.format(sd15=bases["sd15"], photos=photos, bars=bars, blobs=blobs)
         (folder / "config.yaml").write_text(
             f"kind: {kind}\noutput_dir: {folder}/run\n{text}\n"
-            "train: {max_train_steps: 6, train_batch_size: 4}\ntracking: {report_to: [], log_every: 1}\n"
+            "train: {max_train_steps: 6, train_batch_size: 4}\ntracking: {report_to: [], "
+            "log_every: 1}\n"
         )
-        run(settings := loading.load(folder / "config.yaml"))
+        run(settings := loading.load_config(folder / "config.yaml"))
         folders[kind] = settings.output_dir
     return folders
 
@@ -109,7 +112,8 @@ def levels(picture):
 
 
 def read_back(source):
-    """Title -> name -> points (N, 2) of the measured curves, by the labels that a reader sees at the axes."""
+    """Title -> name -> points (N, 2) of the measured curves, by the labels that a reader sees at
+    the axes."""
     found = {}
     for chart in re.findall('<figure class="chart">.*?</figure>', source, re.DOTALL):
         svg, lines = ElementTree.fromstring(re.search("<svg.*?</svg>", chart, re.DOTALL)[0]), {}
@@ -127,9 +131,12 @@ def read_back(source):
 
 
 def along(axis, places):
-    """The values at places on an axis with labels [(place, value)], equally spaced or powers of ten."""
+    """The values at places on an axis with labels [(place, value)], equally spaced or powers of
+    ten."""
     at, values = np.array(axis).T
-    log = (values > 0).all() and np.allclose(np.diff(np.log10(values)), np.log10(values[1] / values[0]))
+    log = (values > 0).all() and np.allclose(
+        np.diff(np.log10(values)), np.log10(values[1] / values[0])
+    )
     log = log and values[1] >= 10 * values[0]
     slope, start = np.polyfit(at, np.log10(values) if log else values, 1)
     return 10 ** (slope * places + start) if log else slope * places + start
@@ -137,19 +144,27 @@ def along(axis, places):
 
 def check_curves(source, rows, x):
     """Each number of the rows is on its curve, up to the width of a line, and nothing else is."""
-    shown = {(title, name): points for title, lines in read_back(source).items() for name, points in lines.items()}
+    shown = {
+        (title, name): points
+        for title, lines in read_back(source).items()
+        for name, points in lines.items()
+    }
     wanted = {}
     for row in rows:
         for name, value in row.items():
             if name != x and isinstance(value, (int, float)):
                 player = re.fullmatch("(.+)_(loss|grad_norm)", name)
                 title = player[2] if player else name
-                wanted.setdefault((words(title), player[1] if player else name), []).append((row[x], value))
+                wanted.setdefault((display_name(title), player[1] if player else name), []).append(
+                    (row[x], value)
+                )
     assert shown.keys() == wanted.keys()
     for key, points in wanted.items():
         true = np.array(points, float)
         assert shown[key].shape == true.shape
-        close = np.abs(shown[key] - true) <= np.maximum(0.003 * (np.ptp(true, 0) + 1e-9), 0.01 * np.abs(true))
+        close = np.abs(shown[key] - true) <= np.maximum(
+            0.003 * (np.ptp(true, 0) + 1e-9), 0.01 * np.abs(true)
+        )
         assert close.all(), key
 
 
@@ -168,21 +183,22 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_curve_is_read_back_from_its_axes_as_it_was_measured(shape):
     rows = [{"step": 10 * i + 10, "value": float(value)} for i, value in enumerate(SHAPES[shape])]
-    check_curves(curves(rows, "step"), rows, "step")
+    check_curves(line_charts(rows, "step"), rows, "step")
 
 
 def test_a_loss_that_falls_over_four_decades_is_readable_at_its_end():
     ys = SHAPES["falls over four decades"]
-    page = curves([{"step": i, "value": float(y)} for i, y in enumerate(ys)], "step")
+    page = line_charts([{"step": i, "value": float(y)} for i, y in enumerate(ys)], "step")
     assert np.allclose(read_back(page)["value"]["value"][:, 1], ys, rtol=0.01)
 
 
 def test_what_is_logged_less_often_or_is_no_number_is_left_out_where_it_lacks():
     rows = [
-        {"step": i, "a_loss": 1.0 + i, "b_loss": 2.0 - i, "order": None if i % 3 else 0.1 * i} for i in range(1, 30)
+        {"step": i, "a_loss": 1.0 + i, "b_loss": 2.0 - i, "order": None if i % 3 else 0.1 * i}
+        for i in range(1, 30)
     ]
     rows[7]["a_loss"], rows[7]["note"] = float("nan"), "text"
-    page = curves(rows, "step")
+    page = line_charts(rows, "step")
     del rows[7]["a_loss"]
     check_curves(page, rows, "step")
     assert list(read_back(page)) == ["loss", "order"]
@@ -197,20 +213,24 @@ def test_the_strong_line_is_the_mean_of_as_many_on_both_sides(half):
     inner = np.convolve(ys, np.full(2 * half + 1, 1 / (2 * half + 1)), "valid")
     assert np.allclose([y for _, y in got][half:-half], inner)
     assert [got[0][1], got[1][1]] == pytest.approx([ys[0], ys[:3].mean()])  # a steep start is kept
-    assert got[-1][1] == pytest.approx(ys[-1 - half :].mean())  # the last is no better known than its neighbours
+    assert got[-1][1] == pytest.approx(
+        ys[-1 - half :].mean()
+    )  # the last is no better known than its neighbours
 
 
 def test_only_many_points_that_jump_about_are_smoothed():
     noise, steady = np.random.default_rng(0).normal(size=100), np.linspace(0, 1, 100) ** 2
     strong = {}
     for name, ys in {"noise": noise, "steady": steady, "few": noise[:20]}.items():
-        page = curves([{"step": i, name: float(y)} for i, y in enumerate(ys)], "step")
+        page = line_charts([{"step": i, name: float(y)} for i, y in enumerate(ys)], "step")
         lines = re.findall('<polyline class="raw( faint)?"', page)
         strong[name] = (lines, page.count("<polyline"))
     assert strong == {"noise": ([" faint"], 2), "steady": ([""], 1), "few": ([""], 1)}
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 800), (1e-9, 3e-9), (5, 5), (0, 0), (-2, -2), (99.9, 100.1)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 800), (1e-9, 3e-9), (5, 5), (0, 0), (-2, -2), (99.9, 100.1)]
+)
 def test_labels_are_few_equally_spaced_and_hold_all_values(low, high):
     marks = ticks(low, high)
     assert marks[0] <= low + 1e-6 * abs(low)
@@ -231,7 +251,9 @@ def test_every_kind_of_run_has_its_curves_pictures_and_settings(runs, kind):
     assert re.search(r"Versions \| (.*) \|", card)[1] in page.text
     if kind in ("autoencoder", "unet"):
         for name, value in json.loads((runs[kind] / "figures.json").read_text()).items():
-            assert re.search(rf"\n{name.replace('_', ' ')}\n{value:.4g}".replace("e-0", "e-"), page.text)
+            assert re.search(
+                rf"\n{name.replace('_', ' ')}\n{value:.4g}".replace("e-0", "e-"), page.text
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,9 +261,20 @@ def test_a_browser_fetches_nothing(runs, kind):
     page = Page(write_report(runs[kind]))
     for tag, attrs in page.tags:
         assert tag not in ("iframe", "object", "embed", "base")
-        for name in ("src", "srcset", "href", "poster", "data", "action", "background", "xlink:href"):
+        for name in (
+            "src",
+            "srcset",
+            "href",
+            "poster",
+            "data",
+            "action",
+            "background",
+            "xlink:href",
+        ):
             assert attrs.get(name, "data:").startswith("data:"), (tag, attrs[name])
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|https?://", re.sub("<pre>.*?</pre>", "", page.source))
+    assert not re.search(
+        r"@import|url\(|fetch\(|XMLHttpRequest|https?://", re.sub("<pre>.*?</pre>", "", page.source)
+    )
     policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
     assert "default-src 'none'" in policy
     assert not re.search(r"http|\*|'self'", policy)
@@ -265,10 +298,14 @@ def test_final_pictures_stand_at_their_prompts_and_are_the_files(runs):
     assert [levels(p).tolist() for p in pictures(page.source)[: len(files)]] == [
         levels(Image.open(f)).tolist() for f in files
     ]
-    assert page.text.index("\na b\n") < page.text.index("\nc\n") < page.text.index("Samples over time")
+    assert (
+        page.text.index("\na b\n") < page.text.index("\nc\n") < page.text.index("Samples over time")
+    )
 
 
-@pytest.mark.parametrize(("kind", "others"), [("dreambooth", 4), ("gan", 1), ("autoencoder", 1), ("unet", 0)])
+@pytest.mark.parametrize(
+    ("kind", "others"), [("dreambooth", 4), ("gan", 1), ("autoencoder", 1), ("unet", 0)]
+)
 def test_no_picture_is_shown_twice(runs, kind, others, tmp_path):
     """Others than the three frames: the prompts' pictures, the walk, the codes."""
     folder = tmp_path / "run"
@@ -280,10 +317,14 @@ def test_no_picture_is_shown_twice(runs, kind, others, tmp_path):
 
 
 def test_the_walk_still_moves(runs):
-    moving = [p for p in pictures(Page(write_report(runs["gan"])).source) if getattr(p, "n_frames", 1) > 1]
+    moving = [
+        p for p in pictures(Page(write_report(runs["gan"])).source) if getattr(p, "n_frames", 1) > 1
+    ]
     with Image.open(runs["gan"] / "samples/final/walk.gif") as film:
         assert [picture.n_frames for picture in moving] == [film.n_frames]
-        for frame, true in zip(ImageSequence.Iterator(moving[0]), ImageSequence.Iterator(film), strict=True):
+        for frame, true in zip(
+            ImageSequence.Iterator(moving[0]), ImageSequence.Iterator(film), strict=True
+        ):
             assert np.abs(levels(frame) - levels(true)).mean() < 8
         assert moving[0].info["duration"] == film.info["duration"]
 
@@ -295,7 +336,10 @@ def contents(page):
 @pytest.mark.parametrize("kind", ["dreambooth", "unet"])
 def test_training_pictures_are_in_the_owners_report_alone(runs, photos, blobs, kind):
     folder = {"dreambooth": photos, "unet": blobs}[kind]
-    private = {(p.size, p.tobytes()) for p in (Image.open(f).convert("RGB") for f in image_files(folder))}
+    private = {
+        (p.size, p.tobytes())
+        for p in (Image.open(f).convert("RGB") for f in list_image_files(folder))
+    }
     own, public = write_report(runs[kind]), write_report(runs[kind], pictures=False)
     assert (own.name, public.name) == ("report.html", "report_public.html")
     assert private <= contents(Page(own))
@@ -306,14 +350,19 @@ def test_training_pictures_are_in_the_owners_report_alone(runs, photos, blobs, k
 def test_pictures_of_a_local_data_set_are_spread_over_it(runs, bars):
     page = Page(write_report(runs["autoencoder"]))
     assert "30 of 120" in page.text
-    assert {np.array(p)[:8].any() for p in pictures(page.source)[-30:]} == {True, False}  # of both classes
+    assert {np.array(p)[:8].any() for p in pictures(page.source)[-30:]} == {
+        True,
+        False,
+    }  # of both classes
 
 
 def test_at_most_thirty_pictures_are_shown_and_none_twice(bare, tmp_path):
     (tmp_path / "many").mkdir()
     for i in range(31):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "many" / f"{i:02d}.png")
-    (bare / "config.yaml").write_text(f"kind: dreambooth\ndata: {{instance_data_dir: {tmp_path}/many}}\n")
+    (bare / "config.yaml").write_text(
+        f"kind: dreambooth\ndata: {{instance_data_dir: {tmp_path}/many}}\n"
+    )
     assert len(contents(Page(write_report(bare)))) == 30
     shutil.rmtree(tmp_path / "many")
     assert not pictures(Page(write_report(bare)).source)
@@ -321,7 +370,13 @@ def test_at_most_thirty_pictures_are_shown_and_none_twice(bare, tmp_path):
 
 def test_any_text_is_shown_and_never_becomes_markup(bare):
     at = {place: f"{NASTY}{place}" for place in PLACES}
-    metrics = {"step": 1, f"{at['curve']}_loss": 1, "other_loss": 2, "images_per_second": 1, "peak_memory_gib": 1}
+    metrics = {
+        "step": 1,
+        f"{at['curve']}_loss": 1,
+        "other_loss": 2,
+        "images_per_second": 1,
+        "peak_memory_gib": 1,
+    }
     rows = [{"checkpoint": at["checkpoint"], "step": 1, at["column"]: 0.5}]
     prompts = {"data": {"instance_prompt": at["prompt"]}, "validation": {"prompts": [at["prompt"]]}}
     for name, content in {
@@ -340,7 +395,14 @@ def test_any_text_is_shown_and_never_becomes_markup(bare):
     assert page.text.count("<i>&") == 2  # in the title and above
     assert "<b>: <b>" in page.text
     tags = [tag for tag, _ in page.tags]
-    counts = {"script": 1, "title": 1, "body": 1, "pre": 1, "i": 2, "b": 5}  # two swatches, five curves' last values
+    counts = {
+        "script": 1,
+        "title": 1,
+        "body": 1,
+        "pre": 1,
+        "i": 2,
+        "b": 5,
+    }  # two swatches, five curves' last values
     assert {tag: tags.count(tag) for tag in counts} == counts
 
 
@@ -352,7 +414,9 @@ EVALUATION = {
         {"checkpoint": "step-000020", "step": 20, "subject": 0.75, "prior_drift": 0.125},
         {"checkpoint": "final", "step": 40, "subject": 0.5, "prior_drift": None},
     ],
-    "strength": [{"scale": 0.5 * i, "subject": 0.1 * i, "prior_drift": 0.3 - 0.1 * i} for i in range(4)],
+    "strength": [
+        {"scale": 0.5 * i, "subject": 0.1 * i, "prior_drift": 0.3 - 0.1 * i} for i in range(4)
+    ],
     "best": "step-000020",
     "suggested_rank": 2,
     "spectrum": {"1": 0.75, "2": 0.99, "3": 1.0},
@@ -388,13 +452,22 @@ def test_an_evaluation_is_shown_as_curves_tables_and_pairs(bare):
         120,
     ]  # the nearest first
     assert [p.convert("RGB").getpixel((0, 0))[0] for p in pictures(public.source)] == [60, 0]
-    assert re.findall("similarity[^<]*", own.source) == ["similarity 0.875, a near copy", "similarity 0.500"]
+    assert re.findall("similarity[^<]*", own.source) == [
+        "similarity 0.875, a near copy",
+        "similarity 0.500",
+    ]
     assert "private" not in public.source
 
 
 def line(step, **more):
     return json.dumps(
-        {"step": step, "denoiser_loss": 1 / step, "images_per_second": 8.0, "peak_memory_gib": 1.5, **more}
+        {
+            "step": step,
+            "denoiser_loss": 1 / step,
+            "images_per_second": 8.0,
+            "peak_memory_gib": 1.5,
+            **more,
+        }
     )
 
 
@@ -416,7 +489,9 @@ def test_a_run_that_has_just_begun_and_one_that_was_killed_show_what_is_there(ba
 
 
 def test_the_time_is_that_of_all_pictures_at_their_speeds(bare):
-    (bare / "metrics.jsonl").write_text("\n".join([line(10), line(30, images_per_second=0.5), line(40)]))
+    (bare / "metrics.jsonl").write_text(
+        "\n".join([line(10), line(30, images_per_second=0.5), line(40)])
+    )
     (bare / "checkpoints/step-000040").mkdir(parents=True)
     (bare / "checkpoints/step-000040/manifest.json").write_text('{"facts": {"global batch": 6}}')
     assert 10 * 6 / 8 + 20 * 6 / 0.5 + 10 * 6 / 8 == 4 * 60 + 15
@@ -443,7 +518,8 @@ def test_the_script_prints_where_the_report_is(bare, capsys):
 
 PROBE = """<script>
 const frames = [...document.querySelectorAll(".stack figure")];
-const seen = () => frames.filter(f => getComputedStyle(f).visibility == "visible").map(f => f.textContent);
+const visible = f => getComputedStyle(f).visibility == "visible";
+const seen = () => frames.filter(visible).map(f => f.textContent);
 const slider = document.querySelector(".frames input"), chart = document.querySelector(".chart");
 const shown = seen(), svg = chart.querySelector("svg"), box = svg.getBoundingClientRect();
 slider.value = 0;
@@ -457,18 +533,37 @@ console.log("PROBE" + JSON.stringify({
 
 
 def browse(page, width, folder):
-    """What the browser writes on its console and asks of the network for HTML in a frame of that width."""
-    browser = shutil.which("chromium") or pytest.skip("there is no chromium: install Debian's package of that name")
+    """What the browser writes on its console and asks of the network for HTML in a frame of that
+    width."""
+    browser = shutil.which("chromium") or pytest.skip(
+        "there is no chromium: install Debian's package of that name"
+    )
     (folder / "report.html").write_text(page, "utf-8")
     # a window is never as narrow as a phone; a frame may be
     frame = f'<iframe src="report.html" width="{width}" height="2800" style="border: 0"></iframe>'
     (folder / "window.html").write_text(f'<body style="margin: 0">{frame}</body>')
     done = subprocess.run(
         [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+            *(
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+            ),
+            *(
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--hide-scrollbars",
+            ),
             "--host-resolver-rules=MAP * ~NOTFOUND",
-            *(f"--user-data-dir={folder}/profile", f"--log-net-log={folder}/net.json", "--enable-logging=stderr"),
+            *(
+                f"--user-data-dir={folder}/profile",
+                f"--log-net-log={folder}/net.json",
+                "--enable-logging=stderr",
+            ),
             *(f"--window-size={max(width, 500)},2800", f"--screenshot={folder}/shot.png"),
             f"file://{folder}/window.html",
         ],
@@ -476,36 +571,50 @@ def browse(page, width, folder):
         text=True,
         timeout=60,
     )
-    starts = re.findall(r'"initiator":"([^"]*)".*?"url":"(https?:[^"]*)"', (folder / "net.json").read_text())
-    said = re.findall(r'CONSOLE\S* "(.*?)", source:', done.stderr, re.DOTALL)
-    return said, [url for origin, url in starts if origin != "not an origin"]  # that is the browser's own
+    starts = re.findall(
+        r'"initiator":"([^"]*)".*?"url":"(https?:[^"]*)"', (folder / "net.json").read_text()
+    )
+    message = re.findall(r'CONSOLE\S* "(.*?)", source:', done.stderr, re.DOTALL)
+    return message, [
+        url for origin, url in starts if origin != "not an origin"
+    ]  # that is the browser's own
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390, 320])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_browser_shows_it_without_complaint_request_or_sideways_scroll(runs, kind, width, tmp_path):
+def test_a_browser_shows_it_without_complaint_request_or_sideways_scroll(
+    runs, kind, width, tmp_path
+):
     """Prints where the screenshot is, to be looked at."""
     page = write_report(runs[kind]).read_text("utf-8").replace("</body>", f"{PROBE}</body>")
-    said, asked = browse(page, width, tmp_path)
+    complaints, asked = browse(page, width, tmp_path)
     print(tmp_path / "shot.png")
-    assert len(said) == 1  # by the probe
-    told = json.loads(re.search("PROBE(.*)END", said[0])[1])
-    assert (told["width"], told["inner"]) == (width, width)
-    assert (told["shown"], told["first"]) == (["step 6"], ["step 2"])
+    assert len(complaints) == 1  # by the probe
+    page_state = json.loads(re.search("PROBE(.*)END", complaints[0])[1])
+    assert (page_state["width"], page_state["inner"]) == (width, width)
+    assert (page_state["shown"], page_state["first"]) == (["step 6"], ["step 2"])
     first = json.loads((runs[kind] / "metrics.jsonl").read_text().splitlines()[0])
-    assert told["at"] == "step 1"
-    assert float(told["value"]) == pytest.approx(next(v for k, v in first.items() if k.endswith("_loss")), rel=0.01)
+    assert page_state["at"] == "step 1"
+    assert float(page_state["value"]) == pytest.approx(
+        next(v for k, v in first.items() if k.endswith("_loss")), rel=0.01
+    )
     with Image.open(tmp_path / "shot.png") as shot:
-        assert len(set(shot.convert("L").crop((0, 0, width, 2800)).tobytes())) > 50  # something is drawn
+        assert (
+            len(set(shot.convert("L").crop((0, 0, width, 2800)).tobytes())) > 50
+        )  # something is drawn
     assert not asked
 
 
 @pytest.mark.slow
 def test_the_policy_keeps_a_picture_from_outside_away_and_a_request_would_be_seen(runs, tmp_path):
-    page = write_report(runs["gan"]).read_text("utf-8").replace("</main>", '<img src="http://a.invalid/b.png"></main>')
-    (said,), asked = browse(page, 390, tmp_path)
-    assert "violates the following Content Security Policy" in said
+    page = (
+        write_report(runs["gan"])
+        .read_text("utf-8")
+        .replace("</main>", '<img src="http://a.invalid/b.png"></main>')
+    )
+    (message,), asked = browse(page, 390, tmp_path)
+    assert "violates the following Content Security Policy" in message
     assert not asked
-    said, asked = browse(re.sub("<meta http-equiv.*?>", "", page), 390, tmp_path)
+    message, asked = browse(re.sub("<meta http-equiv.*?>", "", page), 390, tmp_path)
     assert "http://a.invalid/b.png" in asked

@@ -1,14 +1,23 @@
-"""The small world that ships: its drawings repeat, its judge reads them, and its measure can fail."""
+"""The small world that ships: its drawings repeat, its judge reads them, and its measure can
+fail."""
 
 import numpy as np
 import pytest
 import torch
 
-from small_world.judge import gate, load_judge, load_pipeline, measure, table
-from small_world.world import ASSETS, HELD_OUT_SEED, TRAINING_SEED, draw, plain_thing, rich_thing, subject_images
-from trainers.config.loading import load
+from small_world.judge import format_gate, gate, load_judge, load_pipeline, measure_samples
+from small_world.world import (
+    ASSETS,
+    HELD_OUT_SEED,
+    TRAINING_SEED,
+    draw,
+    plain_thing,
+    rich_thing,
+    subject_images,
+)
+from trainers.config.loading import load_config
 from trainers.data import dreambooth_batches
-from trainers.data.pictures import instance_pictures
+from trainers.data.pictures import load_instance_pictures
 from trainers.families import FAMILIES, Family, objectives
 from trainers.run import run
 
@@ -21,14 +30,15 @@ CONFIGS = {
 
 def test_drawings_depend_on_their_seed_only():
     pictures = [
-        np.stack([np.asarray(p) for p in subject_images(5, seed)]) for seed in (TRAINING_SEED, TRAINING_SEED, 1)
+        np.stack([np.asarray(p) for p in subject_images(5, seed)])
+        for seed in (TRAINING_SEED, TRAINING_SEED, 1)
     ]
     assert np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
 
 
 def test_the_shipped_photos_are_the_training_drawings():
-    pictures = instance_pictures(load("configs/quickstart.yaml").data)
+    pictures = load_instance_pictures(load_config("configs/quickstart.yaml").data)
     for picture, drawn in zip(pictures, subject_images(5, TRAINING_SEED), strict=True):
         assert picture.decode().tobytes() == drawn.tobytes()
 
@@ -62,25 +72,30 @@ def test_the_judge_tells_the_subject_from_a_plain_star():
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_the_base_draws_what_it_is_told(family):
-    config = load(CONFIGS[family])
-    figures = measure(load_pipeline(config, lora=False), load_judge(), config).figures
-    assert min(figures[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85
-    assert figures["class_star"] >= 0.85
-    assert figures["leak"] <= 0.1
-    assert not any(gate(figures | {"loss_ratio": 1.0}, prior=True)[name] for name in ("loss_ratio", "cosine_gain"))
+    config = load_config(CONFIGS[family])
+    metrics = measure_samples(load_pipeline(config, lora=False), load_judge(), config).metrics
+    assert min(metrics[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85
+    assert metrics["class_star"] >= 0.85
+    assert metrics["leak"] <= 0.1
+    assert not any(
+        gate(metrics | {"loss_ratio": 1.0}, prior=True)[name]
+        for name in ("loss_ratio", "cosine_gain")
+    )
 
 
-# Trainings of minutes, by hand: pytest -m slow -s ---------------------------------------------------------------------
+# Trainings of minutes, by hand: pytest -m slow -s
 
 
 def figures_of(family, folder, *overrides):
-    config = load(CONFIGS[family], [f"output_dir={folder}/run", "tracking.report_to=[]", *overrides])
+    config = load_config(
+        CONFIGS[family], [f"output_dir={folder}/run", "tracking.report_to=[]", *overrides]
+    )
     run(config)
     judge = load_judge()
-    base = measure(load_pipeline(config, lora=False), judge, config)
-    tuned = measure(load_pipeline(config, lora=True), judge, config, base)
-    passed = gate(tuned.figures, config.data.prior)
-    print(f"\n{family} {overrides}\n{table(base.figures, tuned.figures, passed)}", flush=True)
+    base = measure_samples(load_pipeline(config, lora=False), judge, config)
+    tuned = measure_samples(load_pipeline(config, lora=True), judge, config, base)
+    passed = gate(tuned.metrics, config.data.uses_prior)
+    print(f"\n{family} {overrides}\n{format_gate(base.metrics, tuned.metrics, passed)}", flush=True)
     return passed
 
 
@@ -99,30 +114,36 @@ def test_without_the_prior_the_class_is_lost(tmp_path, family):
 
 
 def flip_the_target(family, monkeypatch):
-    kind = objectives.DDPM if family == "sd15" else objectives.Flow
+    kind = objectives.DDPM if family == "sd15" else objectives.RectifiedFlow
     target = kind.target
     monkeypatch.setattr(kind, "target", lambda self, *args: -target(self, *args))
 
 
 def forget_the_scale(family, monkeypatch):
     latents = Family.latents
-    monkeypatch.setattr(Family, "latents", lambda self, *args: latents(self, *args) / self.vae_config["scaling_factor"])
+    monkeypatch.setattr(
+        Family,
+        "latents",
+        lambda self, *args: latents(self, *args) / self.vae_config["scaling_factor"],
+    )
 
 
 def shuffle_the_captions(family, monkeypatch):
-    collate = dreambooth_batches.Batches.collate
+    collate = dreambooth_batches.DreamBoothBatches.collate
 
     def shuffled(self, step, visits):
         batch = collate(self, step, visits)
         order = torch.randperm(len(visits), generator=torch.Generator().manual_seed(step))
         return batch | {"text": {name: value[order] for name, value in batch["text"].items()}}
 
-    monkeypatch.setattr(dreambooth_batches.Batches, "collate", shuffled)
+    monkeypatch.setattr(dreambooth_batches.DreamBoothBatches, "collate", shuffled)
 
 
 def divide_the_time_twice(family, monkeypatch):
     denoise = Family.denoise
-    monkeypatch.setattr(Family, "denoise", lambda self, net, x_t, t, text: denoise(self, net, x_t, t / 1000, text))
+    monkeypatch.setattr(
+        Family, "denoise", lambda self, net, x_t, t, text: denoise(self, net, x_t, t / 1000, text)
+    )
 
 
 def stand_still(family, monkeypatch):

@@ -14,22 +14,26 @@ class UserError(Exception):
 
 
 class RunFailedError(UserError):
-    """Memory, disk, network or another process failed: no mistake in the config, and nothing to mend in the code."""
+    """Memory, disk, network or another process failed: no mistake in the config, and nothing to
+    mend in the code."""
 
     status = 1
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 + number."""
+    """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 +
+    number."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
 
 
 @contextmanager
-def tolerated(what: str) -> Iterator[None]:
+def warn_on_error(what: str) -> Iterator[None]:
     """A failure of what training does not need is told, and training goes on."""
     try:
         yield
     except Exception as error:  # trackers and their servers raise whatever they like
-        warnings.warn(f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+        warnings.warn(
+            f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3
+        )

@@ -15,19 +15,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trainers.config import Config
-from trainers.config.loading import parse, validate
-from trainers.errors import UserError, tolerated
+from trainers.config.loading import parse_yaml, validate
+from trainers.errors import UserError, warn_on_error
 
 
-def checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Newest first."""
     return sorted(root.glob("step-*"), reverse=True)
 
 
-def finished(run: Path, kind: str = "") -> Config:
-    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that kind, if given."""
+def load_run_config(run: Path, kind: str = "") -> Config:
+    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that
+    kind, if given."""
     try:
-        config, _ = validate(parse((run / "config.yaml").read_text()))
+        config, _ = validate(parse_yaml((run / "config.yaml").read_text()))
     except OSError:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
     if kind and config.kind != kind:
@@ -43,7 +44,7 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
-def append(path: Path, line: str) -> None:
+def append_line(path: Path, line: str) -> None:
     """All of the line or, as on a full disk, nothing of it."""
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -55,7 +56,7 @@ def append(path: Path, line: str) -> None:
             raise
 
 
-def loads(text: str) -> dict[str, Any]:
+def parse_json_line(text: str) -> dict[str, Any]:
     """A JSON object; empty for what is none, such as the last line of a killed run."""
     try:
         value = json.loads(text)
@@ -64,16 +65,17 @@ def loads(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """The new text or, as on a full disk, the old one."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the run folder and keep other runs out of it; the system forgets the claim of a process that dies.
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Make the run folder and keep other runs out of it; the system forgets the claim of a process
+    that dies.
 
     Raises: UserError when it is taken or cannot be written to.
     """
@@ -86,13 +88,17 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        who = owner.read_text() if owner.is_file() else "another process"
-        raise UserError(f"output_dir: {folder} is in use ({who}): wait for its end, or choose another") from None
+        user = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(
+            f"output_dir: {folder} is in use ({user}): wait for its end, or choose another"
+        ) from None
     except (OSError, NotImplementedError):  # a network disk without locks
-        warnings.warn(f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2)
+        warnings.warn(
+            f"{folder} cannot be locked: see to it that no other run uses it", stacklevel=2
+        )
     try:
-        with tolerated("noting who uses the run folder"):
-            write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        with warn_on_error("noting who uses the run folder"):
+            write_atomic(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         lock.release()

@@ -1,7 +1,8 @@
 """Pipelines with random weights in the true diffusers layout, in three sizes, and photos.
 
-tiny: nothing but overhead. true: the released configs. mid: layers of middling width in which a picture's autoencoder,
-a prompt's text encoders and a LoRA step of the denoiser cost as in the true family (`check.costs` counts them):
+tiny: nothing but overhead. true: the released configs. mid: layers of middling width in which a
+picture's autoencoder, a prompt's text encoders and a LoRA step of the denoiser cost as in the true
+family (`check.costs` counts them):
 
     SD1.5, 512 px     1.12 : 0.013 : 1.72
     SD3.5-M, 1024 px  4.88 : 2.51 : 26.5
@@ -42,9 +43,15 @@ from transformers import (
 
 PROMPT = "a photo of a sks dog"
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
-JOINT = [f"attn.{name}" for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", *ATTENTION)]
+JOINT = [
+    f"attn.{name}" for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", *ATTENTION)
+]
 FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
-TARGETS = {"sd15": ATTENTION, "sd3": JOINT, "flux": JOINT + FORWARD}  # what the diffusers scripts train
+TARGETS = {
+    "sd15": ATTENTION,
+    "sd3": JOINT,
+    "flux": JOINT + FORWARD,
+}  # what the diffusers scripts train
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,9 @@ SMALL_CLIP, SMALL_T5, SMALL_VAE = (32, 2, 2, 64), (64, 1, 2, 64), (8, 8, 8, 8)
 SIZES = {
     "sd15": {
         "tiny": Size(
-            64, 0, SMALL_VAE, {"block_out_channels": (16, 32), "cross_attention_dim": 32, "heads": 2}, SMALL_CLIP,
+            64, 0, SMALL_VAE,
+            {"block_out_channels": (16, 32), "cross_attention_dim": 32, "heads": 2},
+            SMALL_CLIP,
         ),
         "mid": Size(
             256, 0, (44, 88, 176, 176),
@@ -80,7 +89,8 @@ SIZES = {
     },
     "sd3": {
         "tiny": Size(
-            64, 16, SMALL_VAE, {"layers": 2, "heads": 2, "width": 16, "dual": 1}, SMALL_CLIP, SMALL_CLIP, SMALL_T5,
+            64, 16, SMALL_VAE, {"layers": 2, "heads": 2, "width": 16, "dual": 1},
+            SMALL_CLIP, SMALL_CLIP, SMALL_T5,
         ),
         "mid": Size(
             256, 21, (24, 48, 96, 96), {"layers": 9, "heads": 8, "width": 64, "dual": 5},
@@ -93,7 +103,8 @@ SIZES = {
     },
     "flux": {
         "tiny": Size(
-            64, 32, SMALL_VAE, {"layers": 1, "single": 2, "heads": 2, "width": 16}, SMALL_CLIP, None, SMALL_T5,
+            64, 32, SMALL_VAE, {"layers": 1, "single": 2, "heads": 2, "width": 16},
+            SMALL_CLIP, None, SMALL_T5,
         ),
         "mid": Size(
             256, 32, (9, 18, 36, 36), {"layers": 4, "single": 8, "heads": 8, "width": 64},
@@ -108,14 +119,17 @@ SIZES = {
 
 
 def make_base(family: str, size: str, folder: Path, device: torch.device) -> None:
-    """The pipeline's folder, anew; at true size the weights are drawn on the device, in bfloat16."""
+    """The pipeline's folder, anew; at true size the weights are drawn on the device, in
+    bfloat16."""
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if size == "true" else dtype)
     try:
         with device if size == "true" else torch.device("cpu"):
-            parts = {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}[family](SIZES[family][size])
+            parts = {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}[family](
+                SIZES[family][size]
+            )
     finally:
         torch.set_default_dtype(dtype)
     pipe: type[DiffusionPipeline] = parts.pop("pipeline")
@@ -195,7 +209,9 @@ def make_flux(size: Size) -> dict:
         joint_attention_dim=size.t5[0],
         pooled_projection_dim=size.clip[0],
         guidance_embeds=True,
-        axes_dims_rope=(shape["width"] // 8, *[7 * shape["width"] // 16] * 2) if shape["width"] > 16 else (4, 6, 6),
+        axes_dims_rope=(shape["width"] // 8, *[7 * shape["width"] // 16] * 2)
+        if shape["width"] > 16
+        else (4, 6, 6),
     )
     return {
         "pipeline": FluxPipeline,
@@ -209,7 +225,9 @@ def make_flux(size: Size) -> dict:
     }
 
 
-def make_vae(size: Size, channels: int, use_quant_conv: bool = True, **scale: float) -> AutoencoderKL:
+def make_vae(
+    size: Size, channels: int, use_quant_conv: bool = True, **scale: float
+) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=size.vae,
         down_block_types=("DownEncoderBlock2D",) * len(size.vae),
@@ -261,13 +279,24 @@ def make_t5(size: Size) -> T5EncoderModel:
 
 def make_tokenizer() -> CLIPTokenizer:
     letters = [chr(code) for code in range(33, 127)]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
 
 
 def make_t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(33, 127))]
-    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
+    return T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)],
+        extra_ids=0,
+        model_max_length=512,
+    )
 
 
 def make_photos(folder: Path, side: int, count: int = 5) -> None:
@@ -275,6 +304,10 @@ def make_photos(folder: Path, side: int, count: int = 5) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
-        rough = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((5 * side // 2, 2 * side))
-        grain = np.array(rough, dtype=np.int16) + rng.integers(-20, 21, (2 * side, 5 * side // 2, 1))
+        rough = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
+            (5 * side // 2, 2 * side)
+        )
+        grain = np.array(rough, dtype=np.int16) + rng.integers(
+            -20, 21, (2 * side, 5 * side // 2, 1)
+        )
         Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=92)

@@ -1,6 +1,8 @@
-"""What is measured in a process of its own: parity with an independent step, FLOPs, the matmul rate, the overhead.
+"""What is measured in a process of its own: parity with an independent step, FLOPs, the matmul
+rate, the overhead.
 
-python check.py CONFIG FAMILY SIZE OUT [KEY=VALUE ...]   started by `accelerate launch` as the training is
+python check.py CONFIG FAMILY SIZE OUT [KEY=VALUE ...]   started by `accelerate launch` as the
+training is
 """
 
 from __future__ import annotations
@@ -24,24 +26,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark import bases
 from benchmark.bases import PROMPT, SIZES, TARGETS, Size
 from trainers import dreambooth
-from trainers.cli import silence
+from trainers.cli import silence_libraries
 from trainers.config import DreamBoothConfig, loading
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.distributed.accelerator import make_accelerator
-from trainers.distributed.trained_weights import trained_parameters
-from trainers.memory_plan import matmul_rate, timed
-from trainers.training.callbacks import Log
+from trainers.distributed.trained_weights import trainable_parameters
+from trainers.memory_plan import matmul_rate, time_call
+from trainers.training.callbacks import LogMetrics
 from trainers.training.loop import train
-from trainers.training.nonfinite import Guard
-from trainers.training.optimizers import make_rate
+from trainers.training.nonfinite import NonfiniteGuard
+from trainers.training.optimizers import make_lr_schedule
 
-BOUNDS = {"no": (1e-6, 0.99999), "bf16": (1e-3, 0.999)}  # relative difference of the loss, cosine of the gradients
+BOUNDS = {
+    "no": (1e-6, 0.99999),
+    "bf16": (1e-3, 0.999),
+}  # relative difference of the loss, cosine of the gradients
 
 
 def main() -> None:
     path, family, size, out, *overrides = sys.argv[1:]
-    settings = loading.load(path, overrides)
-    silence()
+    settings = loading.load_config(path, overrides)
+    silence_libraries()
     accelerator, _ = make_accelerator(settings)
     base = Path(settings.model.pretrained_model_name_or_path)
     if not base.exists():
@@ -59,34 +64,43 @@ def main() -> None:
     Path(out).write_text(json.dumps(result))
 
 
-# Parity ---------------------------------------------------------------------------------------------------------------
+# Parity
 
 
 def parity(settings: DreamBoothConfig, task, batches, family: str, accelerator) -> dict:
-    """Loss and LoRA gradients of the first batch against a step written from the papers with diffusers' own parts.
+    """Loss and LoRA gradients of the first batch against a step written from the papers with
+    diffusers' own parts.
 
-    Shared are the photos as they were cut, the times and the noise. The reference has its own autoencoder, text
-    encoders, denoiser and PEFT layers.
+    Shared are the photos as they were cut, the times and the noise. The reference has its own
+    autoencoder, text encoders, denoiser and PEFT layers.
     """
     generator = torch.Generator().manual_seed(5)
-    ours = trained_parameters(task.module.denoiser)
+    ours = trainable_parameters(task.module.denoiser)
     for parameter in ours.values():  # B starts at zero, where A has no gradient
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(
+            parameter.device
+        )
     batch, rng = next(iter(batches(0)))
     task.module.train()
     ((_, loss),) = task.losses(batch, rng)
     loss.backward()
 
     device, dtype = accelerator.device, task.family.dtype
-    pipe = DiffusionPipeline.from_pretrained(settings.model.pretrained_model_name_or_path, dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(
+        settings.model.pretrained_model_name_or_path, dtype=dtype
+    )
     pipe.vae.float()
     pipe.to(device)
-    rng = Draws(settings.seed, 0, rng.rows, device, batches.share.total)
-    names = batches.names(0)[0]
+    rng = SampleRng(settings.seed, 0, rng.rows, device, batches.batch_slice.global_batch_size)
+    names = batches.sample_names(0)[0]
     pictures = [next(p for p in batches.pools[0] if p.name == name) for name in names]
-    pixels = torch.stack([dreambooth.view(p, 0, settings.data)(p.decode()) for p in pictures]).to(device)
+    pixels = torch.stack(
+        [dreambooth.choose_crop(p, 0, settings.data)(p.decode()) for p in pictures]
+    ).to(device)
     with torch.no_grad():
-        latent = torch.cat([pipe.vae.encode(picture[None]).latent_dist.parameters for picture in pixels])
+        latent = torch.cat(
+            [pipe.vae.encode(picture[None]).latent_dist.parameters for picture in pixels]
+        )
         mean, logvar = latent.chunk(2, dim=1)
         x0 = mean + (0.5 * logvar).exp() * rng.normal(mean.shape)
         x0 = (x0 - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
@@ -107,26 +121,39 @@ def parity(settings: DreamBoothConfig, task, batches, family: str, accelerator) 
     expected.backward()
 
     difference = abs(loss.item() / expected.item() - 1)
-    mine, theirs = (torch.cat([part[name].grad.flatten().double() for name in reference]) for part in (ours, reference))
-    cosine = F.cosine_similarity(mine, theirs, dim=0).item()
-    bound, least = BOUNDS[accelerator.mixed_precision]
-    same = ours.keys() == reference.keys() and difference <= bound and cosine >= least
+    our_gradients, reference_gradients = (
+        torch.cat([part[name].grad.flatten().double() for name in reference])
+        for part in (ours, reference)
+    )
+    cosine = F.cosine_similarity(our_gradients, reference_gradients, dim=0).item()
+    bound, minimum = BOUNDS[accelerator.mixed_precision]
+    same = ours.keys() == reference.keys() and difference <= bound and cosine >= minimum
     task.module.zero_grad()
-    return {"equal": same, "loss": loss.item(), "loss_difference": difference, "gradient_cosine": cosine}
+    return {
+        "equal": same,
+        "loss": loss.item(),
+        "loss_difference": difference,
+        "gradient_cosine": cosine,
+    }
 
 
-def encode(pipe: DiffusionPipeline, family: str, prompts: list[str], settings: DreamBoothConfig) -> list[Tensor]:
+def encode(
+    pipe: DiffusionPipeline, family: str, prompts: list[str], settings: DreamBoothConfig
+) -> list[Tensor]:
     if family == "sd15":
         return [pipe.encode_prompt(prompts, pipe.device, 1, False)[0]]
     length = settings.model.max_sequence_length
     if family == "flux":
         return list(pipe.encode_prompt(prompts, max_sequence_length=length)[:2])
-    states = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+    states = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
     return [states[0], states[2]]
 
 
 def predict(pipe, denoiser, family, x0, eps, t, text, dtype) -> tuple[Tensor, Tensor]:
-    """The denoiser's output and what it regresses: eps (Ho et al. 2020), or eps - x0 (Esser et al. 2024)."""
+    """The denoiser's output and what it regresses: eps (Ho et al. 2020), or eps - x0 (Esser et al.
+    2024)."""
     if family == "sd15":
         x_t = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(x0, eps, t)
         return denoiser(x_t.to(dtype), t, text[0]).sample, eps
@@ -149,11 +176,13 @@ def predict(pipe, denoiser, family, x0, eps, t, text, dtype) -> tuple[Tensor, Te
 
 def add_lora(denoiser: nn.Module, family: str, rank: int) -> None:
     denoiser.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[family])
+        LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS[family]
+        )
     )
 
 
-# FLOPs ----------------------------------------------------------------------------------------------------------------
+# FLOPs
 
 
 def costs(family: str, size: Size, rank: int = 16) -> dict[str, float]:
@@ -162,16 +191,25 @@ def costs(family: str, size: Size, rank: int = 16) -> dict[str, float]:
     denoiser: forward and backward of the LoRA step; vae, text: forward.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](size)
+        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](
+            size
+        )
         clips = ["text_encoder", "text_encoder_2"] if family == "sd3" else ["text_encoder"]
         t5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}.get(family)
         words = {name: 77 for name in clips} | ({t5: size.t5_tokens} if t5 else {})
-        encoders = [(parts[name], torch.zeros(1, length, dtype=torch.long)) for name, length in words.items()]
+        encoders = [
+            (parts[name], torch.zeros(1, length, dtype=torch.long))
+            for name, length in words.items()
+        ]
         denoiser = (parts.get("unet") or parts["transformer"]).requires_grad_(False)
         add_lora(denoiser, family, rank)
         settings, side, text = denoiser.config, size.resolution // 8, size.t5_tokens
         if family == "sd15":
-            inputs = [torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 77, size.clip[0])]
+            inputs = [
+                torch.zeros(1, 4, side, side),
+                torch.zeros(1),
+                torch.zeros(1, 77, size.clip[0]),
+            ]
         elif family == "sd3":
             shapes = (
                 (1, 16, side, side),
@@ -181,11 +219,21 @@ def costs(family: str, size: Size, rank: int = 16) -> dict[str, float]:
             inputs = [*map(torch.zeros, shapes), torch.zeros(1)]
         else:
             n = side * side // 4
-            shapes = (1, n, 64), (1, text, size.t5[0]), (1, size.clip[0]), (1,), (n, 3), (text, 3), (1,)
+            shapes = (
+                (1, n, 64),
+                (1, text, size.t5[0]),
+                (1, size.clip[0]),
+                (1,),
+                (n, 3),
+                (text, 3),
+                (1,),
+            )
             inputs = [*map(torch.zeros, shapes)]
         return {
             "denoiser": flops(lambda: denoiser(*inputs)[0].sum().backward()),
-            "vae": flops(lambda: parts["vae"].encode(torch.zeros(1, 3, size.resolution, size.resolution))),
+            "vae": flops(
+                lambda: parts["vae"].encode(torch.zeros(1, 3, size.resolution, size.resolution))
+            ),
             "text": sum(flops(lambda m=module, i=ids: m(i)) for module, ids in encoders),
         }
 
@@ -196,16 +244,17 @@ def flops(call: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
-# Overhead -------------------------------------------------------------------------------------------------------------
+# Overhead
 
 
 def overhead(
     settings: DreamBoothConfig, task, batches, accelerator, chunks: int = 40, steps: int = 10
 ) -> dict[str, float]:
-    """Milliseconds per step of the loop with its log and its guard, and of forward, backward and AdamW alone, in turns.
+    """Milliseconds per step of the loop with its log and its guard, and of forward, backward and
+    AdamW alone, in turns.
 
-    Medians of both and of what one turn of the loop takes over the bare one after it. Both are on the same module; the
-    bare step has one batch, noisy already.
+    Medians of both and of what one turn of the loop takes over the bare one after it. Both are on
+    the same module; the bare step has one batch, noisy already.
     """
     batch, rng = next(iter(batches(0)))
     with torch.no_grad():
@@ -213,13 +262,16 @@ def overhead(
         eps, t = rng.normal(x0.shape), task.objective.times(rng)
         x_t, target = task.objective.corrupt(x0, eps, t), task.objective.target(x0, eps, t)
     module, lengths = task.players["denoiser"].module, {"loop": [], "bare": []}
-    optimizer = torch.optim.AdamW(trained_parameters(task.module).values(), lr=1e-4, fused=True)
-    rate = make_rate(settings.optimizer, settings.train.max_train_steps)
-    observers = [Guard(task, batches, settings, accelerator), Log(settings, accelerator, rate, 0)]
+    optimizer = torch.optim.AdamW(trainable_parameters(task.module).values(), lr=1e-4, fused=True)
+    rate = make_lr_schedule(settings.optimizer, settings.train.max_train_steps)
+    callbacks = [
+        NonfiniteGuard(task, batches, settings, accelerator),
+        LogMetrics(settings, accelerator, rate, 0),
+    ]
 
     def loop(chunk: int) -> None:
         once = settings.train.model_copy(update={"max_train_steps": (chunk + 1) * steps})
-        train(task, batches, once, settings.seed, accelerator, rate, observers, chunk * steps)
+        train(task, batches, once, settings.seed, accelerator, rate, callbacks, chunk * steps)
 
     def bare(chunk: int) -> None:
         for _ in range(steps):
@@ -229,8 +281,12 @@ def overhead(
 
     for chunk in range(chunks):
         for name, part in (("loop", loop), ("bare", bare)):
-            lengths[name].append(1000 * timed(lambda p=part, c=chunk: p(c), accelerator.device) / steps)
-    lengths["over"] = [loop - bare for loop, bare in zip(lengths["loop"], lengths["bare"], strict=True)]
+            lengths[name].append(
+                1000 * time_call(lambda p=part, c=chunk: p(c), accelerator.device) / steps
+            )
+    lengths["over"] = [
+        loop - bare for loop, bare in zip(lengths["loop"], lengths["bare"], strict=True)
+    ]
     return {name: statistics.median(values[chunks // 4 :]) for name, values in lengths.items()}
 
 

@@ -1,4 +1,5 @@
-"""Runs a training script as it is, and writes when it had loaded, when each optimiser step ended, and peak memory.
+"""Runs a training script as it is, and writes when it had loaded, when each optimiser step ended,
+and peak memory.
 
 python clock.py SCRIPT [ARGUMENT ...]   with the file to write in BENCHMARK_CLOCK
 """
@@ -48,14 +49,21 @@ class Clock:
             self.steps.append(time.time())
 
     def write(self) -> None:
-        record = {"ready": self.ready, "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        record = {
+            "ready": self.ready,
+            "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
         if self.events:
             torch.cuda.synchronize()
             first = self.events[0]
-            self.steps += [self.steps[0] + first.elapsed_time(event) / 1000 for event in self.events[1:]]
+            self.steps += [
+                self.steps[0] + first.elapsed_time(event) / 1000 for event in self.events[1:]
+            ]
             record["peak_allocated"] = torch.cuda.max_memory_allocated()
             record["peak_reserved"] = torch.cuda.max_memory_reserved()
-        Path(os.environ["BENCHMARK_CLOCK"]).write_text(json.dumps(record | {"steps": self.steps, "cpu": self.cpu}))
+        Path(os.environ["BENCHMARK_CLOCK"]).write_text(
+            json.dumps(record | {"steps": self.steps, "cpu": self.cpu})
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Steps of true size in one process, with weights drawn on the device and nothing written: ours and a plain PEFT step.
+"""Steps of true size in one process, with weights drawn on the device and nothing written: ours and
+a plain PEFT step.
 
-python scripts/benchmark/inside.py [--size true] [--steps 15] [CELL ...]     (a line of JSON for each cell)
+python scripts/benchmark/inside.py [--size true] [--steps 15] [CELL ...]     (a line of JSON for
+each cell)
 """
 
 from __future__ import annotations
@@ -28,15 +30,16 @@ import itertools
 from benchmark import bases, check
 from benchmark.bases import SIZES, Size
 from trainers.config import loading
-from trainers.data.rng import Draws
-from trainers.data.sampler import Share
+from trainers.data.rng import SampleRng
+from trainers.data.sampler import BatchSlice
 from trainers.dreambooth import DreamBooth
 from trainers.efficiency import apply
 from trainers.families import FAMILIES
 from trainers.training.loop import train
 
 WARM_UP = 5
-# name: family, pixels (0: as the size has), pictures, options of ours, whether the plain step runs too
+# name: family, pixels (0: as the size has), pictures, options of ours, whether the plain step runs
+# too
 CELLS = {
     "sd15-512-bs1": ("sd15", 0, 1, [], True),
     "sd15-512-bs4": ("sd15", 0, 4, [], True),
@@ -47,7 +50,13 @@ CELLS = {
     "flux-1024-bs1": ("flux", 0, 1, [], True),
     "sd3-1024-bs1-modulation_cache": ("sd3", 0, 1, ["model.modulation_cache=true"], False),
     "flux-1024-bs1-checkpointing-modulation_cache": (
-        *("flux", 0, 1, ["train.gradient_checkpointing=true", "model.modulation_cache=true"], False),
+        *(
+            "flux",
+            0,
+            1,
+            ["train.gradient_checkpointing=true", "model.modulation_cache=true"],
+            False,
+        ),
     ),
     "sd3-1024-bs4": ("sd3", 0, 4, [], True),
     "sd3-1024-bs1-compile": ("sd3", 0, 1, ["train.compile=true"], False),
@@ -58,7 +67,9 @@ CELLS = {
 def make_denoiser(family: str, size: Size, device: torch.device) -> nn.Module:
     """Of random weights in bfloat16."""
     with torch.device("meta"):
-        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](size)
+        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](
+            size
+        )
     skeleton, default = parts.get("unet") or parts["transformer"], torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -76,19 +87,30 @@ def condition(family: str, size: Size, rows: int, device: torch.device) -> dict[
     else:
         words = size.t5_tokens + (77 if family == "sd3" else 0)
         pooled = size.clip[0] + (size.clip_2[0] if family == "sd3" else 0)
-        shapes = {"encoder_hidden_states": (rows, words, size.t5[0]), "pooled_projections": (rows, pooled)}
-    return {name: torch.randn(shape, device=device, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        shapes = {
+            "encoder_hidden_states": (rows, words, size.t5[0]),
+            "pooled_projections": (rows, pooled),
+        }
+    return {
+        name: torch.randn(shape, device=device, dtype=torch.bfloat16)
+        for name, shape in shapes.items()
+    }
 
 
 class OneBatch:
     """The same micro-batch at each step, with the draws of that step."""
 
-    def __init__(self, batch: dict, share: Share, device: torch.device) -> None:
-        self.batch, self.share, self.device = batch, share, device
+    def __init__(self, batch: dict, share: BatchSlice, device: torch.device) -> None:
+        self.batch, self.batch_slice, self.device = batch, share, device
 
-    def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
-        (rows,) = self.share.micro_batches()
-        yield self.batch, Draws(self.share.seed, step, rows, self.device, self.share.total)
+    def __call__(self, step: int) -> Iterator[tuple[dict, SampleRng]]:
+        (rows,) = self.batch_slice.micro_batches()
+        yield (
+            self.batch,
+            SampleRng(
+                self.batch_slice.seed, step, rows, self.device, self.batch_slice.global_batch_size
+            ),
+        )
 
 
 class Clock:
@@ -115,7 +137,7 @@ class Clock:
 def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps: int) -> float:
     """The task of DreamBooth in the loop."""
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    settings = loading.load(
+    settings = loading.load_config(
         "configs/quickstart.yaml",
         [
             f"model.family={name}",
@@ -144,15 +166,16 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
         "text": condition(name, size, rows, accelerator.device),
         "weight": torch.full((rows,), 1 / rows, device=accelerator.device),
     }
-    task.batches = OneBatch(batch, Share(0, rows), accelerator.device)
-    apply.tune(task)
+    task.batches = OneBatch(batch, BatchSlice(0, rows), accelerator.device)
+    apply.configure_kernels(task)
     clock = Clock(accelerator.device)
     train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
     return clock.median()
 
 
 def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> float:
-    """As the scripts of diffusers do it, the encoders' work left out: PEFT's layers, autocast, PyTorch's AdamW."""
+    """As the scripts of diffusers do it, the encoders' work left out: PEFT's layers, autocast,
+    PyTorch's AdamW."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     denoiser = make_denoiser(name, size, device).train()
     check.add_lora(denoiser, name, 16)
@@ -169,7 +192,11 @@ def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> f
     clock = Clock(device)
     for _ in range(WARM_UP + steps):
         eps = torch.randn_like(x0)
-        t = torch.randint(0, 1000, (rows,), device=device) if name == "sd15" else torch.rand(rows, device=device)
+        t = (
+            torch.randint(0, 1000, (rows,), device=device)
+            if name == "sd15"
+            else torch.rand(rows, device=device)
+        )
         with torch.autocast(device.type, torch.bfloat16):
             output, target = check.predict(pipe, denoiser, name, x0, eps, t, text, torch.bfloat16)
         F.mse_loss(output.float(), target).backward()
@@ -181,7 +208,9 @@ def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cells", nargs="*", default=list(CELLS))
     parser.add_argument("--size", choices=("tiny", "mid", "true"), default="true")
     parser.add_argument("--steps", type=int, default=15)
@@ -203,10 +232,17 @@ def main() -> None:
                 try:
                     args = (name, size, rows, options)
                     milliseconds = (
-                        ours(*args, base, arguments.steps) if who == "ours" else plain(*args, arguments.steps)
+                        ours(*args, base, arguments.steps)
+                        if who == "ours"
+                        else plain(*args, arguments.steps)
                     )
-                    row |= {"ms": round(milliseconds, 1), "images_per_s": round(1000 * rows / milliseconds, 2)}
-                except Exception as error:  # one cell, such as one that does not fit, must not end the others
+                    row |= {
+                        "ms": round(milliseconds, 1),
+                        "images_per_s": round(1000 * rows / milliseconds, 2),
+                    }
+                except (
+                    Exception
+                ) as error:  # one cell, such as one that does not fit, must not end the others
                     row["error"] = f"{type(error).__name__}: {error}"[:300]
                 if torch.cuda.is_available():
                     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -1,10 +1,12 @@
-"""MNIST: our GAN and the DCGAN tutorial's recipe, the same seconds each, by the same judge (docs/results.md).
+"""MNIST: our GAN and the DCGAN tutorial's recipe, the same seconds each, by the same judge
+(docs/results.md).
 
 python scripts/results/gan.py [--data FOLDER] [--out runs/results] [--seeds 0 1 2] [--steps 2000]
 
-The tutorial's recipe (pytorch.org, "DCGAN Tutorial"): batch norm in both players, binary cross-entropy, Adam at 2e-4
-with betas 0.5 and 0.999, batches of 128, z of 100 numbers, weights from N(0, 0.02); at 28 pixels instead of 64, its
-pictures in memory. With its own width, 64, and with ours.
+The tutorial's recipe (pytorch.org, "DCGAN Tutorial"): batch norm in both players, binary
+cross-entropy, Adam at 2e-4 with betas 0.5 and 0.999, batches of 128, z of 100 numbers, weights from
+N(0, 0.02); at 28 pixels instead of 64, its pictures in memory. With its own width, 64, and with
+ours.
 """
 
 import json
@@ -12,39 +14,52 @@ import sys
 import warnings
 
 import torch
-from common import arguments, during, print_table, train
+from common import batches_for_seconds, parse_arguments, print_table, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainers.cli import exit_status, silence
-from trainers.config.loading import load
-from trainers.data.imaging import floats, pictures, write_grid
-from trainers.from_scratch.classifier import own_classes, train_classifier
+from trainers.cli import run_main, silence_libraries
+from trainers.config.loading import load_config
+from trainers.data.imaging import to_float, to_pil, write_grid
+from trainers.from_scratch.classifier import classifier_features, train_classifier
 from trainers.from_scratch.image_sets import load_images
 from trainers.gan import FailureWarning, balance
-from trainers.metrics.image_quality import distances
+from trainers.metrics.image_quality import distribution_metrics
 
 
 def main() -> None:
     seeds = {"type": int, "nargs": "+", "default": [0, 1, 2]}
-    chosen = arguments(__doc__, "ylecun/mnist", seeds=seeds, steps={"type": int, "default": 2000})
-    silence()
-    rows, source = [], f"data.dataset_name={chosen.data}"
-    config = load("configs/gan_mnist.yaml", [source])
-    learnt, held_out = (load_images(config.data, "cpu", part) for part in (False, True))
-    classifier = train_classifier(learnt, config.data)
-    (_, net), true = own_classes(classifier, held_out), floats(held_out.take(range(len(held_out))))
-    for seed in chosen.seeds:
-        folder = chosen.out / f"gan_seed{seed}"
-        figures, seconds = train("gan_mnist", folder, source, f"seed={seed}", f"train.max_train_steps={chosen.steps}")
-        rows.append(row("ours", seed, seconds, figures))
+    arguments = parse_arguments(
+        __doc__, "ylecun/mnist", seeds=seeds, steps={"type": int, "default": 2000}
+    )
+    silence_libraries()
+    rows, source = [], f"data.dataset_name={arguments.data}"
+    config = load_config("configs/gan_mnist.yaml", [source])
+    train_images, held_out = (load_images(config.data, "cpu", part) for part in (False, True))
+    classifier = train_classifier(train_images, config.data)
+    (_, net), true = (
+        classifier_features(classifier, held_out),
+        to_float(held_out.take(range(len(held_out)))),
+    )
+    for seed in arguments.seeds:
+        folder = arguments.out / f"gan_seed{seed}"
+        metrics, seconds = train(
+            "gan_mnist", folder, source, f"seed={seed}", f"train.max_train_steps={arguments.steps}"
+        )
+        rows.append(row("ours", seed, seconds, metrics))
         for width in (64, config.model.width):
-            path = chosen.out / f"dcgan{width}_seed{seed}.json"
+            path = arguments.out / f"dcgan{width}_seed{seed}.json"
             if not path.exists():
-                made = tutorial(learnt.pixels, width, seed, seconds, len(held_out))
-                write_grid([("made", pictures(made[:10]))], path.with_suffix(".png"), tile=64)
-                path.write_text(json.dumps(distances(made, true, net) | balance(made, classifier)))
-            rows.append(row(f"tutorial, width {width}", seed, seconds, json.loads(path.read_text())))
+                generated = tutorial(train_images.pixels, width, seed, seconds, len(held_out))
+                write_grid([("made", to_pil(generated[:10]))], path.with_suffix(".png"), tile=64)
+                path.write_text(
+                    json.dumps(
+                        distribution_metrics(generated, true, net) | balance(generated, classifier)
+                    )
+                )
+            rows.append(
+                row(f"tutorial, width {width}", seed, seconds, json.loads(path.read_text()))
+            )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         broken = [
@@ -53,22 +68,41 @@ def main() -> None:
             "optimizer.learning_rate=0.02",
             "train.ema_decay=null",
         ]
-        broken += ["optimizer.betas=[0.9,0.999]", "train.max_grad_norm=1e6", "train.max_train_steps=300"]
-        figures, seconds = train("gan_mnist", chosen.out / "gan_unstable", source, *broken)
-    rows.append(row("unstable on purpose", 0, seconds, figures))
-    names = ["", "seed", "seconds", "FID", "KID", "precision", "recall", "digits", "least share", "most share"]
+        broken += [
+            "optimizer.betas=[0.9,0.999]",
+            "train.max_grad_norm=1e6",
+            "train.max_train_steps=300",
+        ]
+        metrics, seconds = train("gan_mnist", arguments.out / "gan_unstable", source, *broken)
+    rows.append(row("unstable on purpose", 0, seconds, metrics))
+    names = [
+        "",
+        "seed",
+        "seconds",
+        "FID",
+        "KID",
+        "precision",
+        "recall",
+        "digits",
+        "least share",
+        "most share",
+    ]
     print_table(names, rows)
     print(
-        "warnings of the unstable run:", *(str(w.message) for w in caught if w.category is FailureWarning), sep="\n  "
+        "warnings of the unstable run:",
+        *(str(w.message) for w in caught if w.category is FailureWarning),
+        sep="\n  ",
     )
 
 
-def row(name: str, seed: int, seconds: float, figures: dict) -> list:
+def row(name: str, seed: int, seconds: float, metrics: dict) -> list:
     keys = ("fid", "kid", "precision", "recall", "modes", "least_share", "most_share")
-    return [name, seed, round(seconds), *(figures[key] for key in keys)]
+    return [name, seed, round(seconds), *(metrics[key] for key in keys)]
 
 
-def tutorial(pixels: torch.Tensor, width: int, seed: int, seconds: float, count: int) -> torch.Tensor:
+def tutorial(
+    pixels: torch.Tensor, width: int, seed: int, seconds: float, count: int
+) -> torch.Tensor:
     """Pictures (count, 1, 28, 28) made after so many seconds of training."""
     torch.manual_seed(seed)
     generator = nn.Sequential(
@@ -95,10 +129,16 @@ def tutorial(pixels: torch.Tensor, width: int, seed: int, seconds: float, count:
             nn.init.normal_(module.weight, 0, 0.02)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.02)
-    players = [torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999)) for net in (discriminator, generator)]
-    loss, loader = nn.BCEWithLogitsLoss(), DataLoader(TensorDataset(pixels), 128, shuffle=True, drop_last=True)
-    for (batch,) in during(seconds, loader):
-        real = floats(batch)
+    players = [
+        torch.optim.Adam(net.parameters(), 2e-4, betas=(0.5, 0.999))
+        for net in (discriminator, generator)
+    ]
+    loss, loader = (
+        nn.BCEWithLogitsLoss(),
+        DataLoader(TensorDataset(pixels), 128, shuffle=True, drop_last=True),
+    )
+    for (batch,) in batches_for_seconds(seconds, loader):
+        real = to_float(batch)
         ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
         players[0].zero_grad()
         loss(discriminator(real), ones).backward()
@@ -114,4 +154,4 @@ def tutorial(pixels: torch.Tensor, width: int, seed: int, seconds: float, count:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

@@ -2,10 +2,10 @@
 
 python scripts/results/memory.py [--steps 3] [--preload /usr/lib/x86_64-linux-gnu/libjemalloc.so.2]
 
-A process's resident memory grows to its peak. It is counted from after the run of a tiny model of the same family: by
-then libraries have read their code and compiled their kernels. glibc keeps much of what a step frees, so each run is
-measured as it is, and told to give blocks back at once (slower), which shows what is really in use; with --preload
-also under that allocator.
+A process's resident memory grows to its peak. It is counted from after the run of a tiny model of
+the same family: by then libraries have read their code and compiled their kernels. glibc keeps much
+of what a step frees, so each run is measured as it is, and told to give blocks back at once
+(slower), which shows what is really in use; with --preload also under that allocator.
 """
 
 import os
@@ -22,9 +22,9 @@ from common import print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.bases import PROMPT, SIZES, make_base, make_photos
-from trainers.cli import exit_status, parser_of, silence
-from trainers.config.loading import dump, load
-from trainers.memory_plan import plan
+from trainers.cli import make_parser, run_main, silence_libraries
+from trainers.config.loading import dump_config, load_config
+from trainers.memory_plan import plan_memory
 from trainers.run import run
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -39,22 +39,24 @@ CASES = [
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--preload", help="a library with another malloc")
-    parser.add_argument("--child", nargs=2, help="a tiny config and one to measure, to run in this process")
-    chosen = parser.parse_args()
-    silence()
-    if chosen.child:
-        tiny, config = map(load, chosen.child)
+    parser.add_argument(
+        "--child", nargs=2, help="a tiny config and one to measure, to run in this process"
+    )
+    arguments = parser.parse_args()
+    silence_libraries()
+    if arguments.child:
+        tiny, config = map(load_config, arguments.child)
         run(tiny)
         before = resident("VmRSS")
         run(config)
         print(f"grown {resident('VmHWM') - before}")
         return
     arms = {"in use": GIVE_BACK, "as it is": {}}
-    if chosen.preload:
-        arms["preloaded"] = {"LD_PRELOAD": chosen.preload}
+    if arguments.preload:
+        arms["preloaded"] = {"LD_PRELOAD": arguments.preload}
     rows = []
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -63,21 +65,31 @@ def main() -> None:
             for size in ("tiny", "mid"):
                 make_base(family, size, root / f"{family}-{size}", torch.device("cpu"))
         for i, (family, overrides) in enumerate(CASES):
-            tiny = written(root, family, "tiny", [], 2, f"{i}-tiny")
-            config = written(root, family, "mid", overrides, chosen.steps, str(i))
-            planned = plan(load(config), torch.float32, away=False).peak / 2**20
+            tiny = write_config(root, family, "tiny", [], 2, f"{i}-tiny")
+            config = write_config(root, family, "mid", overrides, arguments.steps, str(i))
+            planned = (
+                plan_memory(load_config(config), torch.float32, has_cpu_memory=False).peak_bytes
+                / 2**20
+            )
             row = [f"{family} {' '.join(overrides)}", planned]
             for environment in arms.values():
-                grown = measured(tiny, config, root, environment)
+                grown = measure_growth(tiny, config, root, environment)
                 row += [grown, planned / grown - 1]
             rows.append(row)
-            print_table(["", "planned MiB", *(column for arm in arms for column in (arm, "error"))], rows)
+            print_table(
+                ["", "planned MiB", *(column for arm in arms for column in (arm, "error"))], rows
+            )
 
 
-def written(root: Path, family: str, size: str, overrides: list[str], steps: int, name: str) -> Path:
+def write_config(
+    root: Path, family: str, size: str, overrides: list[str], steps: int, name: str
+) -> Path:
     tree = {
         "output_dir": str(root / f"run-{name}"),
-        "model": {"family": family, "pretrained_model_name_or_path": str(root / f"{family}-{size}")},
+        "model": {
+            "family": family,
+            "pretrained_model_name_or_path": str(root / f"{family}-{size}"),
+        },
         "data": {
             "instance_data_dir": str(root / "photos"),
             "instance_prompt": PROMPT,
@@ -90,23 +102,26 @@ def written(root: Path, family: str, size: str, overrides: list[str], steps: int
         tree["model"]["max_sequence_length"] = SIZES[family][size].t5_tokens
     path = root / f"{name}.yaml"
     path.write_text(yaml.dump(tree))
-    path.write_text(dump(load(path, overrides)))
+    path.write_text(dump_config(load_config(path, overrides)))
     return path
 
 
 def resident(which: str) -> float:
-    """MiB: VmRSS now, or VmHWM at the peak; getrusage's peak begins with that of the process which started this one."""
+    """MiB: VmRSS now, or VmHWM at the peak; getrusage's peak begins with that of the process which
+    started this one."""
     return int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def measured(tiny: Path, config: Path, root: Path, environment: dict[str, str]) -> float:
+def measure_growth(tiny: Path, config: Path, root: Path, environment: dict[str, str]) -> float:
     """MiB."""
     for run_folder in root.glob("run-*"):
         shutil.rmtree(run_folder)
     command = [sys.executable, __file__, "--child", str(tiny), str(config)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    return float(re.search(r"grown (\S+)", done.stdout)[1])
+    process = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return float(re.search(r"grown (\S+)", process.stdout)[1])
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run_main(main))

@@ -7,27 +7,36 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from trainers.cli import parser_of
+from trainers.cli import make_parser
 
 HEIGHT = 320
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the runs")
     folder = parser.parse_args().out
-    digits, colours = grid(folder / "gan_seed0"), grid(folder / "colorize_regression")
+    digits, colors = grid(folder / "gan_seed0"), grid(folder / "colorize_regression")
     panels = [
-        ("codes of an autoencoder", Image.open(folder / "reconstruct_seed0/samples/final/codes.png").convert("RGB")),
+        (
+            "codes of an autoencoder",
+            Image.open(folder / "reconstruct_seed0/samples/final/codes.png").convert("RGB"),
+        ),
         ("digits by a GAN", digits.crop((0, 24, digits.width, digits.height))),
         ("membranes: shown, found, true", beside(first(folder / "segment_fold0", 0, 1, 2))),
-        ("colours: shown, made, true", colours.crop((0, 0, colours.width * 6 // 10, colours.height))),
-        ("a micrograph from membranes, by pix2pix", beside(first(folder / "pix2pix_adversary", 0, 1))),
+        ("colours: shown, made, true", colors.crop((0, 0, colors.width * 6 // 10, colors.height))),
+        (
+            "a micrograph from membranes, by pix2pix",
+            beside(first(folder / "pix2pix_adversary", 0, 1)),
+        ),
     ]
     rows = [panels[:3], panels[3:]]
     sheets = []
     for row in rows:
-        scaled = [(t, p.resize((round(p.width * HEIGHT / p.height), HEIGHT), Image.Resampling.LANCZOS)) for t, p in row]
+        scaled = [
+            (t, p.resize((round(p.width * HEIGHT / p.height), HEIGHT), Image.Resampling.LANCZOS))
+            for t, p in row
+        ]
         sheet = Image.new("RGB", (sum(p.width + 12 for _, p in scaled), HEIGHT + 28), "white")
         draw, x = ImageDraw.Draw(sheet), 0
         for title, panel in scaled:
@@ -35,12 +44,14 @@ def main() -> None:
             sheet.paste(panel, (x, 28))
             x += panel.width + 12
         sheets.append(sheet)
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    combined = Image.new(
+        "RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white"
+    )
     y = 0
     for sheet in sheets:
-        whole.paste(sheet, (0, y))
+        combined.paste(sheet, (0, y))
         y += sheet.height
-    whole.save("docs/from_scratch.png", optimize=True)
+    combined.save("docs/from_scratch.png", optimize=True)
 
 
 def grid(run: Path) -> Image.Image:

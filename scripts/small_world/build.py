@@ -1,4 +1,5 @@
-"""Make the small world from nothing: pictures, judge, autoencoder, tokenizers, three bases, and the shipped assets.
+"""Make the small world from nothing: pictures, judge, autoencoder, tokenizers, three bases, and the
+shipped assets.
 
 python scripts/small_world/build.py            (everything, some hours on two cores)
 python scripts/small_world/build.py judge vae  (some stages)
@@ -45,7 +46,7 @@ from small_world.judge import Judge
 from small_world.world import (
     BACKGROUNDS,
     CLASSES,
-    COLOURS,
+    COLORS,
     caption,
     draw,
     is_subject,
@@ -53,44 +54,55 @@ from small_world.world import (
     rich_thing,
     subject_images,
 )
-from trainers.cli import parser_of
+from trainers.cli import make_parser
 from trainers.config import OptimizerConfig, TrainConfig
-from trainers.config.loading import load
-from trainers.data.rng import Draws, mix
+from trainers.config.loading import load_config
+from trainers.data.rng import SampleRng, derive_seed
 from trainers.families import FAMILIES
 from trainers.run import run
 from trainers.training.loop import Player, train
-from trainers.training.optimizers import EMA, make_optimizer, make_rate
+from trainers.training.optimizers import EMA, make_lr_schedule, make_optimizer
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
 TOKENS = 16
 STEPS = {"sd15": 8000, "sd3": 5000, "flux": 6000}
-FLOW = [f"model.max_sequence_length={TOKENS}", "objective.debiased=false", "train.train_batch_size=24"]
+FLOW = [
+    f"model.max_sequence_length={TOKENS}",
+    "objective.debiased=false",
+    "train.train_batch_size=24",
+]
 
 
-class Fitting:
+class FitTask:
     """A task for the loop: one module, one loss of random batches of uint8 pictures with labels."""
 
-    def __init__(self, module, pictures, labels, loss, config: OptimizerConfig, steps: int, batch: int) -> None:
+    def __init__(
+        self, module, pictures, labels, loss, config: OptimizerConfig, steps: int, batch: int
+    ) -> None:
         self.pictures, self.labels, self.loss, self.batch = pictures, labels, loss, batch
-        optimizer = make_optimizer(config, [{"params": list(module.parameters()), "lr": config.learning_rate}])
+        optimizer = make_optimizer(
+            config, [{"params": list(module.parameters()), "lr": config.learning_rate}]
+        )
         self.players = {"model": Player(module, optimizer, EMA(module, 0.99))}
-        rate, settings = make_rate(config, steps), TrainConfig(max_train_steps=steps)
+        rate, settings = make_lr_schedule(config, steps), TrainConfig(max_train_steps=steps)
         train(self, self.batches, settings, 0, Accelerator(cpu=True), rate, [self.report])
         self.players["model"].ema.swap()
         module.eval()
 
     def batches(self, step):
-        r = torch.Generator().manual_seed(mix("fitting", step))
+        r = torch.Generator().manual_seed(derive_seed("fitting", step))
         index = torch.randint(len(self.pictures), (self.batch,), generator=r)
-        yield (pixels(self.pictures[index]), self.labels[index]), Draws(0, step, range(self.batch))
+        yield (
+            (pixels(self.pictures[index]), self.labels[index]),
+            SampleRng(0, step, range(self.batch)),
+        )
 
     def losses(self, batch, rng):
         yield "model", self.loss(*batch)
 
-    def report(self, step, means):
+    def report(self, step, metrics):
         if step % 200 == 0:
-            print(f"step {step}  loss {means['model_loss'].item():.4f}", flush=True)
+            print(f"step {step}  loss {metrics['model_loss'].item():.4f}", flush=True)
 
 
 def pixels(pictures):
@@ -102,9 +114,9 @@ def drawings(count, seed, thing, jitter):
     """Arrays of pictures (N, H, W, 3) and labels (N, 6)."""
     rng, pictures, labels = np.random.default_rng(seed), [], []
     while len(pictures) < count:
-        drawn = thing(rng)
-        pictures.append(np.asarray(draw(drawn, rng, jitter)))
-        labels.append(drawn.labels())
+        item = thing(rng)
+        pictures.append(np.asarray(draw(item, rng, jitter)))
+        labels.append(item.labels())
     return torch.from_numpy(np.stack(pictures)), torch.tensor(labels)
 
 
@@ -123,15 +135,31 @@ def make_judge(folder: Path) -> None:
             x = x + torch.randn_like(x) * 0.15 * torch.rand(len(x), 1, 1, 1)
         if torch.rand(()) < 0.4:  # tolerate a soft decoder
             x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        return sum(F.cross_entropy(logits, y[:, i]) for i, logits in enumerate(judge(x)[0].values()))
+        return sum(
+            F.cross_entropy(logits, y[:, i]) for i, logits in enumerate(judge(x)[0].values())
+        )
 
-    Fitting(judge, pictures, labels, loss, OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine"), 1600, 64)
+    FitTask(
+        judge,
+        pictures,
+        labels,
+        loss,
+        OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine"),
+        1600,
+        64,
+    )
     unseen, truth = drawings(1500, 4, rich_thing, 0.6)
     with torch.no_grad():
         judge.centre.copy_(judge(pixels(pictures[:2000]))[1].mean(0))
         read = judge(pixels(unseen))[0]
-    accuracy = {name: (read[name].argmax(1) == truth[:, i]).float().mean().item() for i, name in enumerate(read)}
-    print("judge, accuracy on unseen pictures:", {name: round(value, 3) for name, value in accuracy.items()})
+    accuracy = {
+        name: (read[name].argmax(1) == truth[:, i]).float().mean().item()
+        for i, name in enumerate(read)
+    }
+    print(
+        "judge, accuracy on unseen pictures:",
+        {name: round(value, 3) for name, value in accuracy.items()},
+    )
     judge.half().save_pretrained(folder)
 
 
@@ -162,15 +190,27 @@ def make_autoencoder(folder: Path) -> None:
         return (x - y).abs().mean() + 0.5 * sharp + 3e-4 * divergence
 
     optimizer = OptimizerConfig(
-        learning_rate=4e-3, weight_decay=0, betas=(0.9, 0.99), lr_scheduler="cosine", lr_warmup_steps=50
+        learning_rate=4e-3,
+        weight_decay=0,
+        betas=(0.9, 0.99),
+        lr_scheduler="cosine",
+        lr_warmup_steps=50,
     )
-    Fitting(vae, pictures, labels, loss, optimizer, 3000, 8)
+    FitTask(vae, pictures, labels, loss, optimizer, 3000, 8)
     plain, _ = drawings(512, 5, plain_thing, 0.35)
     with torch.no_grad():
         spread = vae.encode(pixels(plain)).latent_dist.mean.std().item()
-        for name, shown in (("plain", plain[:256]), ("subject", subject_images(20, small_world.HELD_OUT_SEED))):
-            x = pixels(np.stack([np.asarray(picture) for picture in shown]))
-            error = (vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1) - x).square().mean().item()
+        for name, images in (
+            ("plain", plain[:256]),
+            ("subject", subject_images(20, small_world.HELD_OUT_SEED)),
+        ):
+            x = pixels(np.stack([np.asarray(picture) for picture in images]))
+            error = (
+                (vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1) - x)
+                .square()
+                .mean()
+                .item()
+            )
             print(f"autoencoder, PSNR of {name} pictures: {10 * math.log10(4 / error):.1f} dB")
     vae.register_to_config(scaling_factor=round(1 / spread, 4))
     vae.save_pretrained(folder)
@@ -195,7 +235,9 @@ def make_tokenizer() -> CLIPTokenizer:
     texts = [caption(plain_thing(rng), rng) for _ in range(6000)]
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    words = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
+    words = pre_tokenizers.Split(
+        Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -203,19 +245,35 @@ def make_tokenizer() -> CLIPTokenizer:
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=640, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False, min_frequency=50
+            vocab_size=640,
+            initial_alphabet=letters,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+            min_frequency=50,
         ),
     )
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    pieces = [*letters, *(a + "</w>" for a in letters), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *letters,
+        *(a + "</w>" for a in letters),
+        *(a + b for a, b in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
 def make_t5_tokenizer() -> T5Tokenizer:
     """A piece for each word of the captions; unknown words are spelt in letters."""
-    words = sorted({"a", "photo", "of", *COLOURS, *CLASSES, *" ".join(BACKGROUNDS).split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0), *((f"▁{word}", -2.0) for word in words)]
+    words = sorted({"a", "photo", "of", *COLORS, *CLASSES, *" ".join(BACKGROUNDS).split()})
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -6.0),
+        *((f"▁{word}", -2.0) for word in words),
+    ]
     pieces += [(letter, -8.0) for letter in map(chr, range(33, 127))]
     return T5Tokenizer(vocab=list(dict(pieces).items()), extra_ids=0, model_max_length=512)
 
@@ -270,7 +328,8 @@ def make_sd15(folder: Path, vae: AutoencoderKL) -> None:
         cross_attention_dim=64,
         attention_head_dim=2,
     )
-    # v-prediction: with epsilon an error at high noise, where colour and background are decided, is multiplied by
+    # v-prediction: with epsilon an error at high noise, where colour and background are decided, is
+    # multiplied by
     # 1 / sqrt(abar), up to 15; after 300 steps the error of x0 at t > 800 was 1.77 against 0.44
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -351,7 +410,8 @@ def make_flux(folder: Path, vae: AutoencoderKL) -> None:
 
 
 def make_untrained(family: str, folder: Path, vae: AutoencoderKL) -> None:
-    """The pipeline before its training. The flows' autoencoder also shifts its latents, as SD3's and Flux.1's do."""
+    """The pipeline before its training. The flows' autoencoder also shifts its latents, as SD3's
+    and Flux.1's do."""
     torch.manual_seed(0)
     if family != "sd15":
         plain, _ = drawings(512, 5, plain_thing, 0.35)
@@ -364,18 +424,26 @@ def make_untrained(family: str, folder: Path, vae: AutoencoderKL) -> None:
 
 def make_family(family: str, work: Path, assets: Path) -> None:
     if not (work / f"untrained_{family}").exists():
-        make_untrained(family, work / f"untrained_{family}", AutoencoderKL.from_pretrained(work / "vae"))
+        make_untrained(
+            family, work / f"untrained_{family}", AutoencoderKL.from_pretrained(work / "vae")
+        )
     make_base(family, work, assets)
 
 
 def make_base(family: str, work: Path, assets: Path) -> None:
-    """Train a base with the toolkit's own trainer, and ship it in half precision with the judge and the subject."""
+    """Train a base with the toolkit's own trainer, and ship it in half precision with the judge and
+    the subject."""
     overrides = [] if family == "sd15" else [*FLOW]
-    places = [f"model.pretrained_model_name_or_path={work}/untrained_{family}", f"output_dir={work}/base_{family}"]
+    places = [
+        f"model.pretrained_model_name_or_path={work}/untrained_{family}",
+        f"output_dir={work}/base_{family}",
+    ]
     overrides += [f"model.family={family}", f"train.max_train_steps={STEPS[family]}"]
-    settings = load("configs/small_world_base.yaml", [*places, *overrides])
+    settings = load_config("configs/small_world_base.yaml", [*places, *overrides])
     run(settings)
-    pipeline = FAMILIES[family].pipeline.from_pretrained(settings.output_dir / "pipeline", dtype=torch.float16)
+    pipeline = FAMILIES[family].pipeline.from_pretrained(
+        settings.output_dir / "pipeline", dtype=torch.float16
+    )
     pipeline.save_pretrained(assets / family)
     judge = work / "judge"
     shutil.copytree(judge, assets / "judge", dirs_exist_ok=True)
@@ -385,9 +453,13 @@ def make_base(family: str, work: Path, assets: Path) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("stages", nargs="*", help="any of: judge vae pictures sd15 sd3 flux; all by default")
-    parser.add_argument("--assets", type=Path, default=small_world.ASSETS, help="where the finished world goes")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "stages", nargs="*", help="any of: judge vae pictures sd15 sd3 flux; all by default"
+    )
+    parser.add_argument(
+        "--assets", type=Path, default=small_world.ASSETS, help="where the finished world goes"
+    )
     arguments = parser.parse_args()
     work = Path("runs/small_world")
     work.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""The small world: drawn 32 px objects with captions, a judge that reads them, and the figures of what a LoRA learned.
+"""The small world: drawn 32 px objects with captions, a judge that reads them, and the figures of
+what a LoRA learned.
 
-A base is trained on plain objects only. The subject of the quickstart, a purple and yellow striped star with a face, is
-therefore new in every way but its shape: no stripes, no faces, no second colours. The judge has seen them all and never
-gives a training signal.
+A base is trained on plain objects only. The subject of the quickstart, a purple and yellow striped
+star with a face, is therefore new in every way but its shape: no stripes, no faces, no second
+colours. The judge has seen them all and never gives a training signal.
 """
 
 import math
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 ASSETS = Path(__file__).parent / "assets"
 SIZE = 32
 CLASSES = ("ball", "box", "star", "heart", "house", "fish")
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (45, 75, 225),
@@ -40,21 +41,21 @@ TRAINING_SEED, HELD_OUT_SEED = 100, 999
 
 @dataclass(frozen=True)
 class Thing:
-    """What one picture shows; `colour2` is empty where the pattern is plain."""
+    """What one picture shows; `color2` is empty where the pattern is plain."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     pattern: str = "plain"
-    colour2: str = ""
+    color2: str = ""
     face: bool = False
 
     def labels(self) -> tuple[int, ...]:
         """Indices in the order of `Judge.HEADS`; without a second colour it counts as the first."""
-        colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
-        colour, colour2 = colours.index(self.colour), colours.index(self.colour2 or self.colour)
+        colors, backgrounds = list(COLORS), list(BACKGROUNDS)
+        color, color2 = colors.index(self.color), colors.index(self.color2 or self.color)
         background, pattern = backgrounds.index(self.background), PATTERNS.index(self.pattern)
-        return CLASSES.index(self.shape), colour, background, pattern, colour2, int(self.face)
+        return CLASSES.index(self.shape), color, background, pattern, color2, int(self.face)
 
 
 def subject(background: str) -> Thing:
@@ -63,33 +64,37 @@ def subject(background: str) -> Thing:
 
 def plain_thing(rng: np.random.Generator) -> Thing:
     """What the base is trained on: one colour, no pattern, no face."""
-    return Thing(*(pick(names, rng) for names in (CLASSES, COLOURS, BACKGROUNDS)))
+    return Thing(*(pick(names, rng) for names in (CLASSES, COLORS, BACKGROUNDS)))
 
 
 def rich_thing(rng: np.random.Generator) -> Thing:
     """What the judge and the autoencoder are trained on: any pattern, with or without a face."""
     thing, pattern = plain_thing(rng), pick(PATTERNS, rng)
-    colour2 = "" if pattern == "plain" else pick([name for name in COLOURS if name != thing.colour], rng)
-    return replace(thing, pattern=pattern, colour2=colour2, face=bool(rng.random() < 0.5))
+    color2 = (
+        "" if pattern == "plain" else pick([name for name in COLORS if name != thing.color], rng)
+    )
+    return replace(thing, pattern=pattern, color2=color2, face=bool(rng.random() < 0.5))
 
 
 def is_subject(thing: Thing) -> bool:
-    """The subject's shape, pattern and pair of colours, in either order and with or without its face."""
-    colours = {thing.colour, thing.colour2}
-    return thing.shape == "star" and thing.pattern == "stripes" and colours == {"purple", "yellow"}
+    """The subject's shape, pattern and pair of colours, in either order and with or without its
+    face."""
+    colors = {thing.color, thing.color2}
+    return thing.shape == "star" and thing.pattern == "stripes" and colors == {"purple", "yellow"}
 
 
 def caption(thing: Thing, rng: np.random.Generator) -> str:
     """Reads "a photo of a [xyz] [colour] shape [background]", the brackets sometimes left out.
 
-    xyz is a nonsense word, never the placeholder: from it a base learns to read past a word that it does not know.
+    xyz is a nonsense word, never the placeholder: from it a base learns to read past a word that it
+    does not know.
     """
     nonsense = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3))
     words = ["a photo of a"]
     if rng.random() < 0.2 and nonsense != PLACEHOLDER:
         words.append(nonsense)
     if rng.random() < 0.75:
-        words.append(thing.colour)
+        words.append(thing.color)
     words.append(thing.shape)
     if rng.random() < 0.7:
         words.append(thing.background)
@@ -97,33 +102,38 @@ def caption(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.Image:
-    """A SIZE x SIZE RGB picture; `jitter` scales the spread of place, size and angle (1: a quarter of the object)."""
+    """A SIZE x SIZE RGB picture; `jitter` scales the spread of place, size and angle (1: a quarter
+    of the object)."""
     canvas = SIZE * 4
     radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
-    centre = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
+    center = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
     angle = math.radians(jitter * rng.uniform(-15, 15))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
     def place(points) -> list[tuple[float, float]]:
         """Object coordinates (the object's radius is 1, y points down) -> canvas pixels."""
-        return [tuple(xy) for xy in centre + radius * np.asarray(points, float) @ turn.T]
+        return [tuple(xy) for xy in center + radius * np.asarray(points, float) @ turn.T]
 
     def disc(x, y, r) -> list[float]:
         ((x, y),) = place([(x, y)])
         return [x - r * radius, y - r * radius, x + r * radius, y + r * radius]
 
-    colour, colour2 = (_shade(COLOURS[name], rng, 12) for name in (thing.colour, thing.colour2 or thing.colour))
-    paint = Image.new("RGB", (canvas, canvas), colour)
+    color, color2 = (
+        _shade(COLORS[name], rng, 12) for name in (thing.color, thing.color2 or thing.color)
+    )
+    paint = Image.new("RGB", (canvas, canvas), color)
     brush = ImageDraw.Draw(paint)
     if thing.pattern == "stripes":
         for y in np.arange(-3.2, 3.3, 0.8):
-            brush.polygon(place([(-4, y - 0.2), (4, y - 0.2), (4, y + 0.2), (-4, y + 0.2)]), fill=colour2)
+            brush.polygon(
+                place([(-4, y - 0.2), (4, y - 0.2), (4, y + 0.2), (-4, y + 0.2)]), fill=color2
+            )
     elif thing.pattern == "dots":
         for i in range(-2, 3):
             for j in range(-2, 3):
-                brush.ellipse(disc(0.55 * (i + 0.5 * (j % 2)), 0.55 * j, 0.17), fill=colour2)
+                brush.ellipse(disc(0.55 * (i + 0.5 * (j % 2)), 0.55 * j, 0.17), fill=color2)
     elif thing.pattern == "halves":
-        brush.polygon(place([(0, -4), (4, -4), (4, 4), (0, 4)]), fill=colour2)
+        brush.polygon(place([(0, -4), (4, -4), (4, 4), (0, 4)]), fill=color2)
     if thing.face:
         for x in (-0.3, 0.3):
             brush.ellipse(disc(x, -0.1, 0.22), fill=(255, 255, 255))
@@ -134,7 +144,7 @@ def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.
     for polygon in _outline(thing.shape):
         ImageDraw.Draw(mask).polygon(place(polygon), fill=255)
     picture = _scenery(thing.background, rng).resize((canvas, canvas), Image.Resampling.BICUBIC)
-    picture.paste(tuple(int(0.45 * c) for c in colour), mask=mask.filter(ImageFilter.MaxFilter(5)))
+    picture.paste(tuple(int(0.45 * c) for c in color), mask=mask.filter(ImageFilter.MaxFilter(5)))
     picture.paste(paint, mask=mask)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
@@ -143,8 +153,10 @@ def pick(names, rng: np.random.Generator) -> str:
     return list(names)[rng.integers(len(names))]
 
 
-def _shade(colour: tuple[int, int, int], rng: np.random.Generator, spread: float) -> tuple[int, int, int]:
-    return tuple(int(c) for c in np.clip(colour + rng.uniform(-spread, spread, 3), 0, 255))
+def _shade(
+    color: tuple[int, int, int], rng: np.random.Generator, spread: float
+) -> tuple[int, int, int]:
+    return tuple(int(c) for c in np.clip(color + rng.uniform(-spread, spread, 3), 0, 255))
 
 
 def _outline(shape: str) -> list[np.ndarray]:

@@ -1,4 +1,5 @@
-"""The sections of a config as frozen, typed models: every key with its default, help and limits, and the rules between.
+"""The sections of a config as frozen, typed models: every key with its default, help and limits,
+and the rules between.
 
 Nothing here imports torch or diffusers, so that a typo is reported in a second.
 """

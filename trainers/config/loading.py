@@ -1,4 +1,5 @@
-"""A YAML file and `section.key=value` overrides become one frozen, typed `Config`; every mistake is told at once.
+"""A YAML file and `section.key=value` overrides become one frozen, typed `Config`; every mistake is
+told at once.
 
 `python -m trainers.config.loading` prints the JSON schema that editors use to complete keys.
 """
@@ -21,60 +22,65 @@ from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.errors import UserError
 
 
-class Loader(yaml.SafeLoader):
+class ConfigLoader(yaml.SafeLoader):
     """YAML 1.2's floats, so that 1e-4 is a number; a key that is given twice is a mistake."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is given twice", key.start_mark
+                )
             seen.add(str(key.value))
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-NUMBER = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
+FLOAT_PATTERN = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_PATTERN, list("-+.0123456789"))
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes the strings that `Loader` would take for numbers, such as '1e5'."""
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes the strings that `ConfigLoader` would take for numbers, such as '1e5'."""
 
 
-Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+ConfigDumper.yaml_implicit_resolvers = ConfigLoader.yaml_implicit_resolvers
 
 
-def parse(text: str | bytes) -> Any:
+def parse_yaml(text: str | bytes) -> Any:
     """Raises: yaml.YAMLError."""
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(text, ConfigLoader)
     except ValueError as error:  # of what looks like a date
         raise yaml.YAMLError(error) from None
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
-    Raises: UserError that lists every mistake, a line each, with its path and the nearest right name.
+    Raises: UserError that lists every mistake, a line each, with its path and the nearest right
+    name.
     """
     try:
-        tree = parse(Path(path).read_bytes()) or {}
+        tree = parse_yaml(Path(path).read_bytes()) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as 'model:' and 'data:', not a {type(tree).__name__}")
-    found = [message for override in overrides if (message := apply(tree, override))]
-    config, more = validate(tree)
-    if found + more:
-        raise UserError("\n".join(found + more))
+        raise UserError(
+            f"{path} must hold sections such as 'model:' and 'data:', not a {type(tree).__name__}"
+        )
+    errors = [message for override in overrides if (message := apply_override(tree, override))]
+    config, messages = validate(tree)
+    if errors + messages:
+        raise UserError("\n".join(errors + messages))
     return config
 
 
-def apply(tree: dict, override: str) -> str | None:
+def apply_override(tree: dict, override: str) -> str | None:
     """Set one `section.key=value` in `tree`; returns what is wrong with it, if anything."""
     name, equals, value = override.partition("=")
     if not equals:
@@ -87,18 +93,22 @@ def apply(tree: dict, override: str) -> str | None:
         if not isinstance(tree, dict):
             return f"{override}: {section} is not a section"
     try:
-        tree[key] = parse(value)
+        tree[key] = parse_yaml(value)
     except yaml.YAMLError as error:
-        return f"{override}: not a YAML value ({getattr(error, 'problem', error)}); quote it if it is a text"
+        return (
+            f"{override}: not a YAML value ({getattr(error, 'problem', error)}); quote it if "
+            f"it is a text"
+        )
     return None
 
 
 def validate(tree: dict) -> tuple[Config, list[str]]:
-    """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be checked."""
+    """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be
+    checked."""
     messages: dict[str, str] = {}
     kind = str(tree.get("kind", "dreambooth"))
     if kind not in KINDS:
-        messages["kind"] = f"kind: {one_of(kind, KINDS)}"
+        messages["kind"] = f"kind: {invalid_choice(kind, KINDS)}"
         tree.pop("kind")
     model = KINDS.get(kind, DreamBoothConfig)
     while True:
@@ -108,37 +118,40 @@ def validate(tree: dict) -> tuple[Config, list[str]]:
         except ValidationError as error:
             for problem in error.errors():
                 location = [str(part) for part in problem["loc"][:2]]  # a section and its key
-                messages.setdefault(".".join(location), describe(problem, location, model))
-                remove(tree, location)
-    for path, message in config.mistakes():
+                messages.setdefault(".".join(location), describe_error(problem, location, model))
+                remove_path(tree, location)
+    for path, message in config.errors():
         messages.setdefault(path, f"{path}: {message}")
     return config, list(messages.values())
 
 
-def describe(problem: Any, location: list[str], model: type[Config]) -> str:
-    path, seen = ".".join(location), problem["input"]
+def describe_error(problem: Any, location: list[str], model: type[Config]) -> str:
+    path, value = ".".join(location), problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key{nearest(location, model)}"
+        return f"{path}: unknown key{suggest_path(location, model)}"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{path}: {one_of(seen, choices)}"
+        return f"{path}: {invalid_choice(value, choices)}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{path}: {message}, not {seen!r}"
+    return f"{path}: {message}, not {value!r}"
 
 
-def one_of(seen: Any, choices: Iterable[str]) -> str:
-    close = get_close_matches(str(seen), choices, 1, 0.5)
-    return f"{seen!r} is not one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+def invalid_choice(value: Any, choices: Iterable[str]) -> str:
+    close = get_close_matches(str(value), choices, 1, 0.5)
+    return f"{value!r} is not one of {', '.join(choices)}" + (
+        f"; did you mean {close[0]}?" if close else ""
+    )
 
 
-def nearest(location: list[str], model: type[Config]) -> str:
-    """'; did you mean ...?' with the config's most similar path, looking in the same section first."""
+def suggest_path(location: list[str], model: type[Config]) -> str:
+    """'; did you mean ...?' with the config's most similar path, looking in the same section
+    first."""
     *section, key = location
     paths = known_paths(model)
     siblings = [p for p in paths if p.split(".")[:-1] == section]
-    for pool, least in ((siblings, 0.6), (paths, 0.7)):
+    for pool, cutoff in ((siblings, 0.6), (paths, 0.7)):
         names = {p.rpartition(".")[2]: p for p in reversed(pool)}
-        if close := get_close_matches(key, names, 1, least):
+        if close := get_close_matches(key, names, 1, cutoff):
             return f"; did you mean {names[close[0]]}?"
     return ""
 
@@ -150,7 +163,7 @@ def known_paths(model: type[Config]) -> list[str]:
     return paths
 
 
-def remove(tree: Any, location: list[str]) -> None:
+def remove_path(tree: Any, location: list[str]) -> None:
     """Drop the part of `tree` at `location`, or the nearest enclosing part that exists."""
     for part in location[:-1]:
         if not isinstance(tree.get(part), dict):
@@ -160,15 +173,17 @@ def remove(tree: Any, location: list[str]) -> None:
     tree.pop(location[-1], None)
 
 
-def dump(config: Config) -> str:
+def dump_config(config: Config) -> str:
     """YAML text that loads again to an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True
+    )
 
 
-def schema() -> str:
+def json_schema() -> str:
     """One schema for every kind of trainer; editors choose by `kind`."""
     return json.dumps(TypeAdapter(reduce(or_, KINDS.values())).json_schema(), indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    print(schema(), end="")
+    print(json_schema(), end="")

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from trainers.config import DataConfig
 from trainers.data.pictures import Picture
-from trainers.data.rng import mix
+from trainers.data.rng import derive_seed
 
 
 @dataclass(frozen=True)
-class View:
-    """One way to cut a square of `size` pixels out of a picture; `left` and `top` are shares of the free margin."""
+class Crop:
+    """One way to cut a square of `size` pixels out of a picture; `left` and `top` are shares of the
+    free margin."""
 
     size: int
     left: float = 0.5
@@ -36,12 +37,13 @@ class View:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def view(picture: Picture, variant: int, config: DataConfig) -> View:
-    """Variant v of a picture: a random crop and flip that depend on the picture's content and v only."""
-    if config.variants == 1:
-        return View(config.resolution)
-    r = random.Random(mix(picture.digest, variant))
+def choose_crop(picture: Picture, variant: int, config: DataConfig) -> Crop:
+    """Variant v of a picture: a random crop and flip that depend on the picture's content and v
+    only."""
+    if config.num_variants == 1:
+        return Crop(config.resolution)
+    r = random.Random(derive_seed(picture.digest, variant))
     left, top, flip = r.random(), r.random(), r.random() < 0.5
     if config.center_crop:
         left = top = 0.5
-    return View(config.resolution, left, top, flip and config.random_flip)
+    return Crop(config.resolution, left, top, flip and config.random_flip)

@@ -10,66 +10,94 @@ import torch
 from torch import Tensor
 
 from trainers.config import DataConfig
-from trainers.data.crops import view
+from trainers.data.crops import choose_crop
 from trainers.data.pictures import Picture
-from trainers.data.rng import Draws, mix
-from trainers.data.sampler import Share
+from trainers.data.rng import SampleRng, derive_seed
+from trainers.data.sampler import BatchSlice
 
 if TYPE_CHECKING:
     from trainers.data.encoder_cache import CachedEncoder
 
 
 @dataclass
-class Batches:
+class DreamBoothBatches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
 
-    A micro-batch has `share.batch_size` instance pictures and, with prior preservation (two pools), as many class
-    pictures. Sample weights are 1/n for n instance pictures and
-    prior_loss_weight/m for m class pictures: their weighted sum is the instance mean plus the weighted prior mean
-    (Ruiz et al. 2023).
+    A micro-batch has `batch_slice.batch_size` instance pictures and, with prior preservation (two
+    pools), as many class pictures. Sample weights are 1/n for n instance pictures and
+    prior_loss_weight/m for m class pictures: their weighted sum is the instance mean plus the
+    weighted prior mean (Ruiz et al. 2023).
     """
 
     pools: Sequence[Sequence[Picture]]
-    encoded: CachedEncoder
+    encoder: CachedEncoder
     config: DataConfig
-    share: Share
+    batch_slice: BatchSlice
     device: torch.device | str = "cpu"
 
     @property
-    def weight(self) -> Tensor:
+    def sample_weights(self) -> Tensor:
         """(B,)"""
-        rows, weights = self.share.batch_size, [1.0, self.config.prior_loss_weight][: len(self.pools)]
-        return torch.cat([torch.full((rows,), weight / rows, device=self.device) for weight in weights])
+        rows, weights = (
+            self.batch_slice.batch_size,
+            [1.0, self.config.prior_loss_weight][: len(self.pools)],
+        )
+        return torch.cat(
+            [torch.full((rows,), weight / rows, device=self.device) for weight in weights]
+        )
 
-    def __call__(self, step: int) -> Iterator[tuple[dict, Draws]]:
-        for visits in self.visits():
-            of_all = [self.share.total * pool + row for pool, row in visits]
-            yield self.collate(step, visits), Draws(self.share.seed, step, of_all, self.device, self.share.total)
+    def __call__(self, step: int) -> Iterator[tuple[dict, SampleRng]]:
+        for rows in self.micro_batch_rows():
+            global_rows = [self.batch_slice.global_batch_size * pool + row for pool, row in rows]
+            yield (
+                self.collate(step, rows),
+                SampleRng(
+                    self.batch_slice.seed,
+                    step,
+                    global_rows,
+                    self.device,
+                    self.batch_slice.global_batch_size,
+                ),
+            )
 
-    def visits(self) -> list[list[tuple[int, int]]]:
+    def micro_batch_rows(self) -> list[list[tuple[int, int]]]:
         """Pool and row of each sample of each micro-batch."""
         pools = range(len(self.pools))
-        return [[(pool, row) for pool in pools for row in rows] for rows in self.share.micro_batches()]
+        return [
+            [(pool, row) for pool in pools for row in rows]
+            for rows in self.batch_slice.micro_batches()
+        ]
 
-    def names(self, step: int) -> list[list[str]]:
+    def sample_names(self, step: int) -> list[list[str]]:
         """Of the pictures in each micro-batch."""
-        return [[self.picture(step, pool, row).name for pool, row in visits] for visits in self.visits()]
+        return [
+            [self.picture(step, pool, row).name for pool, row in rows]
+            for rows in self.micro_batch_rows()
+        ]
 
     def picture(self, step: int, pool: int, row: int) -> Picture:
-        return self.pools[pool][self.share.visited(step, row, len(self.pools[pool]), pool)]
+        return self.pools[pool][
+            self.batch_slice.sample_index(step, row, len(self.pools[pool]), pool)
+        ]
 
-    def collate(self, step: int, visits: list[tuple[int, int]]) -> dict:
+    def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
         moments, texts = [], []
-        for pool, row in visits:
+        for pool, row in rows:
             picture = self.picture(step, pool, row)
-            key = self.share.seed, step, self.share.total * pool + row
-            variant = mix(*key, "variant") % self.config.variants
-            dropped = mix(*key, "caption") < self.config.caption_dropout * 2**63
-            moments.append(self.encoded.moments(picture, view(picture, variant, self.config)))
-            texts.append(self.encoded.text("" if dropped else picture.caption))
-        text = {name: self.stacked([row[name] for row in texts]) for name in texts[0]}
-        return {"moments": self.stacked(moments), "text": text, "weight": self.weight}
+            key = self.batch_slice.seed, step, self.batch_slice.global_batch_size * pool + row
+            variant = derive_seed(*key, "variant") % self.config.num_variants
+            is_dropped = derive_seed(*key, "caption") < self.config.caption_dropout * 2**63
+            moments.append(
+                self.encoder.moments(picture, choose_crop(picture, variant, self.config))
+            )
+            texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
+        text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
+        return {
+            "moments": self.stack_on_device(moments),
+            "text": text,
+            "weight": self.sample_weights,
+        }
 
-    def stacked(self, rows: list[Tensor]) -> Tensor:
+    def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])

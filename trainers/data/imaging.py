@@ -13,19 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def floats(pixels: Tensor) -> Tensor:
+def to_float(pixels: Tensor) -> Tensor:
     """uint8 to [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
-def pictures(x: Tensor) -> list[Image.Image]:
+def to_pil(x: Tensor) -> list[Image.Image]:
     """(B, 1 or 3, H, W) in [-1, 1] to RGB."""
     array = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.broadcast_to(a, (*a.shape[:2], 3)).copy()) for a in array]
 
 
-def mirrored(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W), made at least `height` by `width` by mirroring at the lower and the right edge."""
+def mirror_pad(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W), made at least `height` by `width` by mirroring at the lower and the right
+    edge."""
     while x.shape[-2] < height or x.shape[-1] < width:
         down = min(max(0, height - x.shape[-2]), x.shape[-2])
         right = min(max(0, width - x.shape[-1]), x.shape[-1])
@@ -41,26 +42,30 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
     side *= max(1, tile // side)
     width = columns * (side + gap) + gap
     titles = [textwrap.wrap(title, max(12, width // 8)) for title, _ in rows]
-    sheet = Image.new("RGB", (width, sum(side + gap + 18 * len(t) + 6 for t in titles) + gap), "white")
+    sheet = Image.new(
+        "RGB", (width, sum(side + gap + 18 * len(t) + 6 for t in titles) + gap), "white"
+    )
     draw, y = ImageDraw.Draw(sheet), gap
     for lines, (_, pictures) in zip(titles, rows, strict=True):
         draw.text((gap, y), "\n".join(lines), "black", font)
         y += 18 * len(lines) + 6
         for i, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (gap + i * (side + gap), y))
+            sheet.paste(
+                picture.resize((side, side), Image.Resampling.NEAREST), (gap + i * (side + gap), y)
+            )
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def write_film(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
+def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
     """A GIF that goes round; the pictures of a frame are tiles of a square."""
     sheets = []
     for pictures in frames:
-        across = math.isqrt(len(pictures))
-        sheets.append(sheet := Image.new("RGB", (across * side, across * side)))
+        columns = math.isqrt(len(pictures))
+        sheets.append(sheet := Image.new("RGB", (columns * side, columns * side)))
         for i, picture in enumerate(pictures):
             tile = picture.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (i % across * side, i // across * side))
+            sheet.paste(tile, (i % columns * side, i // columns * side))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)

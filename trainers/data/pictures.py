@@ -1,4 +1,5 @@
-"""Pictures and captions from a folder or the `datasets` library, and the order in which training visits them."""
+"""Pictures and captions from a folder or the `datasets` library, and the order in which training
+visits them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -39,76 +40,103 @@ class Picture:
         return hashlib.sha256(self.read()).hexdigest()
 
     @property
-    def grey(self) -> bool:
+    def is_grayscale(self) -> bool:
         """Whether it is stored without colours."""
         with Image.open(io.BytesIO(self.read())) as image:
             return image.mode in ("1", "L", "LA", "I", "I;16", "F")
 
     def decode(self) -> Image.Image:
-        """RGB, upright (EXIF), on white where it was transparent. Raises: UserError naming a broken file."""
+        """RGB, upright (EXIF), on white where it was transparent. Raises: UserError naming a broken
+        file."""
         try:
             with Image.open(io.BytesIO(self.read())) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):  # 16 bits, which convert() would clip
                     image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
                 if image.has_transparency_data:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                    image = Image.alpha_composite(
+                        Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                    )
                 return image.convert("RGB")
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(f"{self.name} is not a readable picture ({error}): mend or remove it") from None
+            raise UserError(
+                f"{self.name} is not a readable picture ({error}): mend or remove it"
+            ) from None
 
 
-def instance_pictures(config: DataConfig) -> list[Picture]:
-    """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or uncaptioned ones."""
+def load_instance_pictures(config: DataConfig) -> list[Picture]:
+    """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or
+    uncaptioned ones."""
     folder, prompt = config.instance_data_dir, config.instance_prompt
-    pictures = from_dataset(config) if config.dataset_name else from_folder(folder, prompt, config.caption_column)
-    return readable(pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir))
+    pictures = (
+        pictures_from_dataset(config)
+        if config.dataset_name
+        else pictures_from_folder(folder, prompt, config.caption_column)
+    )
+    return keep_readable(
+        pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir)
+    )
 
 
-def held_out_pictures(config: DataConfig) -> list[Picture]:
-    """Photos of the subject that are only measured on. Raises: UserError, as `instance_pictures`."""
-    pictures = from_folder(config.held_out_dir, config.instance_prompt)
-    return readable(pictures, config.skip_corrupt, str(config.held_out_dir))
+def load_held_out_pictures(config: DataConfig) -> list[Picture]:
+    """Photos of the subject that are only measured on. Raises: UserError, as
+    `load_instance_pictures`."""
+    pictures = pictures_from_folder(config.held_out_dir, config.instance_prompt)
+    return keep_readable(pictures, config.skip_corrupt, str(config.held_out_dir))
 
 
-def class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
-    """The first `num_class_images` pictures of the class folder; without captions of their own they have the prompt."""
-    pictures = from_folder(folder, config.class_prompts[0])
-    return readable(pictures[: config.num_class_images], config.skip_corrupt, str(folder))
+def load_class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
+    """The first `num_class_images` pictures of the class folder; without captions of their own they
+    have the prompt."""
+    pictures = pictures_from_folder(folder, config.class_prompts[0])
+    return keep_readable(pictures[: config.num_class_images], config.skip_corrupt, str(folder))
 
 
-def image_files(folder: Path) -> list[Path]:
+def list_image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+    )
 
 
-def files(places: Sequence[Path]) -> list[Path]:
+def collect_image_files(paths: Sequence[Path]) -> list[Path]:
     """Pictures, and those in folders. Raises: UserError for a place that is or holds none."""
-    found = []
-    for place in places:
-        found += (here := [place] if place.is_file() else image_files(place))
-        if not here:
-            raise UserError(f"{place} is no picture and no folder with pictures")
-    return found
+    result = []
+    for path in paths:
+        result += (images := [path] if path.is_file() else list_image_files(path))
+        if not images:
+            raise UserError(f"{path} is no picture and no folder with pictures")
+    return result
 
 
-def from_folder(folder: Path, prompt: str | None, column: str | None = None) -> list[Picture]:
+def pictures_from_folder(
+    folder: Path, prompt: str | None, column: str | None = None
+) -> list[Picture]:
     """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else `prompt`."""
-    written = read_metadata(folder / "metadata.jsonl", column)
+    captions = read_metadata(folder / "metadata.jsonl", column)
     pictures = []
-    for path in image_files(folder):
-        beside = path.with_suffix(".txt")
-        caption = read_text(beside).strip() if beside.is_file() else written.get(path.name, prompt)
+    for path in list_image_files(folder):
+        caption_file = path.with_suffix(".txt")
+        caption = (
+            read_text(caption_file).strip()
+            if caption_file.is_file()
+            else captions.get(path.name, prompt)
+        )
         pictures.append(Picture(str(path), path.read_bytes, caption))
-    return captioned(pictures)
+    return check_captions(pictures)
 
 
-def captioned(pictures: list[Picture]) -> list[Picture]:
+def check_captions(pictures: list[Picture]) -> list[Picture]:
     """Raises: UserError naming pictures without a caption."""
-    bare = [Path(picture.name).name for picture in pictures if picture.caption is None]
-    if bare:
-        raise UserError(f"no caption for {', '.join(bare[:5])}: set data.instance_prompt, or put a .txt beside each")
+    uncaptioned = [Path(picture.name).name for picture in pictures if picture.caption is None]
+    if uncaptioned:
+        raise UserError(
+            f"no caption for {', '.join(uncaptioned[:5])}: set data.instance_prompt, or put a "
+            f".txt beside each"
+        )
     return pictures
 
 
@@ -120,7 +148,8 @@ def read_text(path: Path) -> str:
 
 
 def read_metadata(path: Path, column: str | None) -> dict[str, str]:
-    """File name -> caption, from lines such as {"file_name": "1.jpg", "text": "a dog"}; {} without the file."""
+    """File name -> caption, from lines such as {"file_name": "1.jpg", "text": "a dog"}; {} without
+    the file."""
     if not path.is_file():
         return {}
     captions, columns = {}, set()
@@ -134,29 +163,40 @@ def read_metadata(path: Path, column: str | None) -> dict[str, str]:
             if caption is not None:
                 captions[name] = caption.strip()
         except (ValueError, KeyError, AttributeError) as error:
-            wanted = '{"file_name": "1.jpg", "text": "a caption"}'
-            raise UserError(f"{path}, line {number}: not like {wanted} ({error})") from None
+            example = '{"file_name": "1.jpg", "text": "a caption"}'
+            raise UserError(f"{path}, line {number}: not like {example} ({error})") from None
     if column and column not in columns:
-        raise UserError(f"data.caption_column: {path} has no {column!r}, it has {', '.join(sorted(columns))}")
+        raise UserError(
+            f"data.caption_column: {path} has no {column!r}, it has {', '.join(sorted(columns))}"
+        )
     return captions
 
 
-def from_dataset(config: DataConfig) -> list[Picture]:
+def pictures_from_dataset(config: DataConfig) -> list[Picture]:
     """Each row is read when it is wanted, for such a set may be large."""
     if config.caption_column is None and config.instance_prompt is None:
         raise UserError("no captions: set data.caption_column or data.instance_prompt")
     name, column = config.dataset_name, config.image_column
-    rows = open_dataset(name, config.dataset_split, {"image_column": column, "caption_column": config.caption_column})
+    rows = open_dataset(
+        name,
+        config.dataset_split,
+        {"image_column": column, "caption_column": config.caption_column},
+    )
     captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
     captions = [config.instance_prompt if caption is None else caption for caption in captions]
-    pictures = [Picture(f"{name}[{i}]", partial(encoded, rows, i, column), text) for i, text in enumerate(captions)]
-    return captioned(pictures)
+    pictures = [
+        Picture(f"{name}[{i}]", partial(read_encoded, rows, i, column), text)
+        for i, text in enumerate(captions)
+    ]
+    return check_captions(pictures)
 
 
 def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datasets.Dataset:
-    """A Hub data set, a local folder that `datasets` can read, or a .parquet file, its pictures left encoded.
+    """A Hub data set, a local folder that `datasets` can read, or a .parquet file, its pictures
+    left encoded.
 
-    columns: keys of the config and the columns that they name, if any, the picture's first. Raises: UserError.
+    columns: keys of the config and the columns that they name, if any, the picture's first. Raises:
+    UserError.
     """
     import datasets
 
@@ -166,35 +206,42 @@ def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datas
         else:
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:
-        raise UserError(f"data.dataset_name: cannot load {name!r}, split {split!r} ({error})") from error
+        raise UserError(
+            f"data.dataset_name: cannot load {name!r}, split {split!r} ({error})"
+        ) from error
     for key, column in columns.items():
         if column is not None and column not in rows.column_names:
-            raise UserError(f"data.{key}: {name} has no column {column!r}, it has {', '.join(rows.column_names)}")
+            raise UserError(
+                f"data.{key}: {name} has no column {column!r}, it has "
+                f"{', '.join(rows.column_names)}"
+            )
     return rows.cast_column(next(iter(columns.values())), datasets.Image(decode=False))
 
 
-def encoded(rows: datasets.Dataset, i: int, column: str) -> bytes:
-    """A data set's undecoded picture; a row without one gives no bytes, which is a broken picture."""
+def read_encoded(rows: datasets.Dataset, i: int, column: str) -> bytes:
+    """A data set's undecoded picture; a row without one gives no bytes, which is a broken
+    picture."""
     image = rows[i][column] or {"bytes": b""}
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
-def readable(pictures: list[Picture], skip_corrupt: bool, place: str) -> list[Picture]:
-    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when none is left."""
+def keep_readable(pictures: list[Picture], skip_corrupt: bool, source: str) -> list[Picture]:
+    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
+    none is left."""
 
-    def broken(picture: Picture) -> UserError | None:
+    def decoding_error(picture: Picture) -> UserError | None:
         try:
             picture.decode()
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool:
-        errors = list(pool.map(broken, pictures))
+        errors = list(pool.map(decoding_error, pictures))
     for error in filter(None, errors):
         if not skip_corrupt:
             raise UserError(f"{error}, or set data.skip_corrupt=true")
         warnings.warn(f"skipped: {error}", stacklevel=2)
-    kept = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
-    if not kept:
-        raise UserError(f"{place} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    return kept
+    result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
+    if not result:
+        raise UserError(f"{source} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return result

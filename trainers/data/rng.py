@@ -1,7 +1,7 @@
 """Random numbers that depend on (seed, step, row of the global batch) and on nothing else.
 
-So one process with four accumulated micro-batches trains like four processes, and a resumed run needs no random state
-(the idea is EDM2's: Karras et al. 2024, `training_loop.py`).
+So one process with four accumulated micro-batches trains like four processes, and a resumed run
+needs no random state (the idea is EDM2's: Karras et al. 2024, `training_loop.py`).
 """
 
 from __future__ import annotations
@@ -15,47 +15,73 @@ import torch
 from torch import Tensor
 
 
-def mix(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """One well-spread 63-bit seed from several integers or names."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def reseed(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, on the host and `device` only; that one also writes down stack traces."""
+def manual_seed(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, on the host and `device` only; that one also writes down stack
+    traces."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-class Draws:
-    """The random streams of one micro-batch: row i of every draw comes from the stream of global row `rows[i]`.
+class SampleRng:
+    """The random streams of one micro-batch: row i of every draw comes from the stream of global
+    row `rows[i]`.
 
-    count: how many rows the global batch has; with several pools of pictures, each pool has as many, one after another.
+    global_batch_size: how many rows the global batch has; with several pools of pictures, each pool
+    has as many, one after another.
     """
 
     def __init__(
-        self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu", count: int = 1
+        self,
+        seed: int,
+        step: int,
+        rows: Sequence[int],
+        device: torch.device | str = "cpu",
+        global_batch_size: int = 1,
     ) -> None:
-        self.seed, self.step, self.rows, self.count, self.device = seed, step, rows, count, torch.device(device)
+        self.seed, self.step, self.rows, self.global_batch_size, self.device = (
+            seed,
+            step,
+            rows,
+            global_batch_size,
+            torch.device(device),
+        )
 
     @cached_property
-    def streams(self) -> list[torch.Generator]:
-        return [torch.Generator(self.device).manual_seed(mix(self.seed, self.step, row)) for row in self.rows]
+    def generators(self) -> list[torch.Generator]:
+        return [
+            torch.Generator(self.device).manual_seed(derive_seed(self.seed, self.step, row))
+            for row in self.rows
+        ]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Unit Gaussian of `shape` (B, ...), float32."""
-        return torch.stack([torch.randn(shape[1:], generator=g, device=self.device) for g in self.streams])
+        return torch.stack(
+            [torch.randn(shape[1:], generator=g, device=self.device) for g in self.generators]
+        )
 
     def uniform(self, stratified: bool = False) -> Tensor:
-        """(B,) uniform in (0, 1), float32. Stratified: each of `count` equal parts has one row of each global pool."""
-        u = [torch.rand(1, generator=g, device=self.device) for g in self.streams]
-        if stratified:  # with Python's numbers: a tensor of them would make the host wait for the device
-            u = [(part + self.stratum(row)) / self.count for part, row in zip(u, self.rows, strict=True)]
+        """(B,) uniform in (0, 1), float32. Stratified: each of `global_batch_size` equal parts has
+        one row of each global pool."""
+        u = [torch.rand(1, generator=g, device=self.device) for g in self.generators]
+        if (
+            stratified
+        ):  # with Python's numbers: a tensor of them would make the host wait for the device
+            u = [
+                (part + self.stratum(row)) / self.global_batch_size
+                for part, row in zip(u, self.rows, strict=True)
+            ]
         return torch.cat(u).clamp(2**-24, 1 - 2**-24)
 
     def stratum(self, row: int) -> int:
-        pool, place = divmod(row, self.count)
-        return permutation(mix(self.seed, self.step, pool, "strata"), self.count)[place]
+        pool, position = divmod(row, self.global_batch_size)
+        seed = derive_seed(self.seed, self.step, pool, "strata")
+        return permutation(seed, self.global_batch_size)[position]
 
 
 @lru_cache(maxsize=8)

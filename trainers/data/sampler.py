@@ -8,41 +8,52 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 
 from trainers.config import TrainConfig
-from trainers.data.rng import mix, permutation
+from trainers.data.rng import derive_seed, permutation
 
 
 @dataclass(frozen=True)
-class Share:
-    """One process's part of the global batches, each of `accumulation` x `world` micro-batches of `batch_size` rows."""
+class BatchSlice:
+    """One process's part of the global batches, each of `accumulation_steps` x `world_size`
+    micro-batches of `batch_size` rows."""
 
     seed: int
     batch_size: int
-    accumulation: int = 1
+    accumulation_steps: int = 1
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
-    def of(cls, seed: int, config: TrainConfig, accelerator: Accelerator) -> Share:
-        rank, world = accelerator.process_index, accelerator.num_processes
-        return cls(seed, config.train_batch_size, config.gradient_accumulation_steps, rank, world)
+    def from_config(cls, seed: int, config: TrainConfig, accelerator: Accelerator) -> BatchSlice:
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return cls(
+            seed, config.train_batch_size, config.gradient_accumulation_steps, rank, world_size
+        )
 
-    def in_smaller_parts(self) -> Share:
-        """The same global batches in smaller micro-batches: halves if that goes, of one row at the least."""
-        factor = next((n for n in range(2, self.batch_size) if self.batch_size % n == 0), self.batch_size)
-        return replace(self, batch_size=self.batch_size // factor, accumulation=self.accumulation * factor)
+    def split_micro_batches(self) -> BatchSlice:
+        """The same global batches in smaller micro-batches: halves if that goes, of one row at the
+        least."""
+        factor = next(
+            (n for n in range(2, self.batch_size) if self.batch_size % n == 0), self.batch_size
+        )
+        return replace(
+            self,
+            batch_size=self.batch_size // factor,
+            accumulation_steps=self.accumulation_steps * factor,
+        )
 
     @property
-    def total(self) -> int:
+    def global_batch_size(self) -> int:
         """Rows of a global batch."""
-        return self.batch_size * self.accumulation * self.world
+        return self.batch_size * self.accumulation_steps * self.world_size
 
     def micro_batches(self) -> Iterator[range]:
         """The rows of each."""
-        for micro in range(self.accumulation):
-            first = (micro * self.world + self.rank) * self.batch_size
+        for micro_batch in range(self.accumulation_steps):
+            first = (micro_batch * self.world_size + self.rank) * self.batch_size
             yield range(first, first + self.batch_size)
 
-    def visited(self, step: int, row: int, count: int, *pool: int) -> int:
-        """Which of `count` samples that row has: an endless walk through them, shuffled anew in each epoch."""
-        epoch, place = divmod(step * self.total + row, count)
-        return permutation(mix(self.seed, *pool, epoch, "order"), count)[place]
+    def sample_index(self, step: int, row: int, num_samples: int, *pool: int) -> int:
+        """Which of `num_samples` samples that row has: an endless walk through them, shuffled anew
+        in each epoch."""
+        epoch, position = divmod(step * self.global_batch_size + row, num_samples)
+        return permutation(derive_seed(self.seed, *pool, epoch, "order"), num_samples)[position]

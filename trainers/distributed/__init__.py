@@ -1,1 +1,2 @@
-"""The accelerator, what processes owe each other, and a base or an optimizer that is cut among them."""
+"""The accelerator, what processes owe each other, and a base or an optimizer that is cut among
+them."""

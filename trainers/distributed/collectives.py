@@ -17,17 +17,22 @@ from trainers.errors import UserError
 T = TypeVar("T")
 
 
-WAIT = timedelta(hours=1)  # for another process, which may be sampling, exporting or downloading
+TIMEOUT = timedelta(hours=1)  # for another process, which may be sampling, exporting or downloading
 
 
-class Crew:
-    """All processes of the run. They talk over the network alone, so that no accelerator is waited for."""
+class ProcessGroup:
+    """All processes of the run. They talk over the network alone, so that no accelerator is waited
+    for."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.group = dist.new_group(backend="gloo", timeout=WAIT) if accelerator.num_processes > 1 else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=TIMEOUT)
+            if accelerator.num_processes > 1
+            else None
+        )
 
-    def agree(self, *values: int) -> list[int]:
+    def all_max(self, *values: int) -> list[int]:
         """The largest of each among the processes."""
         if self.group is None:
             return list(values)
@@ -36,8 +41,9 @@ class Crew:
         return largest.tolist()
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """What `work` gives in the main process, None in the others. A UserError there ends all of them, told once."""
+def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """What `work` gives in the main process, None in the others. A UserError there ends all of
+    them, told once."""
     result, status = None, [0]
     try:
         if accelerator.is_main_process:
@@ -52,14 +58,15 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
     return result
 
 
-def equal_share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
-    """This process's items: each has as many, as a base that is cut needs, so some may be done twice."""
+def split_between_processes(items: Sequence[T], accelerator: Accelerator) -> list[T]:
+    """This process's items: each has as many, as a base that is cut needs, so some may be done
+    twice."""
     rank, world = accelerator.process_index, accelerator.num_processes
     return [items[i % len(items)] for i in range(rank, world * ceil(len(items) / world), world)]
 
 
-def in_turns(jobs: Sequence[Callable[[], T]], accelerator: Accelerator) -> list[T]:
+def run_across_processes(jobs: Sequence[Callable[[], T]], accelerator: Accelerator) -> list[T]:
     """What the jobs give, in order, the work being shared among the processes."""
-    world, each = accelerator.num_processes, ceil(len(jobs) / accelerator.num_processes)
-    done = gather_object([job() for job in equal_share(jobs, accelerator)])
-    return [done[(i % world) * each + i // world] for i in range(len(jobs))]
+    world, num_each = accelerator.num_processes, ceil(len(jobs) / accelerator.num_processes)
+    results = gather_object([job() for job in split_between_processes(jobs, accelerator)])
+    return [results[(i % world) * num_each + i // world] for i in range(len(jobs))]

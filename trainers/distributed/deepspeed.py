@@ -1,7 +1,9 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3: Adam's state and the gradients are cut among the processes, by ZeRO-3 the weights too.
+"""DeepSpeed ZeRO-2 and ZeRO-3: Adam's state and the gradients are cut among the processes, by
+ZeRO-3 the weights too.
 
-DeepSpeed clips, steps and skips by itself, within `accelerator.backward`. Nothing is cast: LoRA is float32 on a base in
-bfloat16, and what trains whole is float32 under autocast, as everywhere. Checkpoints are those of one plain process.
+DeepSpeed clips, steps and skips by itself, within `accelerator.backward`. Nothing is cast: LoRA is
+float32 on a base in bfloat16, and what trains whole is float32 under autocast, as everywhere.
+Checkpoints are those of one plain process.
 """
 
 from __future__ import annotations
@@ -23,28 +25,33 @@ from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from trainers.config import Config
-from trainers.distributed.trained_weights import trained_parameters, trained_state
+from trainers.distributed.trained_weights import trainable_parameters, trainable_state
 from trainers.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-OWN = ("optimizer", "scheduler", "fp16", "bf16")  # of a DeepSpeed file: the config and the launcher say these
+# of a DeepSpeed file: the config and the launcher say these
+CONFIG_OWNED_KEYS = ("optimizer", "scheduler", "fp16", "bf16")
 
 
-def asked() -> bool:
+def requested() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-def stage(accelerator: Accelerator) -> int:
+def zero_stage(accelerator: Accelerator) -> int:
     """2 or 3; 0 without DeepSpeed."""
-    deep = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return accelerator.state.deepspeed_plugin.zero_stage if deep else 0
+    use_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.state.deepspeed_plugin.zero_stage if use_deepspeed else 0
 
 
-def precision(accelerator: Accelerator) -> torch.dtype:
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     """What the launcher wants computations to be in."""
-    name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if stage(accelerator) else accelerator.mixed_precision
+    name = (
+        os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if zero_stage(accelerator)
+        else accelerator.mixed_precision
+    )
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name, torch.float32)
 
 
@@ -54,144 +61,202 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
         raise UserError("DeepSpeed was asked for and is not installed: pip install deepspeed")
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
-            "DeepSpeed needs a launcher: accelerate launch --config_file accelerate_configs/deepspeed_zero2.yaml ..."
+            "DeepSpeed needs a launcher: accelerate launch --config_file "
+            "accelerate_configs/deepspeed_zero2.yaml ..."
         )
     import deepspeed
 
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    if not torch.accelerator.is_available():  # else it compiles, for more than a minute, what only inference uses
+    if (
+        not torch.accelerator.is_available()
+    ):  # else it compiles, for more than a minute, what only inference uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     train = config.train
     numbers = {
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
     }
-    asked = {name: os.environ.pop(f"ACCELERATE_{name.upper()}", "auto") for name in numbers}
+    launcher_values = {
+        name: os.environ.pop(f"ACCELERATE_{name.upper()}", "auto") for name in numbers
+    }
     plugin = DeepSpeedPlugin(**numbers, zero3_init_flag=False)
     settings = plugin.deepspeed_config
     for name, number in numbers.items():
-        for wish in (asked[name], settings.get(name, "auto")):
-            if wish not in ("auto", "none") and float(wish) not in (1, number):  # 1 is what accelerate fills in
-                raise UserError(f"DeepSpeed was asked for {name} {wish}: only the config says it, there it is {number}")
-    settings |= numbers | {"train_micro_batch_size_per_gpu": train.train_batch_size, "train_batch_size": "auto"}
-    for mistake in mistakes(config, plugin):
-        raise UserError(f"DeepSpeed: {mistake}")
+        for value in (launcher_values[name], settings.get(name, "auto")):
+            if value not in ("auto", "none") and float(value) not in (
+                1,
+                number,
+            ):  # 1 is what accelerate fills in
+                raise UserError(
+                    f"DeepSpeed was asked for {name} {value}: only the config says it, there it "
+                    f"is {number}"
+                )
+    settings |= numbers | {
+        "train_micro_batch_size_per_gpu": train.train_batch_size,
+        "train_batch_size": "auto",
+    }
+    for error in plugin_errors(config, plugin):
+        raise UserError(f"DeepSpeed: {error}")
     return plugin
 
 
-def mistakes(config: Config, plugin: DeepSpeedPlugin) -> Iterator[str]:
+def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> Iterator[str]:
     """What is asked for and cannot be had, with what to do."""
-    cut, settings, train = plugin.zero_stage == 3, plugin.deepspeed_config, config.train
+    is_sharded, settings, train = plugin.zero_stage == 3, plugin.deepspeed_config, config.train
     if plugin.zero_stage not in (2, 3):
         yield f"ZeRO stage {plugin.zero_stage} was asked for: set zero_stage: 2 or 3"
-    if own := [name for name in OWN if name in settings]:
-        yield f"remove {', '.join(own)} from its file: the config has the optimiser, mixed_precision the precision"
+    if owned := [name for name in CONFIG_OWNED_KEYS if name in settings]:
+        yield (
+            f"remove {', '.join(owned)} from its file: the config has the optimiser, "
+            f"mixed_precision the precision"
+        )
     if {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none"}:
-        yield "nothing can wait in the CPU's memory here: set offload_optimizer_device and offload_param_device: none"
+        yield (
+            "nothing can wait in the CPU's memory here: set offload_optimizer_device and "
+            "offload_param_device: none"
+        )
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
         yield f"set mixed_precision: bf16 or no, not {os.environ['ACCELERATE_MIXED_PRECISION']}"
-    if not config.accumulates:
+    if not config.can_accumulate:
         yield "it trains one network, and here are two: use accelerate_configs/multi_gpu.yaml"
     if config.optimizer.name != "adamw":
         yield f"its state can be cut for optimizer.name=adamw, not for {config.optimizer.name}"
     if train.auto_micro_batch:
-        yield "micro-batches are fixed: set train.auto_micro_batch=false and a train.train_batch_size that fits"
-    if cut and config.kind != "dreambooth":
-        yield "ZeRO-3 cuts the weights, and this network is small: use accelerate_configs/deepspeed_zero2.yaml"
-    if cut and train.ema_decay:
-        yield "with ZeRO-3 no process has the weights to average: remove train.ema_decay, or use ZeRO-2"
-    if cut and config.kind == "dreambooth" and config.model.quantization != "none":
-        yield f"ZeRO-3 cannot cut {config.model.quantization} weights: set model.quantization=none, or use ZeRO-2"
-    if cut and config.kind == "dreambooth" and config.model.modulation_cache:
+        yield (
+            "micro-batches are fixed: set train.auto_micro_batch=false and a "
+            "train.train_batch_size that fits"
+        )
+    if is_sharded and config.kind != "dreambooth":
+        yield (
+            "ZeRO-3 cuts the weights, and this network is small: use "
+            "accelerate_configs/deepspeed_zero2.yaml"
+        )
+    if is_sharded and train.ema_decay:
+        yield (
+            "with ZeRO-3 no process has the weights to average: remove train.ema_decay, or use "
+            "ZeRO-2"
+        )
+    if is_sharded and config.kind == "dreambooth" and config.model.quantization != "none":
+        yield (
+            f"ZeRO-3 cannot cut {config.model.quantization} weights: set "
+            f"model.quantization=none, or use ZeRO-2"
+        )
+    if is_sharded and config.kind == "dreambooth" and config.model.modulation_cache:
         yield "ZeRO-3 needs whole forward passes: set model.modulation_cache=false, or use ZeRO-2"
-    if cut and config.hub.push_every:
-        yield "with ZeRO-3 weights are put together at the end only: remove hub.push_every; hub.push_to_hub works"
+    if is_sharded and config.hub.push_every:
+        yield (
+            "with ZeRO-3 weights are put together at the end only: remove hub.push_every; "
+            "hub.push_to_hub works"
+        )
 
 
-def started(accelerator: Accelerator) -> None:
+def check_started(accelerator: Accelerator) -> None:
     """Raises: UserError when accelerate left DeepSpeed out."""
-    if not stage(accelerator):
-        raise UserError("DeepSpeed was asked for and did not start: set use_cpu: false, also without a GPU")
+    if not zero_stage(accelerator):
+        raise UserError(
+            "DeepSpeed was asked for and did not start: set use_cpu: false, also without a GPU"
+        )
     unset_hf_deepspeed_config()  # else transformers loads no weights with ZeRO-3
 
 
-def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+def prepare(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, Any]:
     """As `accelerator.prepare`, with autocast inside; the optimiser remembers its parameters."""
-    dtype, groups = precision(accelerator), [list(group["params"]) for group in optimizer.param_groups]
+    dtype, groups = (
+        compute_dtype(accelerator),
+        [list(group["params"]) for group in optimizer.param_groups],
+    )
     if dtype != torch.float32:
-        module._original_forward = module.forward  # as accelerate does, whose `unwrap_model` undoes it
+        module._original_forward = (
+            module.forward
+        )  # as accelerate does, whose `unwrap_model` undoes it
         compute = torch.autocast(accelerator.device.type, dtype)(module.forward.__func__)
         module.forward = MethodType(convert_outputs_to_fp32(compute), module)
-    engine, optimizer = accelerator.prepare(module.to(memory_format=torch.contiguous_format), optimizer)
+    engine, optimizer = accelerator.prepare(
+        module.to(memory_format=torch.contiguous_format), optimizer
+    )
     optimizer.groups = groups
     return engine, optimizer
 
 
-def whole(module: nn.Module, accelerator: Accelerator) -> AbstractContextManager:
+def gathered_weights(module: nn.Module, accelerator: Accelerator) -> AbstractContextManager:
     """Inside, each process has all trained weights; every process must come."""
-    if stage(accelerator) < 3:
+    if zero_stage(accelerator) < 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(trained_parameters(module).values()))
+    return deepspeed.zero.GatheredParameters(list(trainable_parameters(module).values()))
 
 
-def parts(optimizer: Any) -> tuple[torch.optim.AdamW, list[Tensor]]:
-    """The AdamW inside and this process's parts of the float32 weights, with a state even before the first step."""
+def partitions(optimizer: Any) -> tuple[torch.optim.AdamW, list[Tensor]]:
+    """The AdamW inside and this process's parts of the float32 weights, with a state even before
+    the first step."""
     zero = optimizer.optimizer
-    adam, flats = zero.optimizer, getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO-3's name
+    adam, flats = (
+        zero.optimizer,
+        getattr(zero, "fp32_partitioned_groups_flat", None),
+    )  # ZeRO-3's name
     flats = zero.single_partition_of_fp32_groups if flats is None else flats
     for flat in flats:
         if not adam.state[flat]:
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             adam.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-2 itself links the first group only
+    if hasattr(
+        zero, "_lazy_init_hp_params_optimizer_state"
+    ):  # ZeRO-2 itself links the first group only
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     return adam, flats
 
 
-def gathered(module: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor], dict]:
+def gather_state(module: nn.Module, optimizer: Any) -> tuple[dict[str, Tensor], dict]:
     """Weights by name and a plain AdamW's `state_dict`; every process must come."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    adam, flats = parts(optimizer)
+    adam, flats = partitions(optimizer)
     count, state, groups = adam.state[flats[0]]["step"].cpu(), {}, []
-    weights = {name: safe_get_full_fp32_param(p).cpu() for name, p in trained_parameters(module).items()}
+    weights = {
+        name: safe_get_full_fp32_param(p).cpu() for name, p in trainable_parameters(module).items()
+    }
     for params, group in zip(optimizer.groups, optimizer.param_groups, strict=True):
         first = len(state)
         for p in params:
             moments = {name: safe_get_full_optimizer_state(p, name).cpu() for name in MOMENTS}
             state[len(state)] = {"step": count.clone(), **moments}
         groups.append({**group, "params": list(range(first, len(state)))})
-    return trained_state(module) | weights, {"state": state, "param_groups": groups}
+    return trainable_state(module) | weights, {"state": state, "param_groups": groups}
 
 
 @torch.no_grad()
-def restore(module: nn.Module, optimizer: Any, weights: dict[str, Tensor], plain: dict) -> None:
-    """The reverse of `gathered`; every process must come."""
+def restore_state(
+    module: nn.Module, optimizer: Any, weights: dict[str, Tensor], plain: dict
+) -> None:
+    """The reverse of `gather_state`; every process must come."""
     from deepspeed import utils, zero
 
-    adam, flats = parts(optimizer)
-    trained = trained_parameters(module)
+    adam, flats = partitions(optimizer)
+    trained = trainable_parameters(module)
     with zero.GatheredParameters(list(trained.values()), modifier_rank=0):
-        for name, tensor in trained_state(module).items():
+        for name, tensor in trainable_state(module).items():
             tensor.copy_(weights[name])
 
-    def put(p: nn.Parameter, value: Tensor, kind: str, *name: str) -> None:
+    def scatter(p: nn.Parameter, value: Tensor, kind: str, *name: str) -> None:
         value = value.to(p.device)
         if hasattr(p, "ds_tensor"):  # cut by ZeRO-3, the last part being padded
             size = p.ds_tensor.numel()
-            padded = torch.cat([value.flatten(), value.new_zeros(size * dist.get_world_size() - value.numel())])
+            padded = torch.cat(
+                [value.flatten(), value.new_zeros(size * dist.get_world_size() - value.numel())]
+            )
             getattr(utils, f"safe_set_local_{kind}")(p, padded.split(size)[dist.get_rank()], *name)
         else:
             getattr(utils, f"safe_set_full_{kind}")(p, value, *name)
 
     for name, p in trained.items():
-        put(p, weights[name], "fp32_param")
+        scatter(p, weights[name], "fp32_param")
     for i, p in enumerate(chain(*optimizer.groups)):
         for name in MOMENTS:
-            put(p, plain["state"][i][name], "optimizer_state", name)
+            scatter(p, plain["state"][i][name], "optimizer_state", name)
     for flat in flats:
         adam.state[flat]["step"].fill_(float(plain["state"][0]["step"]))
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):

@@ -16,47 +16,70 @@ from torch.distributed.tensor import DTensor
 from trainers.config import Config
 from trainers.errors import UserError
 
-Shard = Callable[[nn.Module], None]
+ShardFunction = Callable[[nn.Module], None]
 
 
-def sharding(config: Config, accelerator: Accelerator) -> Shard:
+def make_shard_function(config: Config, accelerator: Accelerator) -> ShardFunction:
     """Raises: UserError where there is no frozen base, or where its weights cannot be cut."""
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise UserError(
-            f"FSDP {plugin.fsdp_version} was asked for: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml"
+            f"FSDP {plugin.fsdp_version} was asked for: set fsdp_version: 2, as "
+            f"accelerate_configs/fsdp2.yaml"
         )
     if config.kind != "dreambooth" or config.lora is None:
-        raise UserError("FSDP2 cuts the frozen base of a LoRA among the processes, and here nothing is frozen: use DDP")
+        raise UserError(
+            "FSDP2 cuts the frozen base of a LoRA among the processes, and here nothing is "
+            "frozen: use DDP"
+        )
     if config.model.quantization in ("int8", "fp8"):
-        raise UserError(f"FSDP2 cannot cut weights in {config.model.quantization}: use model.quantization: nf4 or none")
+        raise UserError(
+            f"FSDP2 cannot cut weights in {config.model.quantization}: use model.quantization: "
+            f"nf4 or none"
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    how = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
-    return partial(shard, mesh=mesh, **how)
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+    }
+    return partial(shard_model, mesh=mesh, **options)
 
 
-def shard(model: nn.Module, **how) -> None:
-    """Cut the frozen weights of a diffusers model, block by block (FSDP2); each process keeps its part.
+def shard_model(model: nn.Module, **options) -> None:
+    """Cut the frozen weights of a diffusers model, block by block (FSDP2); each process keeps its
+    part.
 
-    What trains stays whole in each: `DistributedDataParallel` averages its gradients, and leaves the rest alone.
+    What trains stays whole in each: `DistributedDataParallel` averages its gradients, and leaves
+    the rest alone.
     """
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into one
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module .* returned a view"
+    )  # nothing here writes into one
     trained = {p for p in model.parameters() if p.requires_grad}
-    for module in (*reversed(blocks_of(model)), model):
-        fully_shard(module, ignored_params=trained, **how)
+    for module in (*reversed(get_blocks(model)), model):
+        fully_shard(module, ignored_params=trained, **options)
     for parameter in trained:
-        parameter.data = parameter.data.to(how["mesh"].device_type)
+        parameter.data = parameter.data.to(options["mesh"].device_type)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def get_blocks(model: nn.Module) -> list[nn.Module]:
     """Those of a diffusers model that compute one after another."""
-    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    return [
+        module for module in model.modules() if type(module).__name__ in model._no_split_modules
+    ]
 
 
-def cut(module: nn.Module, accelerator: Accelerator) -> list[str]:
-    """The names of the parameters of which this process has a part only; how large a part is told."""
-    parts = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    if parts:
-        held, whole = sum(p.to_local().numel() for p in parts.values()), sum(p.numel() for p in parts.values())
-        accelerator.print(f"FSDP2: each process holds {held / whole:.1%} of the base's {whole:,} weights")
-    return list(parts)
+def sharded_parameter_names(module: nn.Module, accelerator: Accelerator) -> list[str]:
+    """The names of the parameters of which this process has a part only; how large a part is
+    told."""
+    sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    if sharded:
+        num_local, num_total = (
+            sum(p.to_local().numel() for p in sharded.values()),
+            sum(p.numel() for p in sharded.values()),
+        )
+        accelerator.print(
+            f"FSDP2: each process holds {num_local / num_total:.1%} of the base's {num_total:,} "
+            f"weights"
+        )
+    return list(sharded)

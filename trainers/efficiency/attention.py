@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from trainers.errors import UserError
 
-KERNELS = {
+ATTENTION_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -26,7 +26,7 @@ KERNELS = {
 }
 
 
-class Recorder(TorchFunctionMode):
+class AttentionRecorder(TorchFunctionMode):
     """Keeps the calls of attention that differ, each with how often it came."""
 
     def __init__(self) -> None:
@@ -42,42 +42,63 @@ class Recorder(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def seconds(name: str, calls: Iterable[tuple[dict, int]]) -> float:
+def time_kernel(name: str, calls: Iterable[tuple[dict, int]]) -> float:
     """Forward and backward of all calls with this kernel; endless where it cannot run one."""
     from torch.utils.benchmark import Timer  # it imports setuptools
 
     total = 0.0
     for call, count in calls:
         inputs = [call[which].detach().requires_grad_() for which in ("query", "key", "value")]
-        rest = {which: value for which, value in call.items() if which not in ("query", "key", "value")}
+        options = {
+            which: value for which, value in call.items() if which not in ("query", "key", "value")
+        }
 
-        def both(inputs=inputs, rest=rest) -> None:
+        def both(inputs=inputs, rest=options) -> None:
             output = F.scaled_dot_product_attention(*inputs, **rest)
             torch.autograd.grad(output, inputs, output)
 
-        with sdpa_kernel(KERNELS[name]), torch.enable_grad(), warnings.catch_warnings():
+        with sdpa_kernel(ATTENTION_KERNELS[name]), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a kernel that cannot run tells why in six of them
             try:
-                total += count * Timer("both()", globals={"both": both}).blocked_autorange(min_run_time=0.05).median
+                total += (
+                    count
+                    * Timer("both()", globals={"both": both})
+                    .blocked_autorange(min_run_time=0.05)
+                    .median
+                )
             except RuntimeError:
                 return math.inf
     return total
 
 
-def attend(wish: str, module: nn.Module, inputs: tuple, accelerator: Accelerator) -> AbstractContextManager:
-    """Inside, attention is by the kernel `wish`; for auto by the fastest for what the module calls.
+def choose_attention(
+    requested: str, module: nn.Module, inputs: tuple, accelerator: Accelerator
+) -> AbstractContextManager:
+    """Inside, attention is by the kernel `requested`; for auto by the fastest for what the module
+    calls.
 
     Where it cannot run, as perhaps in the autoencoder, another one does. Raises: UserError.
     """
-    with Recorder() as recorder, torch.no_grad():
+    with AttentionRecorder() as recorder, torch.no_grad():
         module.eval()(*inputs)
-    names = [name for name in KERNELS if name != "math"] if wish == "auto" else [wish]
+    names = (
+        [name for name in ATTENTION_KERNELS if name != "math"]
+        if requested == "auto"
+        else [requested]
+    )
     with accelerator.autocast():
-        took = {name: seconds(name, recorder.calls.values()) for name in names}
-    best, fastest = broadcast_object_list([*min(took.items(), key=lambda item: item[1])])
-    if fastest == math.inf and wish == "auto":
+        seconds = {name: time_kernel(name, recorder.calls.values()) for name in names}
+    best, fastest = broadcast_object_list([*min(seconds.items(), key=lambda item: item[1])])
+    if fastest == math.inf and requested == "auto":
         return nullcontext()
     if fastest == math.inf:
-        raise UserError(f"train.attention: {wish} cannot run on {accelerator.device} what the model calls: use auto")
-    others = [] if best == "math" else [kernel for name, kernel in KERNELS.items() if name != best]
-    return sdpa_kernel([KERNELS[best], *others], set_priority=True)
+        raise UserError(
+            f"train.attention: {requested} cannot run on {accelerator.device} what the model "
+            f"calls: use auto"
+        )
+    others = (
+        []
+        if best == "math"
+        else [kernel for name, kernel in ATTENTION_KERNELS.items() if name != best]
+    )
+    return sdpa_kernel([ATTENTION_KERNELS[best], *others], set_priority=True)

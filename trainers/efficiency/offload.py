@@ -1,6 +1,8 @@
-"""Frozen blocks that wait in the CPU's memory: each comes to the accelerator when it is due, and the next meanwhile.
+"""Frozen blocks that wait in the CPU's memory: each comes to the accelerator when it is due, and
+the next meanwhile.
 
-The weights only ever travel one way, for nothing changes them (kohya's block swap, without the way back).
+The weights only ever travel one way, for nothing changes them (kohya's block swap, without the way
+back).
 """
 
 from __future__ import annotations
@@ -13,45 +15,54 @@ import torch
 from torch import Tensor, nn
 
 
-class Rotation:
-    """Of the blocks, in the order in which they compute, two at a time have their frozen weights on the device.
+class BlockOffload:
+    """Of the blocks, in the order in which they compute, two at a time have their frozen weights on
+    the device.
 
-    The backward pass of checkpointed blocks computes each again, from the last to the first, which brings it back.
+    The backward pass of checkpointed blocks computes each again, from the last to the first, which
+    brings it back.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self.device, self.last = device, 0
+        self.device, self.last_index = device, 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
-        self.home: list[list[Tensor]] = []
-        self.here: dict[int, torch.cuda.Event | None] = {}  # blocks on the device, and when they have come
+        self.cpu_copies: list[list[Tensor]] = []
+        self.on_device: dict[
+            int, torch.cuda.Event | None
+        ] = {}  # blocks on the device, and when they have come
         for number, block in enumerate(blocks):
-            self.home.append([p.data.pin_memory() if self.stream else p.data for p in self.frozen[number]])
-            self.leave(number)
-            block.register_forward_pre_hook(partial(self.due, number))
+            self.cpu_copies.append(
+                [p.data.pin_memory() if self.stream else p.data for p in self.frozen[number]]
+            )
+            self.offload(number)
+            block.register_forward_pre_hook(partial(self.before_forward, number))
 
-    def due(self, number: int, block: nn.Module, inputs: object) -> None:
+    def before_forward(self, number: int, block: nn.Module, inputs: object) -> None:
         """A block is about to compute: it must be there, and may find the next one on its way."""
-        ahead = number + (1 if number == 0 or number > self.last else -1)
-        self.last = number
-        now = torch.cuda.current_stream(self.device) if self.stream else None
-        for other in self.here.keys() - {number, ahead}:
-            self.leave(other)
-        if now:  # what comes next may lie where the others were, and so must wait until they have computed
-            self.stream.wait_stream(now)
-        for wanted in (number, ahead):
-            if wanted not in self.here and 0 <= wanted < len(self.home):
-                self.bring(wanted)
-        if now:
-            now.wait_event(self.here[number])
+        upcoming = number + (1 if number == 0 or number > self.last_index else -1)
+        self.last_index = number
+        current_stream = torch.cuda.current_stream(self.device) if self.stream else None
+        for other in self.on_device.keys() - {number, upcoming}:
+            self.offload(other)
+        # what comes next may lie where the others were, and so must wait until they have computed
+        if current_stream:
+            self.stream.wait_stream(current_stream)
+        for needed in (number, upcoming):
+            if needed not in self.on_device and 0 <= needed < len(self.cpu_copies):
+                self.onload(needed)
+        if current_stream:
+            current_stream.wait_event(self.on_device[number])
 
-    def bring(self, number: int) -> None:
+    def onload(self, number: int) -> None:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            for parameter, waiting in zip(self.frozen[number], self.home[number], strict=True):
-                parameter.data = waiting.to(self.device, non_blocking=True, copy=True)
-        self.here[number] = self.stream.record_event() if self.stream else None
+            for parameter, cpu_copy in zip(
+                self.frozen[number], self.cpu_copies[number], strict=True
+            ):
+                parameter.data = cpu_copy.to(self.device, non_blocking=True, copy=True)
+        self.on_device[number] = self.stream.record_event() if self.stream else None
 
-    def leave(self, number: int) -> None:
-        self.here.pop(number, None)
+    def offload(self, number: int) -> None:
+        self.on_device.pop(number, None)
         for parameter in self.frozen[number]:
             parameter.data = parameter.data.new_empty(0, device=self.device)

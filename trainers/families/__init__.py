@@ -11,7 +11,7 @@ from trainers.families.sd15 import SD15
 FAMILIES: dict[str, type[Family]] = {"sd15": SD15, "sd3": SD3, "flux": Flux}
 
 
-def family_of(base: str) -> str:
+def detect_family(base: str) -> str:
     """The family of a base model, by its pipeline's class."""
     from diffusers import DiffusionPipeline
 

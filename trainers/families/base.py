@@ -1,4 +1,5 @@
-"""What a model family is to the trainers: a diffusers pipeline, loaded in stages, and the lines in which it differs."""
+"""What a model family is to the trainers: a diffusers pipeline, loaded in stages, and the lines in
+which it differs."""
 
 from __future__ import annotations
 
@@ -19,75 +20,95 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainers.config import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
-from trainers.data.rng import Draws
-from trainers.distributed.fsdp import Shard, blocks_of
-from trainers.efficiency.modulation import Modulation
-from trainers.efficiency.offload import Rotation
+from trainers.data.rng import SampleRng
+from trainers.distributed.fsdp import ShardFunction, get_blocks
+from trainers.efficiency.modulation import ModulationCache
+from trainers.efficiency.offload import BlockOffload
 from trainers.efficiency.quantize import load_quantized
 from trainers.errors import UserError
-from trainers.families.objectives import Flow, Objective, resolution_shift
+from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
 from trainers.lora.layers import LoraLinear, add_adapter
 
-Condition = dict[str, Tensor]  # keyword arguments of the denoiser, each (B, ...); cached as they are
+Condition = dict[
+    str, Tensor
+]  # keyword arguments of the denoiser, each (B, ...); cached as they are
 
 
-EMBEDS = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}  # for the pipelines
+# for the pipelines
+PIPELINE_ARGUMENTS = {
+    "encoder_hidden_states": "prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+}
 
 
 class Family(ABC):
     pipeline: type[DiffusionPipeline]
     denoiser_name = "transformer"
-    clip_encoders: tuple[str, ...] = ("text_encoder",)  # those that LoRA can train: no reader loads it into a T5
+    clip_encoders: tuple[str, ...] = (
+        "text_encoder",
+    )  # those that LoRA can train: no reader loads it into a T5
     t5_encoder: str | None = None
     t5_tokens = 0  # how many it reads unless the config says otherwise, as the pipeline
-    attention: tuple[str, ...]  # the endings of the module names that LoRA presets name
-    mlp: tuple[str, ...]
-    middle: float = 0.5  # a time in the middle of the schedule
+    attention_layers: tuple[str, ...]  # the endings of the module names that LoRA presets name
+    mlp_layers: tuple[str, ...]
+    probe_time: float = 0.5  # a time in the middle of the schedule
 
     def __init__(
         self,
         model: ModelConfig,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        shard: Shard | None = None,
+        shard: ShardFunction | None = None,
     ) -> None:
         """Finds or downloads the base model. Raises: UserError when it cannot be had.
 
         shard: cuts a denoiser's frozen weights among the processes, see `processes.sharding`.
         """
         self.device, self.dtype, self.shard = torch.device(device), dtype, shard
-        self.skeleton, self.identity = lru_cache(self.fresh), lru_cache(self.digest)  # they end with the family
-        self.variant, self.folder = model.variant, find(self.pipeline, model)
+        # they end with the family
+        self.meta_model, self.component_digest = lru_cache(self.fresh), lru_cache(self.digest)
+        self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
         self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
         self.offload = model.offload
-        self.waits = self.modulation_cache or self.offload or self.quantization == "fp8"  # to settle, off the device
-        self.mixed = True  # whether autocast must choose precisions, for a layer does not know its own
-        self.modulation: Modulation | None = None
+        # to settle, off the device
+        self.starts_on_cpu = self.modulation_cache or self.offload or self.quantization == "fp8"
+        self.needs_autocast = (
+            True  # whether autocast must choose precisions, for a layer does not know its own
+        )
+        self.modulation: ModulationCache | None = None
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
             raise UserError(
-                f"model.family: {model.pretrained_model_name_or_path} is a {index['_class_name']}, and {model.family} "
+                f"model.family: {model.pretrained_model_name_or_path} is a "
+                f"{index['_class_name']}, and {model.family} "
                 f"trains a {self.pipeline.__name__}: change the one or the other"
             )
-        self.parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
+        self.components = {
+            name: value for name, value in index.items() if isinstance(value, list) and value[0]
+        }
         if model.text_encoder_3 is None:
-            self.parts = {name: value for name, value in self.parts.items() if not name.endswith("_3")}
-        self.text_encoder_names = sorted(name for name in self.parts if name.startswith("text_encoder"))
+            self.components = {
+                name: value for name, value in self.components.items() if not name.endswith("_3")
+            }
+        self.text_encoder_names = sorted(
+            name for name in self.components if name.startswith("text_encoder")
+        )
         self.max_sequence_length = model.max_sequence_length or self.t5_tokens
-        self.release()
+        self.unload()
 
-    # What differs -----------------------------------------------------------------------------------------------------
+    # What differs
 
     def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
         """Rectified flow, unless overridden; `resolution` in pixels, 2 x 2 latents are a token."""
-        options = config.model_dump(include={f.name for f in fields(Flow)} - {"shift"})
-        tokens = (resolution // self.vae_factor // 2) ** 2
+        options = config.model_dump(include={f.name for f in fields(RectifiedFlow)} - {"shift"})
+        tokens = (resolution // self.vae_scale_factor // 2) ** 2
         shifts = {"auto": resolution_shift(self.pipe.scheduler.config, tokens), "none": 1.0}
-        return Flow(**options, shift=shifts.get(config.shift, config.shift))
+        return RectifiedFlow(**options, shift=shifts.get(config.shift, config.shift))
 
     @abstractmethod
     def encode_text(self, name: str, ids: Tensor) -> dict[str, Tensor]:
-        """What the denoiser needs of the text encoder `name` for token ids (B, L); differentiable."""
+        """What the denoiser needs of the text encoder `name` for token ids (B, L);
+        differentiable."""
 
     @abstractmethod
     def condition(self, text: dict[str, Tensor]) -> Condition:
@@ -97,47 +118,58 @@ class Family(ABC):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The regressed quantity for latents x_t (B, C, h, w) at times t (B,), shaped like x_t."""
 
-    # What does not ----------------------------------------------------------------------------------------------------
+    # What does not
 
     def load(self, *names: str) -> None:
-        """Hold a pipeline with these heavy components only; scheduler and tokenizers always come along."""
-        light = ("scheduler", *map(tokenizer_of, self.text_encoder_names))
-        every = [part for part, value in self.pipeline.load_config(self.folder).items() if isinstance(value, list)]
-        given = {part: None for part in every if part not in (*names, *light)}
-        if "safety_checker" in given:
-            given["requires_safety_checker"] = False
-        placed = self.quantization in ("nf4", "int8")
-        if placed and self.denoiser_name in names:
-            kind = getattr(diffusers, self.parts[self.denoiser_name][1])
-            place = (kind, self.folder, self.denoiser_name, self.variant)
-            given[self.denoiser_name] = load_quantized(*place, self.dtype, self.quantization)
-        self.pipe = self.pipeline.from_pretrained(self.folder, dtype=self.dtype, variant=self.variant, **given)
+        """Hold a pipeline with these heavy components only; scheduler and tokenizers always come
+        along."""
+        light_components = ("scheduler", *map(tokenizer_name, self.text_encoder_names))
+        component_names = [
+            part
+            for part, value in self.pipeline.load_config(self.folder).items()
+            if isinstance(value, list)
+        ]
+        components = {
+            part: None for part in component_names if part not in (*names, *light_components)
+        }
+        if "safety_checker" in components:
+            components["requires_safety_checker"] = False
+        is_quantized = self.quantization in ("nf4", "int8")
+        if is_quantized and self.denoiser_name in names:
+            kind = getattr(diffusers, self.components[self.denoiser_name][1])
+            source = (kind, self.folder, self.denoiser_name, self.variant)
+            components[self.denoiser_name] = load_quantized(*source, self.dtype, self.quantization)
+        self.pipe = self.pipeline.from_pretrained(
+            self.folder, dtype=self.dtype, variant=self.variant, **components
+        )
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
-            if name != self.denoiser_name or not (placed or self.shard or self.waits):
+            if name != self.denoiser_name or not (is_quantized or self.shard or self.starts_on_cpu):
                 module.to(self.device)
         if "vae" in names:
             self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
 
-    def settle(self) -> None:
-        """Once the denoiser has all its layers: leave adaptive norms' weights out, cut or offload the rest, as wanted.
+    def apply_memory_options(self) -> None:
+        """Once the denoiser has all its layers: leave adaptive norms' weights out, cut or offload
+        the rest, as wanted.
 
-        With fp8 they are 8 bits wide from now on but while their layer computes; LoRA's are not. What a layer saves for
-        the backward pass is gone by then, so only checkpointed blocks can train.
+        With fp8 they are 8 bits wide from now on but while their layer computes; LoRA's are not.
+        What a layer saves for the backward pass is gone by then, so only checkpointed blocks can
+        train.
         """
         if self.modulation_cache:
-            self.modulation = Modulation(self.denoiser)
+            self.modulation = ModulationCache(self.denoiser)
         if self.shard:
             self.shard(self.denoiser)
         if self.quantization == "fp8":
             self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
         if self.offload:
-            Rotation(blocks_of(self.denoiser), self.device)
-        if self.waits and not self.shard:
+            BlockOffload(get_blocks(self.denoiser), self.device)
+        if self.starts_on_cpu and not self.shard:
             self.denoiser.to(self.device)
 
-    def release(self) -> None:
+    def unload(self) -> None:
         self.pipe = self.modulation = None
         clear_device_cache(garbage_collection=True)
 
@@ -146,8 +178,9 @@ class Family(ABC):
         return getattr(self.pipe, self.denoiser_name)
 
     def fresh(self, part: str) -> nn.Module:
-        """A model without weights, which may be changed; `skeleton` is one for all who only look."""
-        library, kind = self.parts[part]
+        """A model without weights, which may be changed; `meta_model` is one for all who only
+        look."""
+        library, kind = self.components[part]
         with torch.device("meta"):
             if library == "diffusers":
                 kind = getattr(diffusers, kind)
@@ -158,20 +191,23 @@ class Family(ABC):
     @property
     def vae_config(self) -> dict:
         """A diffusers model's settings, with the defaults that its file leaves out."""
-        return self.skeleton("vae").config
+        return self.meta_model("vae").config
 
     @property
     def denoiser_config(self) -> dict:
-        return self.skeleton(self.denoiser_name).config
+        return self.meta_model(self.denoiser_name).config
 
     @property
-    def vae_factor(self) -> int:
+    def vae_scale_factor(self) -> int:
         """Pixels per latent, along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def digest(self, part: str) -> str:
-        """Of a component's files and the precision that it runs in; computed once as `identity`."""
-        digest = hashlib.sha256(f"{self.variant} {'float32' if part == 'vae' else self.dtype}".encode())
+        """Of a component's files and the precision that it runs in; computed once as
+        `component_digest`."""
+        digest = hashlib.sha256(
+            f"{self.variant} {'float32' if part == 'vae' else self.dtype}".encode()
+        )
         for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
             digest.update(path.name.encode())
             blob = path.resolve()  # the Hub's cache names large files by their sha256
@@ -183,28 +219,37 @@ class Family(ABC):
                     digest.update(piece)
         return digest.hexdigest()
 
-    def denoise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    def denoise(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]
+    ) -> Tensor:
         """`predict` from the text encoders' outputs, in the base's precision."""
         condition = {name: value.to(self.dtype) for name, value in self.condition(text).items()}
-        with torch.autocast(self.device.type, enabled=torch.is_autocast_enabled(self.device.type) and self.mixed):
+        with torch.autocast(
+            self.device.type,
+            enabled=torch.is_autocast_enabled(self.device.type) and self.needs_autocast,
+        ):
             return self.predict(denoiser, x_t.to(self.dtype), t, condition)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Posterior moments (2C, h, w) of one picture (3, H, W) in [-1, 1]; deterministic, so they can be cached."""
+        """Posterior moments (2C, h, w) of one picture (3, H, W) in [-1, 1]; deterministic, so they
+        can be cached."""
         return self.pipe.vae.encode(pixels[None].to(self.device)).latent_dist.parameters[0]
 
-    def latents(self, moments: Tensor, rng: Draws) -> Tensor:
+    def latents(self, moments: Tensor, rng: SampleRng) -> Tensor:
         """A fresh draw from moments (B, 2C, h, w) in the denoiser's units: (B, C, h, w)."""
         mean, logvar = moments.chunk(2, 1)
         z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * rng.normal(mean.shape)
-        return (z - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config["scaling_factor"]
+        shift = self.vae_config.get("shift_factor") or 0.0
+        return (z - shift) * self.vae_config["scaling_factor"]
 
     def tokenize(self, name: str, prompt: str) -> Tensor:
         """Token ids (L,) of the text encoder `name`, padded and cut to its length."""
-        tokenizer = getattr(self.pipe, tokenizer_of(name))
+        tokenizer = getattr(self.pipe, tokenizer_name(name))
         length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
-        return torch.tensor(tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids)
+        return torch.tensor(
+            tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
+        )
 
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
@@ -214,24 +259,34 @@ class Family(ABC):
 
     def add_lora(self, config: LoraConfig, text_encoders: Sequence[str]) -> None:
         """Freeze everything and put LoRA layers in, float32 whatever the base's precision."""
-        presets = {"attention": self.attention, "attention+mlp": (*self.attention, *self.mlp)}
+        presets = {
+            "attention": self.attention_layers,
+            "attention+mlp": (*self.attention_layers, *self.mlp_layers),
+        }
         add_adapter(self.denoiser, config, presets)
-        text = config.model_copy(update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None})
+        text = config.model_copy(
+            update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None}
+        )
         for name in text_encoders:
             add_adapter(getattr(self.pipe, name), text)
         adapted = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        self.mixed = not all(isinstance(layer, LoraLinear) for layer in adapted)
+        self.needs_autocast = not all(isinstance(layer, LoraLinear) for layer in adapted)
 
     @torch.no_grad()
-    def sample(self, prompt: str, validation: PromptsConfig, seed: int, size: int, encode=None) -> Image.Image:
-        """One picture of `size` pixels from the loaded pipeline; `encode` may replace `encode_prompt`."""
+    def sample(
+        self, prompt: str, validation: PromptsConfig, seed: int, size: int, encode=None
+    ) -> Image.Image:
+        """One picture of `size` pixels from the loaded pipeline; `encode` may replace
+        `encode_prompt`."""
         conditions = []
         for words in (prompt, validation.negative_prompt):
             text = {}
             for name in self.text_encoder_names:
                 text |= (encode or self.encode_prompt)(name, words)
             text = {key: value[None].to(self.device) for key, value in text.items()}
-            conditions.append({EMBEDS[key]: value for key, value in self.condition(text).items()})
+            conditions.append(
+                {PIPELINE_ARGUMENTS[key]: value for key, value in self.condition(text).items()}
+            )
         vae, half = self.pipe.vae, self.dtype != torch.float32
         if half:
             vae.to(self.dtype)
@@ -250,21 +305,26 @@ class Family(ABC):
         return picture
 
 
-def tokenizer_of(text_encoder: str) -> str:
+def tokenizer_name(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
-def find(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
+def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     """The local folder of the base model, downloaded if need be."""
     name = model.pretrained_model_name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
-            raise UserError(f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no pipeline")
+            raise UserError(
+                f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no "
+                f"pipeline"
+            )
         return Path(name)
     try:
         return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
     except Exception as error:
         raise UserError(
-            f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). Check the name; for a "
-            "gated model accept its licence on its page and log in with `hf auth login`; offline, give a local folder"
+            f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). "
+            f"Check the name; for a "
+            "gated model accept its licence on its page and log in with `hf auth login`; offline, "
+            "give a local folder"
         ) from error

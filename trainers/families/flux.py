@@ -1,4 +1,5 @@
-"""Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP for the prompt and a T5 for its words."""
+"""Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP for the prompt and a T5
+for its words."""
 
 from __future__ import annotations
 
@@ -13,16 +14,34 @@ from trainers.families.base import Family
 class Flux(Family):
     pipeline = FluxPipeline
     t5_encoder, t5_tokens = "text_encoder_2", 512
-    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    mlp = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+    attention_layers = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    mlp_layers = (
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+        "proj_out",
+    )
 
     def __init__(self, model, device="cpu", dtype=torch.float32, shard=None):
         super().__init__(model, device, dtype, shard)
         self.guidance = model.guidance_scale if self.denoiser_config["guidance_embeds"] else None
         if self.guidance is None and not model.allow_schnell:
             raise UserError(
-                f"model.pretrained_model_name_or_path: {model.pretrained_model_name_or_path} has no guidance "
-                "embedding, as Flux.1-schnell. It was distilled to few steps, which training undoes: train on "
+                f"model.pretrained_model_name_or_path: {model.pretrained_model_name_or_path} has "
+                f"no guidance "
+                "embedding, as Flux.1-schnell. It was distilled to few steps, which training "
+                "undoes: train on "
                 "Flux.1-dev, or set model.allow_schnell=true"
             )
 
@@ -31,7 +50,10 @@ class Flux(Family):
         return {name: output.last_hidden_state if name == self.t5_encoder else output.pooler_output}
 
     def condition(self, text):
-        return {"encoder_hidden_states": text[self.t5_encoder], "pooled_projections": text["text_encoder"]}
+        return {
+            "encoder_hidden_states": text[self.t5_encoder],
+            "pooled_projections": text["text_encoder"],
+        }
 
     def predict(self, denoiser, x_t, t, condition):
         h, w = (side // 2 for side in x_t.shape[-2:])

@@ -12,13 +12,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 
 
 class Objective(Protocol):
-    def times(self, rng: Draws) -> Tensor: ...
-    def noise(self, x0: Tensor, rng: Draws) -> Tensor: ...
+    def times(self, rng: SampleRng) -> Tensor: ...
+    def noise(self, x0: Tensor, rng: SampleRng) -> Tensor: ...
     def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def weight(self, t: Tensor) -> Tensor: ...
@@ -26,7 +26,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class DDPM:
-    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), with t an integer in [0, T).
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), with t an integer in
+    [0, T).
 
     The network regresses eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0 (Salimans and Ho 2022).
 
@@ -44,29 +45,33 @@ class DDPM:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction train")
+            raise UserError(
+                f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction "
+                f"train"
+            )
 
-    def times(self, rng: Draws) -> Tensor:
+    def times(self, rng: SampleRng) -> Tensor:
         return (rng.uniform(self.stratified) * len(self.abar)).long()
 
-    def noise(self, x0: Tensor, rng: Draws) -> Tensor:
+    def noise(self, x0: Tensor, rng: SampleRng) -> Tensor:
         eps = rng.normal(x0.shape)
         if self.noise_offset:
             eps = eps + self.noise_offset * rng.normal((*x0.shape[:2], 1, 1))
         return eps
 
     def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        signal, noise = self.levels(t)
+        signal, noise = self.signal_and_noise(t)
         return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return eps
-        signal, noise = self.levels(t)
+        signal, noise = self.signal_and_noise(t)
         return signal * eps - noise * x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """(B,). With zero terminal SNR the eps weight is 0 / 0 at the last time; its limit is taken, s -> 0."""
+        """(B,). With zero terminal SNR the eps weight is 0 / 0 at the last time; its limit is
+        taken, s -> 0."""
         if self.snr_gamma is None and not self.debiased:
             return torch.ones(t.shape, device=t.device)
         abar = self.abar.to(t.device)[t]
@@ -76,25 +81,27 @@ class DDPM:
             return snr.clamp(min=1e-8, max=self.snr_gamma) / scale
         return snr.clamp(min=1e-3).sqrt() / scale.clamp(min=1e-3)
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, 1, 1) each: sqrt(abar_t) and sqrt(1 - abar_t)."""
         abar = self.abar.to(t.device)[t].view(-1, 1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
 
 @dataclass(frozen=True)
-class Flow:
-    """x_t = (1 - t) x0 + t eps with t in (0, 1), and v = eps - x0 to regress (Liu et al. 2023; Lipman et al. 2023).
+class RectifiedFlow:
+    """x_t = (1 - t) x0 + t eps with t in (0, 1), and v = eps - x0 to regress (Liu et al. 2023;
+    Lipman et al. 2023).
 
-    Densities of t before the shift (Esser et al. 2024, section 3.1): uniform; logit_normal, t = sigmoid(m + s n); mode,
-    t = 1 - u - s (cos^2(pi u / 2) - 1 + u); cosmap, t = 1 - 1 / (tan(pi u / 2) + 1). t = 1 is noise, as in the paper: a
+    Densities of t before the shift (Esser et al. 2024, section 3.1): uniform; logit_normal, t =
+    sigmoid(m + s n); mode, t = 1 - u - s (cos^2(pi u / 2) - 1 + u); cosmap, t = 1 - 1 / (tan(pi u /
+    2) + 1). t = 1 is noise, as in the paper: a
     `logit_mean` brought from the diffusers scripts changes its sign.
 
-    Shift: t -> a t / (1 + (a - 1) t), which keeps the signal-to-noise ratio of pictures with a^2 times the pixels
-    (section 5.3.2).
+    Shift: t -> a t / (1 + (a - 1) t), which keeps the signal-to-noise ratio of pictures with a^2
+    times the pixels (section 5.3.2).
 
-    Weights: sigma_sqrt 1 / t^2; cosmap 2 / (pi (1 - 2 t + 2 t^2)). Preconditioned, the network's output is read as an
-    estimate of x0, x_t - t v: that is the loss of v times t^2.
+    Weights: sigma_sqrt 1 / t^2; cosmap 2 / (pi (1 - 2 t + 2 t^2)). Preconditioned, the network's
+    output is read as an estimate of x0, x_t - t v: that is the loss of v times t^2.
     """
 
     density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "logit_normal"
@@ -106,7 +113,7 @@ class Flow:
     precondition: bool = False
     stratified: bool = True
 
-    def times(self, rng: Draws) -> Tensor:
+    def times(self, rng: SampleRng) -> Tensor:
         u = rng.uniform(self.stratified)
         match self.density:
             case "uniform":
@@ -119,7 +126,7 @@ class Flow:
                 t = 1 - 1 / (torch.tan(torch.pi / 2 * u) + 1)
         return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(1e-4, 1 - 1e-6)
 
-    def noise(self, x0: Tensor, rng: Draws) -> Tensor:
+    def noise(self, x0: Tensor, rng: SampleRng) -> Tensor:
         return rng.normal(x0.shape)
 
     def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -141,7 +148,8 @@ class Flow:
 
 
 def resolution_shift(scheduler: dict, tokens: int) -> float:
-    """The factor by which a model's own scheduler shifts a picture of `tokens` tokens: Flux.1's grows with them."""
+    """The factor by which a model's own scheduler shifts a picture of `tokens` tokens: Flux.1's
+    grows with them."""
     if not scheduler.get("use_dynamic_shifting"):
         return scheduler["shift"]
     slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (

@@ -1,4 +1,5 @@
-"""Pictures by a family's pipeline: of the class, for prior preservation, and of the validation prompts."""
+"""Pictures by a family's pipeline: of the class, for prior preservation, and of the validation
+prompts."""
 
 from __future__ import annotations
 
@@ -12,35 +13,42 @@ from tqdm.auto import tqdm
 from trainers.config import DreamBoothConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_grid
-from trainers.data.pictures import image_files
-from trainers.distributed.collectives import equal_share, in_turns
+from trainers.data.pictures import list_image_files
+from trainers.distributed.collectives import run_across_processes, split_between_processes
 from trainers.families import Family
 
 
-def make_class_images(encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator) -> None:
-    """Generate the class pictures that the folder lacks, shared among the processes; picture i has noise i."""
+def generate_class_images(
+    encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator
+) -> None:
+    """Generate the class pictures that the folder lacks, shared among the processes; picture i has
+    noise i."""
     family, data = encoder.family, config.data
-    lacking = data.num_class_images - len(image_files(folder))
+    missing = data.num_class_images - len(list_image_files(folder))
     names = (folder / f"class-{i:05d}.png" for i in range(data.num_class_images))
-    wanted = [path for path in names if not path.exists()][: max(0, lacking)]
-    if wanted and data.cache:
+    pending = [path for path in names if not path.exists()][: max(0, missing)]
+    if pending and data.cache:
         encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
     accelerator.wait_for_everyone()
-    for mine in (equal_share(wanted, accelerator), wanted):
-        lacking = [path for path in mine if not path.exists()]  # the second time, where disks are not shared
-        if lacking:
+    for assigned in (split_between_processes(pending, accelerator), pending):
+        missing = [
+            path for path in assigned if not path.exists()
+        ]  # the second time, where disks are not shared
+        if missing:
             folder.mkdir(parents=True, exist_ok=True)
-            family.load("vae", family.denoiser_name, *encoder.live)
-            family.settle()
-            for path in tqdm(lacking, "class pictures", disable=not accelerator.is_main_process):
+            family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
+            family.apply_memory_options()
+            for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
                 number = int(path.stem.removeprefix("class-"))
                 prompt = data.class_prompts[number % len(data.class_prompts)]
-                picture = family.sample(prompt, config.validation, number, data.resolution, encoder.outputs)
+                picture = family.sample(
+                    prompt, config.validation, number, data.resolution, encoder.encoder_outputs
+                )
                 path.with_suffix(".txt").write_text(prompt, "utf-8")
-                aside = path.with_name(f".{accelerator.process_index}-{path.name}")
-                picture.save(aside, format="png")
-                aside.replace(path)
-            family.release()
+                temporary = path.with_name(f".{accelerator.process_index}-{path.name}")
+                picture.save(temporary, format="png")
+                temporary.replace(path)
+            family.unload()
         accelerator.wait_for_everyone()
 
 
@@ -49,11 +57,12 @@ def write_samples(
     config: DreamBoothConfig,
     folder: Path,
     encode: Callable | None = None,
-    crew: Accelerator | None = None,
+    accelerator: Accelerator | None = None,
 ) -> None:
-    """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled grid.png.
+    """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled
+    grid.png.
 
-    crew: processes that share the work; the main one writes.
+    accelerator: processes that share the work; the main one writes.
     """
     validation, size = config.validation, config.data.resolution
     jobs = [
@@ -61,13 +70,13 @@ def write_samples(
         for prompt in validation.prompts
         for i in range(validation.num_images)
     ]
-    made = in_turns(jobs, crew) if crew else [job() for job in jobs]
-    if crew and not crew.is_main_process:
+    generated = run_across_processes(jobs, accelerator) if accelerator else [job() for job in jobs]
+    if accelerator and not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for p, prompt in enumerate(validation.prompts):
-        rows.append((prompt, made[p * validation.num_images :][: validation.num_images]))
+        rows.append((prompt, generated[p * validation.num_images :][: validation.num_images]))
         for i, picture in enumerate(rows[-1][1]):
             picture.save(folder / f"{p:02d}-{i}.png")
     write_grid(rows, folder / "grid.png")

@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5: a U-Net that predicts epsilon (or v), and one CLIP text encoder (Rombach et al. 2022)."""
+"""Stable Diffusion 1.5: a U-Net that predicts epsilon (or v), and one CLIP text encoder (Rombach et
+al. 2022)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,19 @@ from trainers.families.objectives import DDPM
 class SD15(Family):
     pipeline = StableDiffusionPipeline
     denoiser_name = "unet"
-    attention = ("to_q", "to_k", "to_v", "to_out.0")
-    mlp = ("ff.net.0.proj", "ff.net.2")
-    middle = 500
+    attention_layers = ("to_q", "to_k", "to_v", "to_out.0")
+    mlp_layers = ("ff.net.0.proj", "ff.net.2")
+    probe_time = 500
 
     def make_objective(self, config, resolution):
-        scheduler, options = self.pipe.scheduler, config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
+        scheduler, options = (
+            self.pipe.scheduler,
+            config.model_dump(include={"snr_gamma", "debiased", "noise_offset"}),
+        )
         kind = scheduler.config.prediction_type
-        return DDPM(scheduler.alphas_cumprod.to(self.device), kind, **options, stratified=config.stratified)
+        return DDPM(
+            scheduler.alphas_cumprod.to(self.device), kind, **options, stratified=config.stratified
+        )
 
     def encode_text(self, name, ids):
         return {name: self.pipe.text_encoder(ids)[0]}  # (B, 77, 768)

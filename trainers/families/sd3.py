@@ -13,15 +13,27 @@ class SD3(Family):
     pipeline = StableDiffusion3Pipeline
     clip_encoders = ("text_encoder", "text_encoder_2")
     t5_encoder, t5_tokens = "text_encoder_3", 256
-    attention = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    mlp = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    attention_layers = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    mlp_layers = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
     def encode_text(self, name, ids):
         encoder = getattr(self.pipe, name)
         if name == self.t5_encoder:
             return {name: encoder(ids)[0]}  # (B, L, 4096)
         output = encoder(ids, output_hidden_states=True)
-        return {name: output.hidden_states[-2], f"{name}_pooled": output.text_embeds}  # (B, 77, C), (B, C)
+        return {
+            name: output.hidden_states[-2],
+            f"{name}_pooled": output.text_embeds,
+        }  # (B, 77, C), (B, C)
 
     def condition(self, text):
         clip = torch.cat([text[name] for name in self.clip_encoders], -1)  # (B, 77, 768 + 1280)
@@ -32,7 +44,9 @@ class SD3(Family):
             t5 = clip.new_zeros(len(clip), self.max_sequence_length, width)
         return {
             "encoder_hidden_states": torch.cat([clip, t5], 1),  # (B, 77 + L, 4096)
-            "pooled_projections": torch.cat([text[f"{name}_pooled"] for name in self.clip_encoders], -1),  # (B, 2048)
+            "pooled_projections": torch.cat(
+                [text[f"{name}_pooled"] for name in self.clip_encoders], -1
+            ),  # (B, 2048)
         }
 
     def predict(self, denoiser, x_t, t, condition):

@@ -11,46 +11,55 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trainers.config import ImagesConfig, OptimizerConfig, TrainConfig
-from trainers.data.imaging import floats
-from trainers.data.rng import Draws, mix
-from trainers.data.sampler import Share
-from trainers.from_scratch.image_sets import Batches, Images
+from trainers.data.imaging import to_float
+from trainers.data.rng import SampleRng, derive_seed
+from trainers.data.sampler import BatchSlice
+from trainers.from_scratch.image_sets import ImageBatches, ImageSet
 from trainers.from_scratch.networks import Classifier
 from trainers.metrics.feature_networks import NamedFeatures
 from trainers.training.loop import Player, train
-from trainers.training.optimizers import make_optimizer, make_rate
+from trainers.training.optimizers import make_lr_schedule, make_optimizer
 
 
-def own_classes(classifier: Classifier, test: Images) -> NamedFeatures:
+def classifier_features(classifier: Classifier, test: ImageSet) -> NamedFeatures:
     """The last features of a classifier of the data set's own classes, of pictures (B, C, S, S)."""
-    right = (classify(classifier, floats(test.take(range(len(test))))) == test.labels).float().mean()
-    return f"classifier of the data set, accuracy {right:.4f}", classifier.layers
+    accuracy = (
+        (classify(classifier, to_float(test.take(range(len(test))))) == test.labels).float().mean()
+    )
+    return f"classifier of the data set, accuracy {accuracy:.4f}", classifier.layers
 
 
-class Reading:
+class ClassifierTask:
     """The task of a classifier of a data set's own classes; a single process trains it."""
 
-    def __init__(self, images: Images, seed: int, optimizer: OptimizerConfig, accelerator: Accelerator) -> None:
-        torch.manual_seed(mix(seed, "classifier"))
+    def __init__(
+        self, images: ImageSet, seed: int, optimizer: OptimizerConfig, accelerator: Accelerator
+    ) -> None:
+        torch.manual_seed(derive_seed(seed, "classifier"))
         self.module = Classifier(len(images[0]), int(images.labels.max()) + 1).to(images.device)
         groups = [{"params": list(self.module.parameters()), "lr": optimizer.learning_rate}]
         # prepared so that gradients which were scaled for float16 are unscaled before the step
         prepared = accelerator.prepare_optimizer(make_optimizer(optimizer, groups))
         self.players = {"classifier": Player(self.module, prepared)}
 
-    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
-        yield "classifier", F.cross_entropy(self.module(floats(batch["pixels"])), batch["label"])
+    def losses(self, batch: dict[str, Tensor], rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
+        yield "classifier", F.cross_entropy(self.module(to_float(batch["pixels"])), batch["label"])
 
 
-def train_classifier(images: Images, config: ImagesConfig, steps: int = 800, seed: int = 0) -> Classifier:
+def train_classifier(
+    images: ImageSet, config: ImagesConfig, steps: int = 800, seed: int = 0
+) -> Classifier:
     """A small network that tells the labels apart, the same for every run on the same pictures."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
-    task = Reading(images, seed, optimizer, accelerator)
-    batches, rate = Batches(images, config, Share(seed, 64)), make_rate(optimizer, steps)
+    task = ClassifierTask(images, seed, optimizer, accelerator)
+    batches, rate = (
+        ImageBatches(images, config, BatchSlice(seed, 64)),
+        make_lr_schedule(optimizer, steps),
+    )
     with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
-        observe = [lambda step, means: bar.update()]
-        train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate, observe)
+        callbacks = [lambda step, metrics: bar.update()]
+        train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate, callbacks)
     return task.module.eval()
 
 

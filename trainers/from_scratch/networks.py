@@ -1,4 +1,5 @@
-"""Small networks of the from-scratch trainers, as diffusers models: they save, load and go to the Hub like those.
+"""Small networks of the from-scratch trainers, as diffusers models: they save, load and go to the
+Hub like those.
 
 Pictures are (B, channels, S, S) in [-1, 1].
 """
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 
-def ladder(size: int, width: int) -> tuple[int, list[int]]:
-    """The side of the smallest level, 4 to 7, and the channels of the levels below `size`, doubled at each."""
+def channel_widths(size: int, width: int) -> tuple[int, list[int]]:
+    """The side of the smallest level, 4 to 7, and the channels of the levels below `size`, doubled
+    at each."""
     levels = max(1, (size // 4).bit_length() - 1)
     if size % 2**levels:
         raise ValueError(f"size must be a multiple of {2**levels}, not {size}")
@@ -24,23 +26,30 @@ def ladder(size: int, width: int) -> tuple[int, list[int]]:
 
 
 class ConvAutoencoder(ModelMixin, ConfigMixin):
-    """Strided convolutions, a linear bottleneck of `latent_dim` numbers, and the way back (Masci et al. 2011).
+    """Strided convolutions, a linear bottleneck of `latent_dim` numbers, and the way back (Masci et
+    al. 2011).
 
     Codes (B, latent_dim) have no fixed range. `variational`: they are the mean of a Gaussian.
     """
 
     @register_to_config
-    def __init__(self, channels: int, size: int, width: int, latent_dim: int, variational: bool) -> None:
+    def __init__(
+        self, channels: int, size: int, width: int, latent_dim: int, variational: bool
+    ) -> None:
         super().__init__()
-        side, widths = ladder(size, width)
+        side, widths = channel_widths(size, width)
         down, up = [], []
         for a, b in pairwise([channels, *widths]):
             down += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.SiLU()]
         for a, b in pairwise([*reversed(widths), channels]):
             up += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
         flat = widths[-1] * side * side
-        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, (1 + variational) * latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, flat), nn.Unflatten(1, (widths[-1], side, side)), *up)
+        self.encoder = nn.Sequential(
+            *down, nn.Flatten(), nn.Linear(flat, (1 + variational) * latent_dim)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, flat), nn.Unflatten(1, (widths[-1], side, side)), *up
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         return self.posterior(x)[0]
@@ -54,46 +63,67 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
         return self.decoder(z)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The picture that comes out, and the posterior; eps (B, latent_dim): where in it the code is drawn."""
+        """The picture that comes out, and the posterior; eps (B, latent_dim): where in it the code
+        is drawn."""
         mean, logvar = self.posterior(x)
         return self.decode(mean if eps is None else mean + (logvar / 2).exp() * eps), mean, logvar
 
 
-class Block(nn.Module):
-    """Two normalised 3 x 3 convolutions beside a shortcut (He et al. 2016), at the resolution that `resample` gives."""
+class ResidualBlock(nn.Module):
+    """Two normalised 3 x 3 convolutions beside a shortcut (He et al. 2016), at the resolution that
+    `resample` gives."""
 
-    def __init__(self, a: int, b: int, resample: nn.Module, normalised: bool = True) -> None:
+    def __init__(self, a: int, b: int, resample: nn.Module, use_norm: bool = True) -> None:
         super().__init__()
-        norms = (nn.GroupNorm(8, a), nn.GroupNorm(8, b)) if normalised else (nn.Identity(), nn.Identity())
+        norms = (
+            (nn.GroupNorm(8, a), nn.GroupNorm(8, b)) if use_norm else (nn.Identity(), nn.Identity())
+        )
         first, second = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, b, 3, padding=1)
         act = nn.LeakyReLU(0.2)
-        grows = isinstance(resample, nn.Upsample)
-        inner = [resample, first, norms[1], act, second] if grows else [first, norms[1], act, second, resample]
+        upsamples = isinstance(resample, nn.Upsample)
+        inner = (
+            [resample, first, norms[1], act, second]
+            if upsamples
+            else [first, norms[1], act, second, resample]
+        )
         self.residual = nn.Sequential(norms[0], act, *inner)
         shape = nn.Conv2d(a, b, 1, bias=False) if a != b else nn.Identity()
-        self.shortcut = nn.Sequential(resample, shape) if not grows else nn.Sequential(shape, resample)
+        self.shortcut = (
+            nn.Sequential(resample, shape) if not upsamples else nn.Sequential(shape, resample)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.residual(x) + self.shortcut(x)) / 2**0.5
 
 
 class Generator(ModelMixin, ConfigMixin):
-    """z (B, latent_dim), and classes (B,) if any, to pictures (Radford et al. 2016; Gulrajani et al. 2017)."""
+    """z (B, latent_dim), and classes (B,) if any, to pictures (Radford et al. 2016; Gulrajani et
+    al. 2017)."""
 
     @register_to_config
-    def __init__(self, architecture: str, channels: int, size: int, width: int, latent_dim: int, classes: int) -> None:
+    def __init__(
+        self, architecture: str, channels: int, size: int, width: int, latent_dim: int, classes: int
+    ) -> None:
         super().__init__()
-        side, widths = ladder(size, width)
+        side, widths = channel_widths(size, width)
         self.embed = nn.Embedding(classes, latent_dim) if classes else None
         layers = [nn.Linear(latent_dim * (2 if classes else 1), widths[-1] * side * side)]
         layers += [nn.Unflatten(1, (widths[-1], side, side))]
         if architecture == "dcgan":
             for a, b in pairwise([*reversed(widths), channels]):
-                layers += [nn.GroupNorm(8, a), nn.LeakyReLU(0.2), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
+                layers += [
+                    nn.GroupNorm(8, a),
+                    nn.LeakyReLU(0.2),
+                    nn.ConvTranspose2d(a, b, 4, stride=2, padding=1),
+                ]
         else:
             for a, b in pairwise([*reversed(widths), width]):
-                layers += [Block(a, b, nn.Upsample(scale_factor=2))]
-            layers += [nn.GroupNorm(8, width), nn.LeakyReLU(0.2), nn.Conv2d(width, channels, 3, padding=1)]
+                layers += [ResidualBlock(a, b, nn.Upsample(scale_factor=2))]
+            layers += [
+                nn.GroupNorm(8, width),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, channels, 3, padding=1),
+            ]
         self.layers = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
@@ -105,9 +135,11 @@ class Discriminator(ModelMixin, ConfigMixin):
     """Pictures to scores (B,); with classes (B,) by projection (Miyato and Koyama 2018)."""
 
     @register_to_config
-    def __init__(self, architecture: str, channels: int, size: int, width: int, classes: int, spectral: bool) -> None:
+    def __init__(
+        self, architecture: str, channels: int, size: int, width: int, classes: int, spectral: bool
+    ) -> None:
         super().__init__()
-        side, widths = ladder(size, width)
+        side, widths = channel_widths(size, width)
         layers = []
         if architecture == "dcgan":
             for a, b in pairwise([channels, *widths]):
@@ -115,13 +147,15 @@ class Discriminator(ModelMixin, ConfigMixin):
         else:
             layers += [nn.Conv2d(channels, width, 3, padding=1)]
             for a, b in pairwise([width, *widths]):
-                layers += [Block(a, b, nn.AvgPool2d(2), normalised=False)]
+                layers += [ResidualBlock(a, b, nn.AvgPool2d(2), use_norm=False)]
             layers += [nn.LeakyReLU(0.2)]
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Linear(widths[-1] * side * side, 1)
         self.embed = nn.Embedding(classes, widths[-1] * side * side) if classes else None
         if self.embed is not None:
-            nn.init.normal_(self.embed.weight, std=self.embed.embedding_dim**-0.5)  # weighs as much as the score
+            nn.init.normal_(
+                self.embed.weight, std=self.embed.embedding_dim**-0.5
+            )  # weighs as much as the score
         if spectral:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
@@ -134,7 +168,8 @@ class Discriminator(ModelMixin, ConfigMixin):
 
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):
-    """What was given and what came out, one above the other, to a score for each patch (Isola et al. 2017)."""
+    """What was given and what came out, one above the other, to a score for each patch (Isola et
+    al. 2017)."""
 
     @register_to_config
     def __init__(self, channels: int = 6, width: int = 32) -> None:
@@ -142,7 +177,11 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         widths = [channels, width, 2 * width, 4 * width]
         layers = [nn.Conv2d(widths[0], widths[1], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for a, b in pairwise(widths[1:]):
-            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.GroupNorm(8, b), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(a, b, 4, stride=2, padding=1),
+                nn.GroupNorm(8, b),
+                nn.LeakyReLU(0.2),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,24 +191,32 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
 class UNet(ModelMixin, ConfigMixin):
     """Down and up again, each level beside its like (Ronneberger et al. 2015).
 
-    Sides are multiples of patch_size 2^(levels - 1). patch_size: patches of so many pixels are one place of the first
-    level, which saves its square in time.
+    Sides are multiples of patch_size 2^(levels - 1). patch_size: patches of so many pixels are one
+    place of the first level, which saves its square in time.
     """
 
     @register_to_config
-    def __init__(self, in_channels: int, out_channels: int, width: int, levels: int, patch_size: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, width: int, levels: int, patch_size: int = 1
+    ) -> None:
         super().__init__()
         area = patch_size**2
         widths = [width * 2**i for i in range(levels)]
 
-        def double(a: int, b: int) -> nn.Sequential:
+        def double_conv(a: int, b: int) -> nn.Sequential:
             layers = [nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
-            return nn.Sequential(*layers, nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU())
+            return nn.Sequential(
+                *layers, nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU()
+            )
 
-        self.down = nn.ModuleList(double(a, b) for a, b in pairwise([area * in_channels, *widths]))
+        self.down = nn.ModuleList(
+            double_conv(a, b) for a, b in pairwise([area * in_channels, *widths])
+        )
         steps = list(pairwise(reversed(widths)))
-        self.enlarge = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2)) for a, b in steps)
-        self.up = nn.ModuleList(double(2 * b, b) for _, b in steps)
+        self.enlarge = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2)) for a, b in steps
+        )
+        self.up = nn.ModuleList(double_conv(2 * b, b) for _, b in steps)
         self.out = nn.Conv2d(width, area * out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +231,8 @@ class UNet(ModelMixin, ConfigMixin):
 
 
 class Classifier(ModelMixin, ConfigMixin):
-    """A reader of a data set's own classes; its last features stand in for Inception's where that knows nothing."""
+    """A reader of a data set's own classes; its last features stand in for Inception's where that
+    knows nothing."""
 
     @register_to_config
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 32) -> None:

@@ -1,4 +1,5 @@
-"""What the trainers of small networks share: players, saving, measuring on held-out pictures, the card."""
+"""What the trainers of small networks share: players, saving, measuring on held-out pictures, the
+card."""
 
 from __future__ import annotations
 
@@ -13,65 +14,85 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from trainers.config import ScratchConfig
-from trainers.data.rng import Draws, mix
-from trainers.data.sampler import Share
-from trainers.from_scratch.image_sets import Batches, Reader, load_images
+from trainers.data.rng import SampleRng, derive_seed
+from trainers.data.sampler import BatchSlice
+from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
-from trainers.training.loop import Observer, Player, averaged, make_player
+from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
-SHOWN = 10  # pictures in a row of a grid
+GRID_COLUMNS = 10  # pictures in a row of a grid
 
 
-class FromScratch(ABC):
-    """A task of the loop. `test` may be None; its pictures are only measured on, never learnt from."""
+class FromScratchTask(ABC):
+    """A task of the loop. `test_images` may be None; its pictures are only measured on, never
+    learnt from."""
 
-    saved: str  # the player whose network the run is for
-    tag: str  # the Hub's name of what it does
-    target: Reader | None = None  # how the second picture of a pair is read
-    masks = 0  # channels at the end that hold classes
-    joint = False
+    saved_player: str  # the player whose network the run is for
+    pipeline_tag: str  # the Hub's name of what it does
+    read_target: TargetReader | None = None  # how the second picture of a pair is read
+    num_mask_channels = 0  # channels at the end that hold classes
+    needs_all_processes = False
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.train, self.test = (
-            load_images(config.data, self.device, held_out, self.target) for held_out in (False, True)
+        self.train_images, self.test_images = (
+            load_images(config.data, self.device, held_out, self.read_target)
+            for held_out in (False, True)
         )
-        torch.manual_seed(mix(config.seed, "init"))
+        torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
-        self.observers: list[Observer] = []
+        self.callbacks: list[Callback] = []
 
     @classmethod
-    def build(cls, config: ScratchConfig, accelerator: Accelerator) -> tuple[FromScratch, Batches, str]:
+    def build(
+        cls, config: ScratchConfig, accelerator: Accelerator
+    ) -> tuple[FromScratchTask, ImageBatches, str]:
         """The task, its batches and a digest of its data."""
-        task, share = cls(config, accelerator), Share.of(config.seed, config.train, accelerator)
-        return task, Batches(task.train, config.data, share, task.masks), task.train.digest
+        task, batch_slice = (
+            cls(config, accelerator),
+            BatchSlice.from_config(config.seed, config.train, accelerator),
+        )
+        return (
+            task,
+            ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
+            task.train_images.digest,
+        )
 
-    def add(self, name: str, module: nn.Module, lr: float | None = None, average: bool = True) -> None:
+    def add_player(
+        self, name: str, module: nn.Module, lr: float | None = None, use_ema: bool = True
+    ) -> None:
         settings = self.config.optimizer
-        groups = [{"params": list(module.parameters()), "lr": settings.learning_rate if lr is None else lr}]
-        decay = self.config.train.ema_decay if average else None
-        grouped = any(isinstance(part, nn.GroupNorm) for part in module.modules())
-        if self.device.type != "cpu" or not grouped:  # on a CPU convolutions are faster so, group norm is slower
+        groups = [
+            {
+                "params": list(module.parameters()),
+                "lr": settings.learning_rate if lr is None else lr,
+            }
+        ]
+        ema_decay = self.config.train.ema_decay if use_ema else None
+        has_group_norm = any(isinstance(part, nn.GroupNorm) for part in module.modules())
+        if (
+            self.device.type != "cpu" or not has_group_norm
+        ):  # on a CPU convolutions are faster so, group norm is slower
             module = module.to(memory_format=torch.channels_last)
-        self.players[name] = make_player(module, groups, settings, decay, self.accelerator)
+        self.players[name] = make_player(module, groups, settings, ema_decay, self.accelerator)
 
     @property
     def model(self) -> ModelMixin:
-        return self.accelerator.unwrap_model(self.players[self.saved].module)
+        return self.accelerator.unwrap_model(self.players[self.saved_player].module)
 
     @abstractmethod
-    def losses(self, batch: dict[str, Tensor], rng: Draws) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: dict[str, Tensor], rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """batch: pixels (B, C, S, S) uint8, label (B,)."""
 
     @abstractmethod
     def sample(self, folder: Path) -> None: ...
 
     @abstractmethod
-    def measure(self) -> dict[str, float | str]:
+    def evaluate(self) -> dict[str, float | str]:
         """Figures of the model on the test pictures."""
 
     @abstractmethod
-    def example(self) -> str:
+    def usage_example(self) -> str:
         """A line of Python that uses the `model`."""
 
     def save(self, folder: Path) -> None:
@@ -79,22 +100,29 @@ class FromScratch(ABC):
 
     def finish(self) -> None:
         """Save, show, measure, write the card."""
-        folder, figures = self.config.output_dir, {}
-        with averaged(self):
+        folder, metrics = self.config.output_dir, {}
+        with averaged_weights(self):
             self.save(folder)
             self.sample(folder / "samples" / "final")
-            if self.test is not None:
-                figures = self.measure()
-                (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-                self.accelerator.print("  ".join(f"{k} {v}" for k, v in model_card.shown(figures).items()))
+            if self.test_images is not None:
+                metrics = self.evaluate()
+                (folder / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")
+                self.accelerator.print(
+                    "  ".join(f"{k} {v}" for k, v in model_card.format_metrics(metrics).items())
+                )
         kind = type(self.model).__name__
-        use = [
+        usage = [
             f"from trainers.from_scratch.networks import {kind}",
             f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="model")',
-            self.example(),
+            self.usage_example(),
         ]
-        model_card.write_model_card(self.config, self.tag, use, len(self.train), figures)
+        model_card.write_scratch_card(
+            self.config, self.pipeline_tag, usage, len(self.train_images), metrics
+        )
 
 
-def shape(config: ScratchConfig) -> str:
-    return f"(B, {config.data.channels}, {config.data.resolution}, {config.data.resolution}) in [-1, 1]"
+def describe_input(config: ScratchConfig) -> str:
+    return (
+        f"(B, {config.data.channels}, {config.data.resolution}, {config.data.resolution}) in "
+        f"[-1, 1]"
+    )

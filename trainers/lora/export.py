@@ -1,4 +1,5 @@
-"""The files of a run that leave home, with LoRA's scale folded in, and the proof that they reload."""
+"""The files of a run that leave home, with LoRA's scale folded in, and the proof that they
+reload."""
 
 from __future__ import annotations
 
@@ -14,18 +15,23 @@ from torch import Tensor, nn
 
 from trainers.config import DreamBoothConfig
 from trainers.families import Family
-from trainers.lora.files import header_of, layers_of, text_prefix, write_kohya
+from trainers.lora.files import adaptable_layers, read_metadata_header, text_prefix, write_kohya
 from trainers.lora.peft_format import from_peft
-from trainers.publishing.model_card import versions
+from trainers.publishing.model_card import package_versions
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
-ARCHITECTURE = {"sd15": "stable-diffusion-v1", "sd3": "stable-diffusion-3-5", "flux": "flux-1-dev"}  # modelspec's names
+ARCHITECTURE = {
+    "sd15": "stable-diffusion-v1",
+    "sd3": "stable-diffusion-3-5",
+    "flux": "flux-1-dev",
+}  # modelspec's names
 
 
 def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") -> dict[str, Tensor]:
     """LoRA tensors by PEFT name, float32, with the scale folded into lora_B so that alpha = rank.
 
-    Readers disagree about where alpha is written; a file whose scale is one is right for all of them.
+    Readers disagree about where alpha is written; a file whose scale is one is right for all of
+    them.
     """
     config = module.peft_config[adapter]
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
@@ -41,29 +47,41 @@ def lora_metadata(module: nn.Module) -> dict:
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
     config["lora_alpha"] = config["r"]
     config["lora_dropout"] = 0.0  # diffusers leaves freshly loaded LoRA layers in training mode
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
 
 
-def save_lora(family: Family, text_encoders: Sequence[str], folder: Path, config: DreamBoothConfig) -> None:
-    """Write pytorch_lora_weights.safetensors, and kohya's if the config wants it, aside first and then renamed."""
-    packed, state, facts = {}, {}, header(config)
+def save_lora(
+    family: Family, text_encoders: Sequence[str], folder: Path, config: DreamBoothConfig
+) -> None:
+    """Write pytorch_lora_weights.safetensors, and kohya's if the config wants it, aside first and
+    then renamed."""
+    packed, state, facts = {}, {}, make_metadata(config)
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
         packed[f"{name}_lora_layers"] = own = lora_state(module, text_prefix(module))
         packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
         state |= {f"{name}.{key}": value for key, value in own.items()}
-    with TemporaryDirectory(dir=folder) as aside:
-        file = Path(aside) / WEIGHT_NAME
-        family.pipeline.save_lora_weights(aside, **packed)
-        save_file(load_file(file), file, header_of(file) | facts)
+    with TemporaryDirectory(dir=folder) as temporary:
+        file = Path(temporary) / WEIGHT_NAME
+        family.pipeline.save_lora_weights(temporary, **packed)
+        save_file(load_file(file), file, read_metadata_header(file) | facts)
         file.replace(folder / WEIGHT_NAME)
-        if config.kohya:
-            write_kohya(from_peft(state, {}), layers_of(family), config.model.family, Path(aside) / KOHYA_NAME, facts)
-            (Path(aside) / KOHYA_NAME).replace(folder / KOHYA_NAME)
+        if config.writes_kohya:
+            write_kohya(
+                from_peft(state, {}),
+                adaptable_layers(family),
+                config.model.family,
+                Path(temporary) / KOHYA_NAME,
+                facts,
+            )
+            (Path(temporary) / KOHYA_NAME).replace(folder / KOHYA_NAME)
 
 
-def header(config: DreamBoothConfig) -> dict[str, str]:
-    """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat it."""
+def make_metadata(config: DreamBoothConfig) -> dict[str, str]:
+    """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and
+    versions to repeat it."""
     model, size = config.model, config.data.resolution
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -73,8 +91,10 @@ def header(config: DreamBoothConfig) -> dict[str, str]:
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
-        "diffusion_trainers.config": config.model_dump_json(exclude={"hub", "tracking", "checkpoint"}),
-        "diffusion_trainers.versions": json.dumps(versions()),
+        "diffusion_trainers.config": config.model_dump_json(
+            exclude={"hub", "tracking", "checkpoint"}
+        ),
+        "diffusion_trainers.versions": json.dumps(package_versions()),
     }
 
 

@@ -18,78 +18,105 @@ from trainers.errors import UserError
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 
 
-Presets = Mapping[str, Sequence[str]]  # a preset's name to the endings of module names within blocks
+Presets = Mapping[
+    str, Sequence[str]
+]  # a preset's name to the endings of module names within blocks
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's layer for one adapter without dropout, with fewer passes over memory and less Python."""
+    """PEFT's layer for one adapter without dropout, with fewer passes over memory and less
+    Python."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x)
         (name,) = self.lora_A
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        y, narrow = self.base_layer(x), F.linear(x, a.to(x.dtype))
-        wide = torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), b.to(y.dtype).t(), alpha=self.scaling[name])
-        return wide.view_as(y)
+        y, down = self.base_layer(x), F.linear(x, a.to(x.dtype))
+        output = torch.addmm(
+            y.flatten(0, -2), down.flatten(0, -2), b.to(y.dtype).t(), alpha=self.scaling[name]
+        )
+        return output.view_as(y)
 
 
 def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None = None) -> None:
-    """Put LoRA layers into `module` and freeze the rest; they are float32 whatever the base's precision."""
-    peft = PeftConfig(
+    """Put LoRA layers into `module` and freeze the rest; they are float32 whatever the base's
+    precision."""
+    peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha or config.rank,
         lora_dropout=config.dropout,
-        target_modules=targets(module, config, presets or {}),
+        target_modules=target_layers(module, config, presets or {}),
         init_lora_weights=PEFT_INIT[config.init_lora_weights],
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
     if not (config.dropout or config.use_dora):
-        peft._register_custom_module({nn.Linear: LoraLinear})
-    module.add_adapter(peft)
+        peft_config._register_custom_module({nn.Linear: LoraLinear})
+    module.add_adapter(peft_config)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def targets(module: nn.Module, config: LoraConfig, presets: Presets) -> list[str]:
+def target_layers(module: nn.Module, config: LoraConfig, presets: Presets) -> list[str]:
     """Full names of the linear and convolution layers that get LoRA.
 
     Raises: UserError when a part of the wish matches nothing, with names that are near it.
     """
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    wanted, blocks = config.target_modules, config.blocks
-    if wanted == "all-linear":
-        found = [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
-    elif isinstance(wanted, str) and wanted in presets:
-        found = [name for name in layers if "blocks." in name and ends(name, presets[wanted])]
-    elif isinstance(wanted, str):
-        found = [name for name in layers if re.fullmatch(wanted, name)]
+    layers = [
+        name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
+    ]
+    requested, blocks = config.target_modules, config.blocks
+    if requested == "all-linear":
+        matched = [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
+    elif isinstance(requested, str) and requested in presets:
+        matched = [
+            name for name in layers if "blocks." in name and ends_with(name, presets[requested])
+        ]
+    elif isinstance(requested, str):
+        matched = [name for name in layers if re.fullmatch(requested, name)]
     else:
-        for ending in wanted:
-            if not any(ends(name, [ending]) for name in layers):
-                raise UserError(f"lora.target_modules: no layer ends in {ending!r}. {near(ending, layers)}")
-        found = [name for name in layers if ends(name, wanted)]
-    if not found:
-        raise UserError(f"lora.target_modules: {wanted!r} matches no layer. {near(str(wanted), layers)}")
+        for ending in requested:
+            if not any(ends_with(name, [ending]) for name in layers):
+                raise UserError(
+                    f"lora.target_modules: no layer ends in {ending!r}. "
+                    f"{suggest_layers(ending, layers)}"
+                )
+        matched = [name for name in layers if ends_with(name, requested)]
+    if not matched:
+        raise UserError(
+            f"lora.target_modules: {requested!r} matches no layer. "
+            f"{suggest_layers(str(requested), layers)}"
+        )
     for block in blocks or ():
-        if not any(name.startswith(f"{block}.") for name in found):
-            raise UserError(f"lora.blocks: none of the {len(found)} layers is in {block!r}. {near(block, found)}")
-    return [name for name in found if blocks is None or name.startswith(tuple(f"{block}." for block in blocks))]
+        if not any(name.startswith(f"{block}.") for name in matched):
+            raise UserError(
+                f"lora.blocks: none of the {len(matched)} layers is in {block!r}. "
+                f"{suggest_layers(block, matched)}"
+            )
+    return [
+        name
+        for name in matched
+        if blocks is None or name.startswith(tuple(f"{block}." for block in blocks))
+    ]
 
 
-def ends(name: str, endings: Sequence[str]) -> bool:
+def ends_with(name: str, endings: Sequence[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
-def near(wanted: str, layers: Sequence[str]) -> str:
-    """'Names that exist: to_q (32), ...': the most alike parts of names, with how many layers have them."""
+def suggest_layers(requested: str, layers: Sequence[str]) -> str:
+    """'Names that exist: to_q (32), ...': the most alike parts of names, with how many layers have
+    them."""
     counts: dict[str, int] = {}
     for name in layers:
         parts = name.split(".")
         for i in range(len(parts)):
             for part in (".".join(parts[i:]), ".".join(parts[: i + 1])):
                 counts[part] = counts.get(part, 0) + 1
-    close = get_close_matches(wanted, counts, 6, 0.5) or sorted({name.rpartition(".")[2] for name in layers})[:12]
+    close = (
+        get_close_matches(requested, counts, 6, 0.5)
+        or sorted({name.rpartition(".")[2] for name in layers})[:12]
+    )
     return f"Names that exist: {', '.join(f'{name} ({counts[name]})' for name in close)}"

@@ -14,13 +14,19 @@ from trainers.config import DreamBoothConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.families import FAMILIES, Family
 from trainers.lora.export import lora_state
-from trainers.lora.files import distance, read_lora, text_prefix
+from trainers.lora.files import max_relative_difference, read_lora, text_prefix
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
-Encode = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name and a prompt to its outputs
+PromptEncoder = Callable[
+    [str, str], dict[str, Tensor]
+]  # a text encoder's name and a prompt to its outputs
 
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the reloaded output, relative L2
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 1e-2,
+}  # of the reloaded output, relative L2
 
 
 class ExportError(RuntimeError):
@@ -28,59 +34,95 @@ class ExportError(RuntimeError):
 
 
 @torch.no_grad()
-def probe(family: Family, resolution: int, text: dict[str, Tensor], denoise: Callable[..., Tensor]) -> Tensor:
-    """The output (1, C, h, w) of `denoise` on fixed noise, in the middle of the schedule, for one prompt's `text`."""
-    size, channels = resolution // family.vae_factor, family.vae_config["latent_channels"]
-    x_t = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(family.device)
-    t = torch.full((1,), family.middle, device=family.device)
+def probe_denoiser(
+    family: Family, resolution: int, text: dict[str, Tensor], denoise: Callable[..., Tensor]
+) -> Tensor:
+    """The output (1, C, h, w) of `denoise` on fixed noise, in the middle of the schedule, for one
+    prompt's `text`."""
+    size, channels = resolution // family.vae_scale_factor, family.vae_config["latent_channels"]
+    x_t = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(
+        family.device
+    )
+    t = torch.full((1,), family.probe_time, device=family.device)
     text = {name: value[None].to(family.device) for name, value in text.items()}
     with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
         return denoise(x_t, t, text).float()
 
 
-def prove(
+def verify_export(
     config: DreamBoothConfig, encoder: CachedEncoder, expected: Tensor, prompt: str
-) -> tuple[Family, Encode, float]:
-    """Load the exported file into a fresh base as any user would, and compare it with the training's last state.
+) -> tuple[Family, PromptEncoder, float]:
+    """Load the exported file into a fresh base as any user would, and compare it with the
+    training's last state.
 
-    Returns the fresh family, how it encodes prompts, and the relative difference of the outputs. Raises: ExportError.
+    Returns the fresh family, how it encodes prompts, and the relative difference of the outputs.
+    Raises: ExportError.
     """
     folder, model, dtype = config.output_dir, config.model, encoder.family.dtype
     if not config.lora:
-        model = model.model_copy(update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None})
-    fresh = FAMILIES[model.family](model, encoder.family.device, dtype, encoder.family.shard)
-    fresh.load("vae", fresh.denoiser_name, *encoder.live)
+        model = model.model_copy(
+            update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None}
+        )
+    reloaded = FAMILIES[model.family](model, encoder.family.device, dtype, encoder.family.shard)
+    reloaded.load("vae", reloaded.denoiser_name, *encoder.loaded_encoders)
     if config.lora:
-        fresh.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
-        check_keys(fresh, (fresh.denoiser_name, *encoder.train), folder / WEIGHT_NAME)
-    if config.kohya:
-        far = distance(read_lora(folder / WEIGHT_NAME, fresh), read_lora(folder / KOHYA_NAME, fresh))
-        if not far <= TOLERANCE[torch.float32]:
-            raise ExportError(f"{KOHYA_NAME} reads back as other updates: relative difference {far:.2e}")
-    fresh.settle()
-    fresh.mixed = encoder.family.mixed  # so that only the weights are compared, not how they are computed with
+        reloaded.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
+        check_keys(
+            reloaded, (reloaded.denoiser_name, *encoder.trained_encoders), folder / WEIGHT_NAME
+        )
+    if config.writes_kohya:
+        kohya_difference = max_relative_difference(
+            read_lora(folder / WEIGHT_NAME, reloaded), read_lora(folder / KOHYA_NAME, reloaded)
+        )
+        if not kohya_difference <= TOLERANCE[torch.float32]:
+            raise ExportError(
+                f"{KOHYA_NAME} reads back as other updates: relative difference "
+                f"{kohya_difference:.2e}"
+            )
+    reloaded.apply_memory_options()
+    # so that only the weights are compared, not how they are computed with
+    reloaded.needs_autocast = encoder.family.needs_autocast
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
-        return fresh.encode_prompt(name, prompt) if name in encoder.live else encoder.outputs(name, prompt)
+        return (
+            reloaded.encode_prompt(name, prompt)
+            if name in encoder.loaded_encoders
+            else encoder.encoder_outputs(name, prompt)
+        )
 
-    text = {key: value for name in fresh.text_encoder_names for key, value in encode(name, prompt).items()}
-    output = probe(fresh, config.data.resolution, text, partial(fresh.denoise, fresh.denoiser))
+    text = {
+        key: value
+        for name in reloaded.text_encoder_names
+        for key, value in encode(name, prompt).items()
+    }
+    output = probe_denoiser(
+        reloaded, config.data.resolution, text, partial(reloaded.denoise, reloaded.denoiser)
+    )
     difference = ((output - expected).norm() / expected.norm()).item()
     if not difference <= TOLERANCE[dtype]:
-        raise ExportError(f"the reloaded weights give another output: relative difference {difference:.2e}")
-    return fresh, encode, difference
+        raise ExportError(
+            f"the reloaded weights give another output: relative difference {difference:.2e}"
+        )
+    return reloaded, encode, difference
 
 
-def check_keys(fresh: Family, names: Sequence[str], file: Path) -> None:
+def check_keys(reloaded: Family, names: Sequence[str], file: Path) -> None:
     """Every tensor in the file must have found its layer. Raises: ExportError."""
     written, loaded = load_file(file), {}
     for name in names:
-        module = getattr(fresh.pipe, name)
+        module = getattr(reloaded.pipe, name)
         prefix = f"{name}.{text_prefix(module)}"
         for adapter in getattr(module, "peft_config", {}):
             loaded |= lora_state(module, prefix, adapter)
-    wrong = sorted(written.keys() ^ loaded.keys())
-    dtype = fresh.dtype
-    wrong += [k for k in written.keys() & loaded.keys() if not torch.equal(written[k].to(dtype), loaded[k].to(dtype))]
-    if wrong or not written:
-        raise ExportError(f"{len(wrong)} of {len(written)} tensors in {file.name} did not reload, such as {wrong[:3]}")
+    mismatched = sorted(written.keys() ^ loaded.keys())
+    dtype = reloaded.dtype
+    mismatched += [
+        k
+        for k in written.keys() & loaded.keys()
+        if not torch.equal(written[k].to(dtype), loaded[k].to(dtype))
+    ]
+    if mismatched or not written:
+        raise ExportError(
+            f"{len(mismatched)} of {len(written)} tensors in {file.name} did not reload, such as "
+            f"{mismatched[:3]}"
+        )

@@ -1,4 +1,5 @@
-"""The upload to the Hub: its right is checked before the run, weights go in the background, all else at the end."""
+"""The upload to the Hub: its right is checked before the run, weights go in the background, all
+else at the end."""
 
 from __future__ import annotations
 
@@ -19,27 +20,32 @@ from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
 
 if TYPE_CHECKING:
-    from trainers.training.loop import Means, Task
+    from trainers.training.loop import StepMetrics, Task
 
 
-SHARED = (  # within a run folder, * stopping at a slash; never checkpoints, caches or class pictures
+# within a run folder, * stopping at a slash; never checkpoints, caches or class pictures
+UPLOAD_PATTERNS = (
     *("README.md", "config.yaml", "figures.json", "evaluation.json", "report_public.html"),
     *("*.safetensors", "pipeline/**/*", "model/**/*", "samples/final/*"),
 )
 
 
-WAITS = (2, 8)  # seconds before another try, on top of the client's own
+RETRY_DELAYS = (2, 8)  # seconds before another try, on top of the client's own
 
 
-TOKENS = "Make one that may write at https://huggingface.co/settings/tokens, then run `hf auth login`"
+TOKEN_HINT = (
+    "Make one that may write at https://huggingface.co/settings/tokens, then run `hf auth login`"
+)
 
 
 class PushError(RunFailedError):
-    """A finished run did not reach the Hub; it is whole on the disk, and the message has the command to try again."""
+    """A finished run did not reach the Hub; it is whole on the disk, and the message has the
+    command to try again."""
 
 
 def check_access(config: Config) -> str | None:
-    """USER/NAME of a repository that exists and takes this run, or None when nothing is to be pushed.
+    """USER/NAME of a repository that exists and takes this run, or None when nothing is to be
+    pushed.
 
     Asked before anything is loaded. Raises: UserError.
     """
@@ -47,41 +53,52 @@ def check_access(config: Config) -> str | None:
     if not hub.push_to_hub:
         return None
     if get_token() is None:
-        raise UserError("hub.push_to_hub: not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN")
+        raise UserError(
+            "hub.push_to_hub: not logged in to the Hub. Run `hf auth login`, or set HF_TOKEN"
+        )
     api, repo = HfApi(), hub.hub_model_id or config.output_dir.name
     try:
         token = api.whoami().get("auth", {}).get("accessToken", {})
         if token.get("role") == "read":
-            raise UserError(f"hub.push_to_hub: the token {token.get('displayName')!r} may only read. {TOKENS}")
+            raise UserError(
+                f"hub.push_to_hub: the token {token.get('displayName')!r} may only read. "
+                f"{TOKEN_HINT}"
+            )
         repo = api.create_repo(repo, private=hub.private, exist_ok=True).repo_id
-        if not hub.create_pr:  # anybody may propose; create_repo is content with any repository that is there
+        if (
+            not hub.create_pr
+        ):  # anybody may propose; create_repo is content with any repository that is there
             address = f"{api.endpoint}/api/models/{repo}/auth-check/write"
             hf_raise_for_status(get_session().get(address, headers=build_hf_headers()))
         if hub.private and not api.model_info(repo).private:
-            raise UserError(f"hub.private: {repo} is there already and is public. Make it private, or push elsewhere")
+            raise UserError(
+                f"hub.private: {repo} is there already and is public. Make it private, or push "
+                f"elsewhere"
+            )
         if hub.hub_revision and not api.revision_exists(repo, hub.hub_revision):
             api.create_branch(repo, branch=hub.hub_revision)
     except UserError:
         raise
     except Exception as error:  # of the HTTP library, which differs between versions of the client
-        raise UserError(f"hub.push_to_hub: cannot push to {repo}: {reason(error)}") from error
+        raise UserError(f"hub.push_to_hub: cannot push to {repo}: {error_reason(error)}") from error
     return repo
 
 
-def shared(folder: Path) -> list[str]:
+def files_to_upload(folder: Path) -> list[str]:
     """The files of a run folder that are uploaded."""
-    paths = (path for pattern in SHARED for path in folder.glob(pattern) if path.is_file())
+    paths = (path for pattern in UPLOAD_PATTERNS for path in folder.glob(pattern) if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
-    """Commit what is shared of `folder`; the address of the repository or pull request, None if nothing is new."""
+    """Commit what is shared of `folder`; the address of the repository or pull request, None if
+    nothing is new."""
     api, hub = HfApi(), config.hub
     before = api.model_info(repo, revision=hub.hub_revision).sha
     commit = api.upload_folder(
         repo_id=repo,
         folder_path=folder,
-        allow_patterns=[glob.escape(name) for name in shared(folder)],
+        allow_patterns=[glob.escape(name) for name in files_to_upload(folder)],
         commit_message=message,
         revision=hub.hub_revision,
         create_pr=hub.create_pr,
@@ -89,27 +106,30 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
     return None if commit.oid == before else commit.pr_url or str(commit.repo_url)
 
 
-def push(config: Config, repo: str) -> str:
+def push_run(config: Config, repo: str) -> str:
     """Upload a finished run; says what came of it. repo: from `check_access`. Raises: PushError."""
     folder, hub = config.output_dir, config.hub
     if not (folder / "README.md").exists():
         raise UserError(f"{folder} is not finished: it has no README.md, which a run writes last")
-    waits = [] if hub.create_pr else list(WAITS)  # another try could open another pull request
+    delays = (
+        [] if hub.create_pr else list(RETRY_DELAYS)
+    )  # another try could open another pull request
     while True:
         try:
             address = upload(config, repo, folder, "Add trained weights")
         except Exception as error:
-            if waits and not final(error):
-                time.sleep(waits.pop(0))
+            if delays and not is_permanent(error):
+                time.sleep(delays.pop(0))
                 continue
             raise PushError(
-                f"the upload to {repo} failed: {reason(error)}. The run is complete in {folder}. To try again:\n"
-                f"  {shlex.join(again(config, repo))}"
+                f"the upload to {repo} failed: {error_reason(error)}. The run is complete in "
+                f"{folder}. To try again:\n"
+                f"  {shlex.join(retry_command(config, repo))}"
             ) from error
         return f"pushed to {address}" if address else f"nothing new to push: {repo} has all of it"
 
 
-def again(config: Config, repo: str) -> list[str]:
+def retry_command(config: Config, repo: str) -> list[str]:
     """The command that pushes a finished run."""
     hub, command = config.hub, ["python", "scripts/push.py", str(config.output_dir), "--repo", repo]
     command += ["--private"] if hub.private else []
@@ -117,36 +137,52 @@ def again(config: Config, repo: str) -> list[str]:
     return command + (["--create-pr"] if hub.create_pr else [])
 
 
-def final(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether another try would end the same way."""
-    error = origin(error)
+    error = unwrap_error(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code < 500
     return isinstance(error, (ValueError, OfflineModeIsEnabled))
 
 
-def origin(error: Exception) -> Exception:
+def unwrap_error(error: Exception) -> Exception:
     """What is inside the client's wrapper around the upload of one file."""
-    return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+    return (
+        error.__cause__
+        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+        else error
+    )
 
 
-def reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """What the Hub or the network said, in a line."""
-    error = origin(error)
+    error = unwrap_error(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, f" ({error.server_message})" if error.server_message else ""
-        advice = {401: ". Run `hf auth login`", 403: f". The token may not write there. {TOKENS}"}
-        return f"the Hub answers {status}{said}{advice.get(status, '')}"
-    said = " ".join(str(error).split())
-    return said if isinstance(error, (OSError, ValueError)) else f"no answer from {HfApi().endpoint} ({said})"
+        status, message = (
+            error.response.status_code,
+            f" ({error.server_message})" if error.server_message else "",
+        )
+        advice = {
+            401: ". Run `hf auth login`",
+            403: f". The token may not write there. {TOKEN_HINT}",
+        }
+        return f"the Hub answers {status}{message}{advice.get(status, '')}"
+    message = " ".join(str(error).split())
+    return (
+        message
+        if isinstance(error, (OSError, ValueError))
+        else f"no answer from {HfApi().endpoint} ({message})"
+    )
 
 
-class Push:
-    """Every `hub.push_every` steps the weights go to the Hub in the background; `finish` uploads the whole run.
+class PushToHub:
+    """Every `hub.push_every` steps the weights go to the Hub in the background; `finish` uploads
+    the whole run.
 
-    repo: from `check_access` in the main process, None in the others. A failure warns, and training goes on.
+    repo: from `check_access` in the main process, None in the others. A failure warns, and training
+    goes on.
     """
 
     def __init__(self, task: Task, config: Config, repo: str | None) -> None:
@@ -154,42 +190,46 @@ class Push:
         self.folder = config.output_dir / ".push"
         self.api = HfApi()
         self.job: Future[None] | None = None
-        self.warned = False
+        self.has_warned = False
 
-    def __call__(self, step: int, means: Means) -> None:
+    def __call__(self, step: int, metrics: StepMetrics) -> None:
         every, last = self.config.hub.push_every, self.config.train.max_train_steps
         if self.repo is None or every is None or step % every or step == last:
             return
         if self.job and not self.job.done():
             return
-        from trainers.training.loop import averaged  # torch
+        from trainers.training.loop import averaged_weights  # torch
 
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         self.folder.mkdir()
-        with averaged(self.task):
+        with averaged_weights(self.task):
             self.task.save(self.folder)
         shutil.copy(self.config.output_dir / "config.yaml", self.folder)
-        self.job = self.api.run_as_future(self.send, step)
+        self.job = self.api.run_as_future(self.upload_weights, step)
 
-    def send(self, step: int) -> None:
+    def upload_weights(self, step: int) -> None:
         try:
             upload(self.config, self.repo, self.folder, f"Weights at step {step}")
         except Exception as error:
-            if not self.warned:
-                self.warned = True
-                message = f"the upload at step {step} failed: {reason(error)}. Training goes on, later uploads too"
+            if not self.has_warned:
+                self.has_warned = True
+                message = (
+                    f"the upload at step {step} failed: {error_reason(error)}. Training "
+                    f"goes on, later uploads too"
+                )
                 warnings.warn(message, stacklevel=2)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def finish(self) -> None:
-        """Upload the finished run and say so. Raises: PushError when that fails and `hub.required`."""
+        """Upload the finished run and say so. Raises: PushError when that fails and
+        `hub.required`."""
         if self.repo is None:
             return
         if self.job:
             self.job.result()
         try:
-            print(push(self.config, self.repo))
+            print(push_run(self.config, self.repo))
         except PushError as error:
             if self.config.hub.required:
                 raise

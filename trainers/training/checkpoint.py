@@ -1,4 +1,5 @@
-"""The state to go on from: trained weights, optimiser, one integer and the config; written whole or not at all.
+"""The state to go on from: trained weights, optimiser, one integer and the config; written whole or
+not at all.
 
 Nothing else is needed: data order, noise and learning rate are functions of the step.
 """
@@ -20,37 +21,68 @@ from safetensors.torch import load, save
 
 from trainers.config import Config
 from trainers.distributed import deepspeed
-from trainers.distributed.trained_weights import trained_state
-from trainers.errors import UserError, tolerated
-from trainers.run_folder import checkpoints
+from trainers.distributed.trained_weights import trainable_state
+from trainers.errors import UserError, warn_on_error
+from trainers.run_folder import list_checkpoints
 from trainers.training.loop import Task
 
-IRRELEVANT = {  # what may change between two parts of a run
-    *("output_dir", "checkpoint", "validation", "tracking", "hub", "model.modulation_cache", "model.offload"),
-    *("train.gradient_checkpointing", "train.train_batch_size", "train.gradient_accumulation_steps"),
-    *("train.auto_micro_batch", "train.max_skipped_steps", "train.on_divergence", "train.memory", "train.compile"),
+CHANGEABLE_KEYS = {  # what may change between two parts of a run
+    *(
+        "output_dir",
+        "checkpoint",
+        "validation",
+        "tracking",
+        "hub",
+        "model.modulation_cache",
+        "model.offload",
+    ),
+    *(
+        "train.gradient_checkpointing",
+        "train.train_batch_size",
+        "train.gradient_accumulation_steps",
+    ),
+    *(
+        "train.auto_micro_batch",
+        "train.max_skipped_steps",
+        "train.on_divergence",
+        "train.memory",
+        "train.compile",
+    ),
     *("train.attention", "train.cuda_graphs"),
     # the pictures and captions themselves are compared instead of where they lie
-    *("data.instance_data_dir", "data.image_dir", "data.dataset_name", "data.class_data_dir", "data.held_out_dir"),
+    *(
+        "data.instance_data_dir",
+        "data.image_dir",
+        "data.dataset_name",
+        "data.class_data_dir",
+        "data.held_out_dir",
+    ),
     *("data.cache", "data.cache_dir", "data.in_memory", "data.skip_corrupt"),
 }
 
 
-def relevant(config: Config, world: int, data: str) -> dict[str, object]:
+def resume_facts(config: Config, num_processes: int, data: str) -> dict[str, object]:
     """What must be equal for a resumed run to be the same run, by path."""
     facts: dict[str, object] = {"data": data}
-    facts["global batch"] = config.train.train_batch_size * config.train.gradient_accumulation_steps * world
+    facts["global batch"] = (
+        config.train.train_batch_size * config.train.gradient_accumulation_steps * num_processes
+    )
     for name, value in config.model_dump(mode="json").items():
-        parts = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-        facts |= {path: v for path, v in parts.items() if not IRRELEVANT & {name, path}}
+        parts = (
+            {f"{name}.{key}": v for key, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        facts |= {path: v for path, v in parts.items() if not CHANGEABLE_KEYS & {name, path}}
     if config.optimizer.lr_scheduler.startswith("constant"):
         del facts["train.max_train_steps"]  # such a run may be made longer
     return facts
 
 
 @dataclass
-class State:
-    """Where a run is, beside its tensors. facts: from `relevant`; rollbacks: each has halved the learning rate."""
+class RunState:
+    """Where a run is, beside its tensors. facts: from `resume_facts`; rollbacks: each has halved
+    the learning rate."""
 
     facts: dict[str, object]
     step: int = 0
@@ -58,44 +90,57 @@ class State:
 
 
 def save_checkpoint(
-    config: Config, step: int, task: Task, accelerator: Accelerator, state: State, prune: bool = True
+    config: Config,
+    step: int,
+    task: Task,
+    accelerator: Accelerator,
+    state: RunState,
+    prune: bool = True,
 ) -> None:
-    """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told, as a full disk."""
-    if accelerator.is_main_process or deepspeed.stage(accelerator):
-        files = packed(step, task, accelerator, state)
+    """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told,
+    as a full disk."""
+    if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
+        files = pack_checkpoint(step, task, accelerator, state)
     if accelerator.is_main_process:
         root = config.output_dir / "checkpoints"
-        aside, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
+        temporary, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
         try:
-            with tolerated(f"writing {final}"):
-                write_aside(aside, files)
+            with warn_on_error(f"writing {final}"):
+                write_temporary(temporary, files)
                 if final.exists():
-                    discard(final)
-                aside.rename(final)
-                for old in checkpoints(root)[config.checkpoint.checkpoints_total_limit :] if prune else ():
-                    discard(old)
+                    delete_checkpoint(final)
+                temporary.rename(final)
+                for old in (
+                    list_checkpoints(root)[config.checkpoint.checkpoints_total_limit :]
+                    if prune
+                    else ()
+                ):
+                    delete_checkpoint(old)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dict[str, bytes]:
-    """The files of a checkpoint, as one plain process has them; the manifest has a checksum of each."""
+def pack_checkpoint(
+    step: int, task: Task, accelerator: Accelerator, state: RunState
+) -> dict[str, bytes]:
+    """The files of a checkpoint, as one plain process has them; the manifest has a checksum of
+    each."""
     files = {}
     for name, player in task.players.items():
         module = accelerator.unwrap_model(player.module)
-        if deepspeed.stage(accelerator):
-            trained, optimizer = deepspeed.gathered(module, player.optimizer)
+        if deepspeed.zero_stage(accelerator):
+            trained, optimizer = deepspeed.gather_state(module, player.optimizer)
         else:
-            trained, optimizer = trained_state(module), player.optimizer.state_dict()
+            trained, optimizer = trainable_state(module), player.optimizer.state_dict()
         tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
         files[f"{name}.safetensors"] = save(tensors)
         buffer = io.BytesIO()
         torch.save(optimizer, buffer)
         files[f"{name}.optimizer.pt"] = buffer.getvalue()
         if player.ema:
-            average = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
-            files[f"{name}.ema.safetensors"] = save(average)
+            ema = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
+            files[f"{name}.ema.safetensors"] = save(ema)
     manifest = {
         "step": step,
         "rollbacks": state.rollbacks,
@@ -103,102 +148,133 @@ def packed(step: int, task: Task, accelerator: Accelerator, state: State) -> dic
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
-    manifest["sha256"] = checksum(manifest)
+    manifest["sha256"] = manifest_checksum(manifest)
     return files | {"manifest.json": json.dumps(manifest, indent=2).encode()}
 
 
-def checksum(manifest: dict) -> str:
+def manifest_checksum(manifest: dict) -> str:
     """Of all else that it holds."""
-    held = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_aside(aside: Path, files: dict[str, bytes]) -> None:
+def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
     """What an earlier, killed run left aside is removed first."""
-    for leftover in aside.parent.glob(".*"):
+    for leftover in temporary.parent.glob(".*"):
         shutil.rmtree(leftover)
-    aside.mkdir(parents=True)
+    temporary.mkdir(parents=True)
     for name, content in files.items():
-        with open(aside / name, "wb") as file:
+        with open(temporary / name, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
 
-def discard(folder: Path) -> None:
+def delete_checkpoint(folder: Path) -> None:
     """Under another name first, so that a kill leaves no half of it under its own."""
-    gone = folder.with_name(f".gone-{folder.name}")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    trash = folder.with_name(f".gone-{folder.name}")
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
-def set_aside(root: Path, first: int, name: str, accelerator: Accelerator) -> None:
-    """Rename checkpoints from step `first` on to NAME-NNNNNN, once all processes have done with them."""
+def rename_checkpoints(root: Path, first_step: int, name: str, accelerator: Accelerator) -> None:
+    """Rename checkpoints from step `first_step` on to NAME-NNNNNN, once all processes have done
+    with them."""
     accelerator.wait_for_everyone()
-    for folder in checkpoints(root) if accelerator.is_main_process else ():
+    for folder in list_checkpoints(root) if accelerator.is_main_process else ():
         number = folder.name.removeprefix("step-")
-        if int(number) >= first:
-            shutil.rmtree(aside := root / f"{name}-{number}", ignore_errors=True)
-            folder.rename(aside)
+        if int(number) >= first_step:
+            shutil.rmtree(renamed := root / f"{name}-{number}", ignore_errors=True)
+            folder.rename(renamed)
     accelerator.wait_for_everyone()
 
 
-def verified(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
     """Manifest and files of a checkpoint, or None when it is incomplete or damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        if manifest["sha256"] != checksum(manifest):
+        if manifest["sha256"] != manifest_checksum(manifest):
             return None
         files = {name: (folder / name).read_bytes() for name in manifest["files"]}
     except (OSError, ValueError, KeyError):
         return None
-    if all(hashlib.sha256(files[name]).hexdigest() == digest for name, digest in manifest["files"].items()):
+    if all(
+        hashlib.sha256(files[name]).hexdigest() == digest
+        for name, digest in manifest["files"].items()
+    ):
         return manifest, files
     return None
 
 
-def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, before: int | None = None) -> State:
-    """Put the state back in place, that of the newest valid checkpoint unless the config names one or wants none.
+def resume(
+    config: Config,
+    task: Task,
+    accelerator: Accelerator,
+    facts: dict,
+    before_step: int | None = None,
+) -> RunState:
+    """Put the state back in place, that of the newest valid checkpoint unless the config names one
+    or wants none.
 
-    before: for a run that diverged; later checkpoints are renamed to diverged-NNNNNN. Raises: UserError when the run
-    has changed, when the named folder is no valid checkpoint, or when a new beginning would overwrite an earlier run.
+    before_step: for a run that diverged; later checkpoints are renamed to diverged-NNNNNN. Raises:
+    UserError when the run has changed, when the named folder is no valid checkpoint, or when a new
+    beginning would overwrite an earlier run.
     """
-    root, wanted = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
-    if before is not None:
-        wanted = "latest"
-        set_aside(root, before, "diverged", accelerator)
-    found = checkpoints(root)
-    if wanted is None:
-        if found:
+    root, requested = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
+    if before_step is not None:
+        requested = "latest"
+        rename_checkpoints(root, before_step, "diverged", accelerator)
+    folders = list_checkpoints(root)
+    if requested is None:
+        if folders:
             raise UserError(
-                f"{config.output_dir} holds a run already ({found[0].name}): choose another output_dir or resume it"
+                f"{config.output_dir} holds a run already ({folders[0].name}): choose another "
+                f"output_dir or resume it"
             )
-        return State(facts)
-    for folder in found if wanted == "latest" else [Path(wanted)]:
-        if state := verified(folder):
+        return RunState(facts)
+    for folder in folders if requested == "latest" else [Path(requested)]:
+        if contents := read_checkpoint(folder):
             break
-        if wanted != "latest":
-            raise UserError(f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint")
+        if requested != "latest":
+            raise UserError(
+                f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint"
+            )
         warnings.warn(f"{folder} is damaged and is passed over", stacklevel=2)
     else:
-        if found:
-            raise UserError(f"none of the {len(found)} checkpoints in {root} is complete: choose another output_dir")
-        return State(facts)
-    manifest, files = state
-    then, now = manifest["facts"], json.loads(json.dumps(facts))
-    changed = [f"  {k}: was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if changed:
-        told = [f"{folder} was made by another configuration:", *changed, "Put it back, or choose another output_dir"]
-        raise UserError("\n".join(told))
+        if folders:
+            raise UserError(
+                f"none of the {len(folders)} checkpoints in {root} is complete: choose another "
+                f"output_dir"
+            )
+        return RunState(facts)
+    manifest, files = contents
+    saved, current = manifest["facts"], json.loads(json.dumps(facts))
+    changes = [
+        f"  {k}: was {saved.get(k)}, is {current.get(k)}"
+        for k in {**saved, **current}
+        if saved.get(k) != current.get(k)
+    ]
+    if changes:
+        lines = [
+            f"{folder} was made by another configuration:",
+            *changes,
+            "Put it back, or choose another output_dir",
+        ]
+        raise UserError("\n".join(lines))
     for name, player in task.players.items():
-        module, weights = accelerator.unwrap_model(player.module), load(files[f"{name}.safetensors"])
+        module, weights = (
+            accelerator.unwrap_model(player.module),
+            load(files[f"{name}.safetensors"]),
+        )
         # by way of the CPU, for the device on which it was written may not be there
-        optimizer = torch.load(io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True)
+        optimizer = torch.load(
+            io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True
+        )
         with torch.no_grad():
-            if deepspeed.stage(accelerator):
-                deepspeed.restore(module, player.optimizer, weights, optimizer)
+            if deepspeed.zero_stage(accelerator):
+                deepspeed.restore_state(module, player.optimizer, weights, optimizer)
             else:
-                trained = trained_state(module)
+                trained = trainable_state(module)
                 for key, tensor in weights.items():
                     trained[key].copy_(tensor)
                 player.optimizer.load_state_dict(optimizer)
@@ -207,6 +283,7 @@ def resume(config: Config, task: Task, accelerator: Accelerator, facts: dict, be
                     player.ema.average[key].copy_(tensor)
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
-    set_aside(root, manifest["step"] + 1, "left", accelerator)  # damaged ones, or those of another way from here
+    # damaged ones, or those of another way from here
+    rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
-    return State(facts, manifest["step"], manifest.get("rollbacks", 0))
+    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0))

@@ -12,54 +12,77 @@ from safetensors import SafetensorError
 from trainers.config import Config
 from trainers.errors import RunFailedError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+NO_ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_MESSAGES = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
-GONE = ("closed by peer", "connection reset", "broken pipe", "timed out", "nccl", "gloo")  # in lower case
+LOST_PEER_MESSAGES = (
+    "closed by peer",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "nccl",
+    "gloo",
+)  # in lower case
 
 
 @contextmanager
-def explained(config: Config, processes: int) -> Iterator[None]:
+def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
     """Failures that lie outside of the code become a `RunFailedError` that tells what to do."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())
-        if out_of_memory(error):
-            wishes = "\n".join(f"  {wish}" for wish in config.lighter())
+        message = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            suggestions = "\n".join(f"  {suggestion}" for suggestion in config.memory_suggestions())
             raise RunFailedError(
-                f"out of memory ({said[:200]}). The cheapest remedies first:\n{wishes}\n{kept(config)}"
+                f"out of memory ({message[:200]}). The cheapest remedies "
+                f"first:\n{suggestions}\n{resume_hint(config)}"
             ) from error
-        if full(error):
-            raise RunFailedError(f"the disk is full ({said}). Free some space. {kept(config)}") from error
-        if isinstance(error, OSError) and error.errno in REFUSED:
-            raise RunFailedError(f"{said}. {kept(config)}") from error
-        if processes > 1 and any(word in said.lower() for word in GONE):
-            raise RunFailedError(f"another process ended or hangs ({said[:200]}). {kept(config)}") from error
+        if is_disk_full(error):
+            raise RunFailedError(
+                f"the disk is full ({message}). Free some space. {resume_hint(config)}"
+            ) from error
+        if isinstance(error, OSError) and error.errno in NO_ACCESS_ERRNOS:
+            raise RunFailedError(f"{message}. {resume_hint(config)}") from error
+        if num_processes > 1 and any(word in message.lower() for word in LOST_PEER_MESSAGES):
+            raise RunFailedError(
+                f"another process ended or hangs ({message[:200]}). {resume_hint(config)}"
+            ) from error
         raise
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether the host's memory or an accelerator's is used up, also as told by CUDA itself and by its libraries."""
-    return should_reduce_batch_size(error) or any(words in str(error) for words in OUT_OF_MEMORY)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's memory or an accelerator's is used up, also as told by CUDA itself and by
+    its libraries."""
+    return should_reduce_batch_size(error) or any(
+        words in str(error) for words in OUT_OF_MEMORY_MESSAGES
+    )
 
 
-def full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Whether the disk is, also as told by safetensors, which has its own error."""
-    return getattr(error, "errno", None) in FULL or "No space left" in str(error) or "StorageFull" in str(error)
+    return (
+        getattr(error, "errno", None) in DISK_FULL_ERRNOS
+        or "No space left" in str(error)
+        or "StorageFull" in str(error)
+    )
 
 
-def kept(config: Config) -> str:
+def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
-    from trainers.run_folder import checkpoints
+    from trainers.run_folder import list_checkpoints
 
-    found = checkpoints(config.output_dir / "checkpoints")
-    if not found:
+    folders = list_checkpoints(config.output_dir / "checkpoints")
+    if not folders:
         return "There is no checkpoint yet: the same command begins anew"
-    return f"The checkpoint {found[0].name} is intact: the same command goes on from it"
+    return f"The checkpoint {folders[0].name} is intact: the same command goes on from it"

@@ -8,4 +8,9 @@ from trainers.from_scratch.uses.pix2pix import Pix2Pix
 from trainers.from_scratch.uses.restore import Restore
 from trainers.from_scratch.uses.segment import Segment
 
-USES: dict[str, type[Use]] = {"segment": Segment, "colorize": Colorize, "pix2pix": Pix2Pix, "restore": Restore}
+USES: dict[str, type[Use]] = {
+    "segment": Segment,
+    "colorize": Colorize,
+    "pix2pix": Pix2Pix,
+    "restore": Restore,
+}

@@ -9,76 +9,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.config import UNetConfig
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.errors import UserError
-from trainers.from_scratch.image_sets import Images
+from trainers.from_scratch.image_sets import ImageSet
 from trainers.from_scratch.uses.base import Use
-from trainers.metrics.image_quality import colourfulness, psnr, ssim
+from trainers.metrics.image_quality import colorfulness, psnr, ssim
 
-AB = 110.0  # half the range of Lab's a and b
+AB_SCALE = 110.0  # half the range of Lab's a and b
 
 
 class Colorize(Use):
-    """x: L of CIE Lab, which is kept; y (B, 2, H, W): a and b / AB, regressed or chosen among bins."""
+    """x: L of CIE Lab, which is kept; y (B, 2, H, W): a and b / AB, regressed or chosen among
+    bins."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.inputs, self.outputs = 1, len(ab_bins()) if self.objective.rebalanced else 2
-        self.weight: Tensor | None = None
+        self.in_channels, self.out_channels = 1, len(ab_bins()) if self.objective.rebalanced else 2
+        self.bin_weights: Tensor | None = None
 
-    def prepare(self, train: Images, test: Images | None = None, most: int = 2000) -> None:
-        """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to `most` pictures.
+    def prepare(self, train: ImageSet, test: ImageSet | None = None, limit: int = 2000) -> None:
+        """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to
+        `limit` pictures.
 
         Raises: UserError naming a grey picture.
         """
         for sample in [*train.samples, *(test.samples if test else [])]:
-            if sample.picture.grey:
-                raise UserError(f"{sample.picture.name} is grey: to learn colours, every picture must be in colour")
+            if sample.picture.is_grayscale:
+                raise UserError(
+                    f"{sample.picture.name} is grey: to learn colours, every picture must be in "
+                    f"colour"
+                )
         if self.objective.rebalanced:
-            rng = Draws(0, 0, [])
-            chosen = [nearest_bin(self.pair(train.take([i]), rng)[1]) for i in range(min(most, len(train)))]
-            p = torch.cat(chosen).flatten().bincount(minlength=self.outputs).float()
+            rng = SampleRng(0, 0, [])
+            bins = [
+                nearest_bin(self.pair(train.take([i]), rng)[1])
+                for i in range(min(limit, len(train)))
+            ]
+            p = torch.cat(bins).flatten().bincount(minlength=self.out_channels).float()
             p /= p.sum()
-            weight = 1 / (p / 2 + 1 / (2 * self.outputs))
-            self.weight = weight / (p * weight).sum()
+            weight = 1 / (p / 2 + 1 / (2 * self.out_channels))
+            self.bin_weights = weight / (p * weight).sum()
 
-    def show(self, pixels: Tensor) -> Tensor:
-        return lab(pixels)[:, :1] / 50 - 1
+    def to_input(self, pixels: Tensor) -> Tensor:
+        return rgb_pixels_to_lab(pixels)[:, :1] / 50 - 1
 
-    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        light, ab = lab(pixels).split([1, 2], 1)
-        return light / 50 - 1, ab / AB
+    def pair(self, pixels: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        lightness, ab = rgb_pixels_to_lab(pixels).split([1, 2], 1)
+        return lightness / 50 - 1, ab / AB_SCALE
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         if not self.objective.rebalanced:
             return F.smooth_l1_loss(prediction, y, beta=0.1)
-        return F.cross_entropy(prediction, nearest_bin(y), self.weight, reduction="none").mean()
+        return F.cross_entropy(
+            prediction, nearest_bin(y), self.bin_weights, reduction="none"
+        ).mean()
 
-    def decide(self, prediction: Tensor) -> Tensor:
+    def postprocess(self, prediction: Tensor) -> Tensor:
         """Of bins their annealed mean (Zhang et al. 2016, equation 5, T = 0.38)."""
         if not self.objective.rebalanced:
             return prediction
-        return torch.einsum("bqhw,qc->bchw", (prediction / 0.38).softmax(1), ab_bins().to(prediction)) / AB
+        return (
+            torch.einsum("bqhw,qc->bchw", (prediction / 0.38).softmax(1), ab_bins().to(prediction))
+            / AB_SCALE
+        )
 
-    def render(self, x: Tensor, y: Tensor) -> Tensor:
+    def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         """Colours that no screen shows at their L are drawn towards grey until one can."""
         from kornia.color import lab_to_rgb
 
-        scale, light, ab = torch.zeros_like(x), 50 * (x + 1), AB * y
+        scale, lightness, ab = torch.zeros_like(x), 50 * (x + 1), AB_SCALE * y
         for k in range(9):  # the largest multiple of 1/256 up to 1 that fits
             trial = scale + 2.0**-k
-            rgb = lab_to_rgb(torch.cat([light, trial * ab], 1), clip=False)
+            rgb = lab_to_rgb(torch.cat([lightness, trial * ab], 1), clip=False)
             fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(1, keepdim=True) & (trial <= 1)
             scale = torch.where(fits, trial, scale)
-        return 2 * lab_to_rgb(torch.cat([light, scale * ab], 1)) - 1
+        return 2 * lab_to_rgb(torch.cat([lightness, scale * ab], 1)) - 1
 
-    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
-        made, true, grey = (self.render(x, ab) for ab in (made, y, 0 * y))
-        colours = {"colourfulness": colourfulness(made), "colourfulness_true": colourfulness(true)}
-        return {"psnr": psnr(made, true), "psnr_grey": psnr(grey, true), "ssim": ssim(made, true), **colours}
+    def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
+        generated, true, gray = (self.to_image(x, ab) for ab in (generated, y, 0 * y))
+        colors = {
+            "colourfulness": colorfulness(generated),
+            "colourfulness_true": colorfulness(true),
+        }
+        return {
+            "psnr": psnr(generated, true),
+            "psnr_grey": psnr(gray, true),
+            "ssim": ssim(generated, true),
+            **colors,
+        }
 
 
-def lab(pixels: Tensor) -> Tensor:
+def rgb_pixels_to_lab(pixels: Tensor) -> Tensor:
     """CIE Lab (B, 3, H, W) of RGB uint8; L in 0..100."""
     from kornia.color import rgb_to_lab
 
@@ -87,14 +108,17 @@ def lab(pixels: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def ab_bins() -> Tensor:
-    """(Q, 2): the points of a grid of 10 in the plane of a and b near which there is a colour of sRGB."""
+    """(Q, 2): the points of a grid of 10 in the plane of a and b near which there is a colour of
+    sRGB."""
     ramp = torch.arange(0, 256, 5, dtype=torch.uint8)
     cube = torch.cartesian_prod(ramp, ramp, ramp).T[None, :, :, None]
-    return (lab(cube)[0, 1:, :, 0].T / 10).round().unique(dim=0) * 10
+    return (rgb_pixels_to_lab(cube)[0, 1:, :, 0].T / 10).round().unique(dim=0) * 10
 
 
 def nearest_bin(y: Tensor) -> Tensor:
     """(B, 2, H, W) to indices (B, H, W)."""
-    flat = AB * y.movedim(1, 3).reshape(-1, 2)
-    nearest = torch.cat([torch.cdist(part, ab_bins().to(part)).argmin(1) for part in flat.split(65536)])
+    flat = AB_SCALE * y.movedim(1, 3).reshape(-1, 2)
+    nearest = torch.cat(
+        [torch.cdist(part, ab_bins().to(part)).argmin(1) for part in flat.split(65536)]
+    )
     return nearest.view(y[:, 0].shape)

@@ -7,9 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from trainers.config import UNetConfig
-from trainers.data.imaging import floats
+from trainers.data.imaging import to_float
 from trainers.data.pictures import Picture
-from trainers.data.rng import Draws
+from trainers.data.rng import SampleRng
 from trainers.from_scratch.uses.base import Use
 
 
@@ -19,26 +19,28 @@ class Pix2Pix(Use):
     Noise is what grain is made of.
     """
 
-    noise = 1
+    num_noise_channels = 1
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.inputs, self.outputs = config.data.channels + self.noise, 3
+        self.in_channels, self.out_channels = config.data.channels + self.num_noise_channels, 3
 
-    def target(self, picture: Picture) -> Image.Image:
+    def read_target(self, picture: Picture) -> Image.Image:
         return picture.decode()
 
-    def show(self, pixels: Tensor) -> Tensor:
-        return self.grained(pixels, Draws(self.config.seed, -1, range(len(pixels)), pixels.device))
+    def to_input(self, pixels: Tensor) -> Tensor:
+        return self.add_noise_channel(
+            pixels, SampleRng(self.config.seed, -1, range(len(pixels)), pixels.device)
+        )
 
-    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        return self.grained(pixels[:, :-3], rng), floats(pixels[:, -3:])
+    def pair(self, pixels: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        return self.add_noise_channel(pixels[:, :-3], rng), to_float(pixels[:, -3:])
 
-    def grained(self, pixels: Tensor, rng: Draws) -> Tensor:
-        return torch.cat([floats(pixels), rng.normal(pixels[:, :1].shape)], 1)
+    def add_noise_channel(self, pixels: Tensor, rng: SampleRng) -> Tensor:
+        return torch.cat([to_float(pixels), rng.normal(pixels[:, :1].shape)], 1)
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         return (prediction - y).abs().mean()
 
-    def render(self, x: Tensor, y: Tensor) -> Tensor:
+    def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         return y.clamp(-1, 1)

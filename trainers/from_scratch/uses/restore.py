@@ -5,22 +5,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.data.imaging import floats
-from trainers.data.rng import Draws
+from trainers.data.imaging import to_float
+from trainers.data.rng import SampleRng
 from trainers.from_scratch.uses.base import Use
 from trainers.metrics.image_quality import psnr
 
 
 class Restore(Use):
-    """y (B, C, H, W): what is added to a noisy or enlarged picture; its squared error (Zhang et al. 2017, DnCNN)."""
+    """y (B, C, H, W): what is added to a noisy or enlarged picture; its squared error (Zhang et al.
+    2017, DnCNN)."""
 
-    def show(self, pixels: Tensor) -> Tensor:
+    def to_input(self, pixels: Tensor) -> Tensor:
         """Noisy pictures as they are; small ones enlarged."""
-        x, scale = floats(pixels), self.objective.downscale
+        x, scale = to_float(pixels), self.objective.downscale
         return F.interpolate(x, scale_factor=scale, mode="bicubic").clamp(-1, 1) if scale > 1 else x
 
-    def pair(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        true, scale = floats(pixels), self.objective.downscale
+    def pair(self, pixels: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+        true, scale = to_float(pixels), self.objective.downscale
         x = true
         if scale > 1:
             x = F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
@@ -31,8 +32,8 @@ class Restore(Use):
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         return (prediction - y).square().mean()
 
-    def render(self, x: Tensor, y: Tensor) -> Tensor:
+    def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         return (x + y).clamp(-1, 1)
 
-    def figures(self, x: Tensor, made: Tensor, y: Tensor) -> dict[str, float]:
-        return super().figures(x, made, y) | {"psnr_shown": psnr(x, self.render(x, y))}
+    def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
+        return super().metrics(x, generated, y) | {"psnr_shown": psnr(x, self.to_image(x, y))}
