@@ -197,8 +197,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "families/base.py",
         "latents' shift added",
-        '(z - (self.vae_config.get("shift',
-        '(z + (self.vae_config.get("shift',
+        "return (z - shift) *",
+        "return (z + shift) *",
     ),
     (
         "families/base.py",

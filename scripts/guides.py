@@ -1,0 +1,80 @@
+"""Check how long a file, a function, a family and a trainer may be; exit status 1 if one is longer.
+
+python scripts/guides.py [--statistics]      (also tokens per line, comments and wide lines)
+"""
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("trainers", "scripts")
+FILE, FUNCTION, FAMILY, TRAINER = 300, 50, 80, 200  # lines
+TRAINERS = ("dreambooth", "autoencoder", "gan", "unet")
+NO_FAMILY = (
+    "__init__",
+    "base",
+    "loading",
+    "objectives",
+    "sampling",
+)  # what else lies in trainers/families
+
+
+def source_files() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def longest_allowed(path: Path) -> int:
+    if path.parent == ROOT / "trainers" / "families" and path.stem not in NO_FAMILY:
+        return FAMILY
+    return TRAINER if path.parent == ROOT / "trainers" and path.stem in TRAINERS else FILE
+
+
+def violations(path: Path) -> Iterator[str]:
+    """What is too long in a file, each as FILE:LINE: MESSAGE."""
+    text, name = path.read_text("utf-8"), path.relative_to(ROOT)
+    lines, allowed = len(text.splitlines()), longest_allowed(path)
+    if lines > allowed:
+        yield f"{name}:1: {lines} lines, {allowed} are allowed"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            if length > FUNCTION:
+                yield f"{name}:{node.lineno}: {node.name} has {length} lines, not {FUNCTION}"
+
+
+def statistics(paths: list[Path]) -> str:
+    """Tokens per line, comments per 100 lines, and how many of 1000 lines are over 100 wide."""
+    tokens, comments, lines, wide = 0, 0, set(), 0
+    skipped = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for path in paths:
+        text = path.read_text("utf-8")
+        wide += sum(len(line) > 100 for line in text.splitlines())
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                comments += 1
+            elif token.type not in skipped:
+                tokens += 1
+                lines.update((path, row) for row in range(token.start[0], token.end[0] + 1))
+    count = max(1, len(lines))
+    return (
+        f"{tokens / count:.1f} tokens a line, {100 * comments / count:.1f} comments per 100 lines, "
+        f"{1000 * wide / count:.0f} of 1000 lines over 100 characters, {count} lines of code"
+    )
+
+
+def main() -> int:
+    paths = source_files()
+    found = [line for path in paths for line in violations(path)]
+    print("\n".join(found) or "the guides hold")
+    if "--statistics" in sys.argv:
+        for folder in FOLDERS:
+            print(f"{folder}: {statistics([p for p in paths if p.is_relative_to(ROOT / folder)])}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

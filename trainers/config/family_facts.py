@@ -1,0 +1,92 @@
+"""What is known of each model family without loading it, from `trainers/families/NAME.yaml`.
+
+It is read before torch is imported, so that a config is checked in less than a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+FOLDER = Path(__file__).parent.parent / "families"
+
+
+class Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextEncoderFacts(Facts):
+    """One text encoder of the pipeline, under the pipeline's own name for it."""
+
+    lora: bool = False  # whether LoRA can train it, which takes readers that load such a file
+    tokens: PositiveInt | None = (
+        None  # how many it reads unless the config says otherwise; None: its tokenizer's number
+    )
+    can_be_left_out: bool = False  # as `model.text_encoder_3: null`
+
+
+class KohyaBlock(Facts):
+    """Layers as the model's first release names them, and the diffusers layers that are their rows."""
+
+    release: str = ""  # what the release's names begin with; {} is the number of a block
+    diffusers: str = ""  # what the diffusers names begin with
+    layers: dict[
+        str, str
+    ]  # the rest of a release's name: the rest of one or several diffusers names
+
+
+class KohyaFacts(Facts):
+    """How sd-scripts, A1111 and ComfyUI name a family's layers in their LoRA files."""
+
+    prefixes: dict[str, str]  # component of the pipeline: what its layers' names begin with
+    by_default: bool = (
+        False  # whether such a file is written when the config says nothing, since readers need it
+    )
+    base_model_version: str  # sd-scripts' ss_base_model_version
+    network_module: str  # sd-scripts' ss_network_module
+    blocks: list[KohyaBlock] = []  # layers that do not lie there have one name in both
+    swapped_halves: list[
+        str
+    ] = []  # layers whose scale and shift diffusers has in the other order; {last}: last block
+
+
+class FamilyFacts(Facts):
+    title: str  # as people call it
+    is_flow: bool  # rectified flow; else denoising diffusion
+    pixel_multiple: PositiveInt  # sides of pictures are multiples of it
+    text_encoders: dict[str, TextEncoderFacts]
+    blocks: list[
+        str
+    ]  # the denoiser's lists of blocks: what is quantized, and where LoRA presets look for layers
+    lora_targets: dict[str, list[str]]  # a preset's name: endings of layers' names
+    config_keys: dict[
+        str, list[str]
+    ]  # section: keys that this family understands and not every family does
+    refused: dict[
+        str, str
+    ] = {}  # "section.key=value" that this family cannot train with: why, and what to do
+    architecture: str  # modelspec's id of the base model
+    licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
+    readers: str = ""  # which programs besides ComfyUI read the kohya file
+    kohya: KohyaFacts
+
+
+@cache
+def family_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+@cache
+def family_facts(name: str) -> FamilyFacts:
+    return FamilyFacts.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))
+
+
+def families_with(section: str, key: str) -> Iterator[str]:
+    """The families that understand a key which not every family does; none for keys that are for all."""
+    return (
+        name for name in family_names() if key in family_facts(name).config_keys.get(section, ())
+    )
