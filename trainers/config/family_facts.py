@@ -5,7 +5,6 @@ It is read before torch is imported, so that a config is checked in less than a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +29,7 @@ class TextEncoderFacts(Facts):
 
 
 class KohyaBlock(Facts):
-    """Layers as the model's first release names them, and the diffusers layers that are their rows."""
+    """Layers as a model's first release names them, and diffusers' layers that are their rows."""
 
     release: str = ""  # what the release's names begin with; {} is the number of a block
     diffusers: str = ""  # what the diffusers names begin with
@@ -85,8 +84,7 @@ def family_facts(name: str) -> FamilyFacts:
     return FamilyFacts.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))
 
 
-def families_with(section: str, key: str) -> Iterator[str]:
-    """The families that understand a key which not every family does; none for keys that are for all."""
-    return (
-        name for name in family_names() if key in family_facts(name).config_keys.get(section, ())
-    )
+def families_with(section: str, key: str) -> list[str]:
+    """The families that understand a key which not every family does; none if it is for all."""
+    names = family_names()
+    return [name for name in names if key in family_facts(name).config_keys.get(section, ())]
