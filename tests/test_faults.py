@@ -492,9 +492,9 @@ def back(monkeypatch):
     """A list of where the run had to go back to, or before."""
     generated = []
 
-    def noting(*arguments, before=None):
-        generated.extend([] if before is None else [before])
-        return resume(*arguments, before_step=before)
+    def noting(*arguments, before_step=None):
+        generated.extend([] if before_step is None else [before_step])
+        return resume(*arguments, before_step=before_step)
 
     monkeypatch.setattr("trainers.run.resume", noting)
     return generated
