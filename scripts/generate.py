@@ -38,7 +38,7 @@ def main() -> None:
 
     import torch
 
-    from trainers.families import FAMILIES
+    from trainers.efficiency.apply import open_family
     from trainers.families.sampling import write_samples
     from trainers.lora.files import load_lora
     from trainers.run_folder import WEIGHT_NAME
@@ -60,7 +60,7 @@ def main() -> None:
         )
     device = best_device()
     half = torch.float32 if device.type == "cpu" else torch.bfloat16
-    family = FAMILIES[config.model.family](config.model, device, half)
+    family = open_family(config.model, device, half)
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
         weights = arguments.weights

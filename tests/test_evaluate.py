@@ -22,6 +22,7 @@ from trainers import evaluate
 from trainers.config.loading import load_config
 from trainers.evaluate import EvaluationOptions, plan_samples
 from trainers.families import FAMILIES
+from trainers.families.sampling import sample_picture
 from trainers.lora.low_rank import energy_by_rank, smallest_rank, svd
 from trainers.lora.peft_format import from_peft
 from trainers.lora.update import LoraUpdate
@@ -223,7 +224,7 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
 
     fresh = FAMILIES[family](config.model)
     fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
-    plain = fresh.sample("a b c", config.validation, 0, 16).tobytes()
+    plain = sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes()
     assert (
         png(generated / "base/subject-00.png")
         == png(generated / "strength-0.00/subject-00.png")
@@ -261,7 +262,7 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
     fresh.pipe.load_lora_weights(folder / "best")
-    assert fresh.sample("a b c", config.validation, 0, 16).tobytes() == third
+    assert sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes() == third
 
     near = result["memorisation"]
     assert [row["sample"] for row in near] == [
@@ -279,7 +280,7 @@ def test_a_base_under_dora_is_the_base(settings):
     )
     fresh = FAMILIES["sd15"](config.model)
     fresh.load("vae", "unet", "text_encoder")
-    plain = fresh.sample("a b c", config.validation, 0, 16).tobytes()
+    plain = sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes()
     assert png(config.output_dir / "evaluation/base/subject-00.png") == plain
     assert png(config.output_dir / "evaluation/final/subject-00.png") != plain
 

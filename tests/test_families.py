@@ -39,11 +39,12 @@ from trainers.config import LoraConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.rng import SampleRng
 from trainers.distributed.trained_weights import trainable_parameters
+from trainers.efficiency.apply import open_family
 from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
 from trainers.families.objectives import DDPM, RectifiedFlow
 from trainers.lora.export import lora_state
-from trainers.lora.layers import LoraLinear, target_layers
+from trainers.lora.layers import LoraLinear, add_lora, target_layers
 from trainers.run import run
 
 FLOWS = ("sd3", "flux")
@@ -65,7 +66,7 @@ def guided(name):
 
 def whole(config):
     """The family with all its parts loaded."""
-    family = FAMILIES[config.model.family](config.model)
+    family = open_family(config.model)
     family.load(family.denoiser_name, "vae", *family.text_encoder_names)
     return family
 
@@ -399,7 +400,7 @@ def adapted(settings):
         config = settings(*overrides, family=name)
         family = FAMILIES[name](config.model)
         family.load(family.denoiser_name)
-        family.add_lora(config.lora, ())
+        add_lora(family, config.lora, ())
         return {
             layer
             for layer, module in family.denoiser.named_modules()
@@ -460,7 +461,7 @@ def test_wishes_take_these_layers_and_no_others(adapted, name, overrides, layers
 def test_the_update_is_scaled_by_alpha_over_rank_and_written_as_b_a(settings, rslora, scale):
     config = settings("lora.alpha=5", f"lora.use_rslora={rslora}", family="sd3")
     family = whole(config)
-    family.add_lora(config.lora, family.clip_encoders)
+    add_lora(family, config.lora, family.clip_encoders)
     for part in ("transformer", *family.clip_encoders):
         modules = getattr(family.pipe, part).named_modules()
         name, layer = next(

@@ -1,11 +1,8 @@
 """How blocks run changes time and memory, and nothing that is trained beyond rounding."""
 
-import gc
-import inspect
 import warnings
+from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
-from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -17,13 +14,13 @@ from safetensors.torch import load_file
 from test_training import PRIOR, lora, losses
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers import dreambooth
 from trainers.config import LoraConfig
 from trainers.distributed.trained_weights import trainable_parameters
-from trainers.efficiency import attention, compilation
+from trainers.efficiency import compilation
+from trainers.efficiency.attention import attention_kernel
 from trainers.errors import UserError
 from trainers.lora.layers import add_adapter
 from trainers.memory_plan import MemoryMeter
@@ -263,12 +260,11 @@ def test_without_a_compiler_there_is_one_message_and_the_plain_training(
     [
         "model.quantization=nf4",
         "lora.use_dora=true",
-        "train.cuda_graphs=true",
         "model.offload=true",
     ],
 )
 def test_compiling_is_refused_beside_what_it_cannot_be_had_with(settings, wrong):
-    with pytest.raises(UserError, match=r"train\.(compile|cuda_graphs): cannot be had with"):
+    with pytest.raises(UserError, match=r"train\.compile: cannot be had with"):
         settings(COMPILED, wrong, family="flux")
 
 
@@ -287,49 +283,8 @@ def test_a_base_that_is_cut_is_not_compiled(settings):
 # Attention
 
 
-def recorded(task):
-    with attention.AttentionRecorder() as recorder, torch.no_grad():
-        task.module.eval()(*next(task.upcoming_inputs(0))[1])
-    return recorder.calls
-
-
-@pytest.mark.parametrize(("family", "count"), [("sd15", 8), ("sd3", 3), ("flux", 3)])
-def test_each_call_of_attention_is_timed_as_often_as_it_comes(settings, family, count):
-    calls = recorded(build(settings(family=family))[0])
-    assert sum(times for _, times in calls.values()) == count
-    assert len(calls) < count
-    once = {key: (call, 1) for key, (call, _) in calls.items()}
-    assert 0 < attention.time_kernel("flash", once.values()) < 60
-    assert 0 < attention.time_kernel("math", calls.values()) < 60
-    assert attention.time_kernel("cudnn", calls.values()) == float("inf")
-
-
-def test_a_mask_is_timed_with_the_call():
-    with attention.AttentionRecorder() as recorder:
-        q, mask = torch.randn(1, 2, 8, 4), torch.zeros(1, 1, 8, 8)
-        torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
-        torch.nn.functional.scaled_dot_product_attention(query=q, key=q, value=q)
-    (masked, one), (plain, other) = recorder.calls.values()
-    assert (masked["attn_mask"] is mask, "attn_mask" in plain, one, other) == (True, False, 1, 1)
-    assert attention.time_kernel("math", recorder.calls.values()) < 60
-
-
-def test_a_kernel_that_cannot_run_is_no_news(recwarn, monkeypatch):
-    """On a GPU PyTorch warns six times of each; here the call itself does."""
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def warning(*args, **kwargs):
-        warnings.warn("cuDNN attention kernel not used because:", stacklevel=2)
-        return attention(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", warning)
-    q = torch.randn(1, 2, 8, 4)
-    assert attention.seconds("cudnn", [({"query": q, "key": q, "value": q}, 1)]) == float("inf")
-    assert not recwarn.list
-
-
-def used(task, batches):
-    """Whether a step runs PyTorch's fused attention."""
+def used(task, batches, kernel="auto"):
+    """Whether a step runs PyTorch's fused attention; and its gradients."""
     seen = set()
 
     class Ops(torch.utils._python_dispatch.TorchDispatchMode):
@@ -337,95 +292,37 @@ def used(task, batches):
             seen.add(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
-    with Ops():
-        gradients(task, batches)
-    return any(name.startswith("_scaled_dot_product_flash") for name in seen)
+    with attention_kernel(kernel, torch.device("cpu")), Ops():
+        found = gradients(task, batches)
+    return any(name.startswith("_scaled_dot_product_flash") for name in seen), found
 
 
 @pytest.mark.parametrize("more", [(), (CHECKPOINTED,)])
-def test_the_wished_kernel_runs_until_the_task_ends(settings, more):
-    task, batches = build(settings("train.attention=math", *more, family="sd3"))
-    assert not used(task, batches)
-    explicit = gradients(task, batches)
-    del task
-    gc.collect()
-    task, batches = build(settings("train.attention=flash", *more, family="sd3"))
-    assert used(task, batches)
-    assert_close(gradients(task, batches), explicit)
-
-
-def test_what_the_main_process_finds_holds_in_all(settings, monkeypatch):
-    monkeypatch.setattr(compilation, "broadcast_object_list", lambda found: ["math", 1.0])
-    task, batches = build(settings("train.attention=flash"))
-    assert not used(task, batches)
+def test_the_kernel_that_is_asked_for_computes_and_is_gone_afterwards(settings, more):
+    task, batches = build(settings(*more, family="sd3"))
+    before = torch.nn.attention._cur_sdpa_kernel_backends()
+    is_fused, explicit = used(task, batches, "math")
+    assert not is_fused
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == before
+    is_fused, fused = used(task, batches, "flash")
+    assert is_fused
+    assert_close(fused, explicit)
+    assert used(task, batches)[0]
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
 def test_a_kernel_that_cannot_run_here_is_refused(settings, kernel):
     with pytest.raises(UserError, match=f"train.attention: {kernel} cannot run on cpu"):
-        build(settings(f"train.attention={kernel}"))
+        run(settings(f"train.attention={kernel}"))
 
 
-def test_on_a_cpu_no_clock_decides(settings, monkeypatch):
-    monkeypatch.setattr(compilation, "attend", None)
-    assert used(*build(settings(family="flux")))
+def test_a_run_uses_the_kernel_that_its_config_names(settings, monkeypatch):
+    asked = []
 
+    def noting(name, device):
+        asked.append((name, device.type))
+        return nullcontext()
 
-# CUDA graphs
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        *(
-            "model.quantization=nf4",
-            "model.modulation_cache=true",
-            DROPOUT,
-            COMPILED,
-            CHECKPOINTED,
-            SELECTIVE,
-        ),
-        *(
-            "train.gradient_accumulation_steps=2",
-            "train.auto_micro_batch=true",
-            "train.train_text_encoder=true",
-        ),
-    ],
-)
-def test_graphs_are_refused_beside_what_changes_between_steps(settings, wrong):
-    with pytest.raises(
-        UserError, match=rf"train\.cuda_graphs: cannot be had with {wrong.split('=')[0]}:"
-    ):
-        settings("train.cuda_graphs=true", wrong, family="flux")
-
-
-def test_without_a_gpu_graphs_are_refused(settings):
-    with pytest.raises(UserError, match=r"train\.cuda_graphs: needs one process on a CUDA GPU"):
-        build(settings("train.cuda_graphs=true"))
-
-
-def test_graphs_are_asked_for_as_pytorch_wants_it(settings, monkeypatch):
-    """That they are right has not been seen: here is only how they are asked for, and taken off
-    again."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    accelerator = Accelerator(cpu=True)
-    task, _, _ = dreambooth.build(settings(), accelerator)
-    asked = create_autospec(torch.cuda.make_graphed_callables)
-    asked.side_effect = lambda module, *_, **__: setattr(module, "forward", lambda *inputs: None)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", asked)
-    (_, inputs), plain = next(task.upcoming_inputs(0)), task.module.forward
-    compilation.capture_cuda_graphs(
-        task.module.eval(), inputs, SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    )
-    given = inspect.signature(torch.cuda.make_graphed_callables).bind(
-        *asked.call_args.args, **asked.call_args.kwargs
-    )
-    assert given.arguments["callables"] is task.module
-    assert task.module.training
-    mine, own = tree_leaves(inputs), tree_leaves(given.arguments["sample_args"])
-    assert all(
-        torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(mine, own, strict=True)
-    )
-    assert task.module.forward.__wrapped__ is plain
-    bare = accelerator.unwrap_model(task.module, keep_fp32_wrapper=False)
-    assert bare.forward.__func__ is dreambooth.Denoiser.forward
+    monkeypatch.setattr("trainers.run.attention_kernel", noting)
+    run(settings("train.attention=math", "train.max_train_steps=1"))
+    assert asked == [("math", "cpu")]

@@ -24,16 +24,15 @@ from trainers.data.sampler import BatchSlice
 from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.distributed.trained_weights import trainable_parameters
-from trainers.efficiency import apply, compilation
-from trainers.families import FAMILIES, Family
+from trainers.efficiency.apply import configure_blocks, open_family
+from trainers.families import Family
 from trainers.families.sampling import generate_class_images, write_samples
 from trainers.lora import export, proof
+from trainers.lora.layers import add_lora
 from trainers.publishing import model_card
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once
-
-
 HELD_OUT_DRAWS = 4  # of time and noise for each held-out photo
 
 
@@ -67,21 +66,18 @@ class DreamBooth:
         accelerator: Accelerator,
     ) -> None:
         """The family holds its denoiser, and the text encoders if they train."""
-        self.family, self.encoder, self.config, self.accelerator = (
-            family,
-            encoder,
-            config,
-            accelerator,
-        )
+        self.family, self.encoder = family, encoder
+        self.config, self.accelerator = config, accelerator
+        self.attention = config.train.attention
         self.objective = family.make_objective(config.objective, config.data.resolution)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.module = Denoiser(family, encoder.trained_encoders)
         if config.lora:
-            family.add_lora(config.lora, encoder.trained_encoders)
+            add_lora(family, config.lora, encoder.trained_encoders)
         else:
             self.module.requires_grad_(True)
         family.apply_memory_options()
-        compilation.enable_checkpointing(family.denoiser, config.train.gradient_checkpointing)
+        configure_blocks(family, config.train, accelerator)
         self.module._ddp_params_and_buffers_to_ignore = sharded_parameter_names(
             self.module, accelerator
         )
@@ -162,7 +158,7 @@ class DreamBooth:
 
     @property
     def needs_all_processes(self) -> bool:
-        return self.family.shard is not None or deepspeed.zero_stage(self.accelerator) == 3
+        return self.family.memory.is_sharded or deepspeed.zero_stage(self.accelerator) == 3
 
     def sample(self, folder: Path) -> None:
         """Validation pictures by the weights as they are now; what does not train was encoded
@@ -235,7 +231,7 @@ def build(
     memory together."""
     data, pools = config.data, [load_instance_pictures(config.data)]
     dtype = deepspeed.compute_dtype(accelerator) if config.lora else torch.float32
-    family = FAMILIES[config.model.family](config.model, accelerator.device, dtype, shard)
+    family = open_family(config.model, accelerator.device, dtype, shard)
     text_encoders = family.clip_encoders if config.lora else family.text_encoder_names
     text_encoders = text_encoders if config.train.train_text_encoder else ()
     encoder = CachedEncoder(
@@ -271,6 +267,5 @@ def build(
         task.held_out_batches = DreamBoothBatches(
             [held_out], encoder, undropped, held_out_slice, accelerator.device
         )
-    apply.configure_kernels(task)
     contents = chain.from_iterable((picture.digest, picture.caption) for picture in pools[0])
     return task, task.batches, f"{derive_seed(*contents):x}"

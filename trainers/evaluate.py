@@ -24,9 +24,12 @@ from trainers.data.imaging import to_pil, write_grid
 from trainers.data.pictures import Picture, collect_image_files, load_instance_pictures
 from trainers.distributed.trained_weights import trainable_state
 from trainers.dreambooth import Denoiser
+from trainers.efficiency.apply import open_family
 from trainers.errors import UserError
-from trainers.families import FAMILIES, Family
+from trainers.families import Family
+from trainers.families.sampling import sample_picture
 from trainers.lora.export import save_lora
+from trainers.lora.layers import add_lora
 from trainers.lora.low_rank import energy_by_rank, smallest_rank
 from trainers.lora.peft_format import from_peft
 from trainers.lora.proof import check_keys
@@ -66,7 +69,7 @@ class LoraSampler:
         """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-        family = FAMILIES[config.model.family](config.model, accelerator.device, half)
+        family = open_family(config.model, accelerator.device, half)
         text_encoders = family.clip_encoders if config.train.train_text_encoder else ()
         self.encoder = CachedEncoder(
             family, config.data.cache_dir or run / "cache", config.data.cache, text_encoders
@@ -107,7 +110,9 @@ class LoraSampler:
             dict.fromkeys(chain(*prompt_seeds.values())), folder.name, unit="picture", leave=False
         ):
             generated[prompt, seed] = Crop(size)(
-                self.family.sample(prompt, validation, seed, size, self.encoder.encoder_outputs)
+                sample_picture(
+                    self.family, prompt, validation, seed, size, self.encoder.encoder_outputs
+                )
             )
         return save_pictures(
             {
@@ -130,7 +135,7 @@ def export_checkpoints(
     weights if kept."""
     family.load(family.denoiser_name, *text_encoders)
     module = Denoiser(family, text_encoders)
-    family.add_lora(config.lora, text_encoders)
+    add_lora(family, config.lora, text_encoders)
     trained, folders = trainable_state(module), {}
     for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
         if (state := read_checkpoint(checkpoint)) is None:

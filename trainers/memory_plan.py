@@ -30,6 +30,7 @@ from trainers.efficiency.compilation import enable_checkpointing
 from trainers.efficiency.modulation import ADAPTIVE_NORMS
 from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
+from trainers.lora.layers import add_lora
 from trainers.training.loop import Player, train
 from trainers.training.optimizers import make_optimizer
 
@@ -118,10 +119,12 @@ def training_peak(
 ) -> tuple[int, int]:
     """Peak and FLOPs of two steps, the second with the optimiser's state; the autoencoder is there
     for samples."""
-    denoiser = family.fresh(family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
+    denoiser = (
+        family.new_meta_model(family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
+    )
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     if config.lora:
-        family.add_lora(config.lora, ())
+        add_lora(family, config.lora, ())
     enable_checkpointing(denoiser, config.train.gradient_checkpointing)
     rows = config.train.train_batch_size * (2 if config.data.uses_prior else 1)
     side = config.data.resolution // family.vae_scale_factor
@@ -207,14 +210,15 @@ def encoding_peak(family: Family, config: DreamBoothConfig) -> int:
     ]
     pixels = (1, 3, config.data.resolution, config.data.resolution)
     return max(
-        *texts, peak_of_call(family.fresh("vae"), lambda vae: vae.encode(torch.empty(pixels)))
+        *texts,
+        peak_of_call(family.new_meta_model("vae"), lambda vae: vae.encode(torch.empty(pixels))),
     )
 
 
 def decoding_peak(family: Family, config: DreamBoothConfig) -> int:
     side = config.data.resolution // family.vae_scale_factor
     latents = (1, family.vae_config["latent_channels"], side, side)
-    return peak_of_call(family.fresh("vae"), lambda vae: vae.decode(torch.empty(latents)))
+    return peak_of_call(family.new_meta_model("vae"), lambda vae: vae.decode(torch.empty(latents)))
 
 
 def peak_of_call(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
@@ -254,7 +258,7 @@ def saved_bytes(family: Family, config: DreamBoothConfig, has_cpu_memory: bool) 
         linears = [
             layer
             for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and "blocks." in name
+            if isinstance(layer, nn.Linear) and family.facts.is_in_block(name)
             if config.model.quantization != "fp8"
             or "norm" not in name  # as diffusers' layerwise casting
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from accelerate import Accelerator
 
@@ -13,6 +13,7 @@ from trainers.config import Config, loading
 from trainers.distributed.accelerator import make_accelerator
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
+from trainers.efficiency.attention import attention_kernel
 from trainers.errors import RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
@@ -118,12 +119,10 @@ def train_from(
         SaveCheckpoints(task, settings, processes, state),
         push,
     ]
-    try:
+    with closing(log.progress_bar), attention_kernel(task.attention, accelerator.device):
         train(
             task, batches, settings.train, settings.seed, accelerator, rate, callbacks, state.step
         )
-    finally:
-        log.progress_bar.close()
 
 
 def roll_back(

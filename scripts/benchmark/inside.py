@@ -33,8 +33,7 @@ from trainers.config import loading
 from trainers.data.rng import SampleRng
 from trainers.data.sampler import BatchSlice
 from trainers.dreambooth import DreamBooth
-from trainers.efficiency import apply
-from trainers.families import FAMILIES
+from trainers.efficiency.apply import open_family
 from trainers.training.loop import train
 
 WARM_UP = 5
@@ -154,7 +153,7 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
             *options,
         ],
     )
-    family = FAMILIES[name](settings.model, accelerator.device, torch.bfloat16)
+    family = open_family(settings.model, accelerator.device, torch.bfloat16)
     family.load()
     denoiser = make_denoiser(name, size, accelerator.device)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
@@ -167,7 +166,6 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
         "weight": torch.full((rows,), 1 / rows, device=accelerator.device),
     }
     task.batches = OneBatch(batch, BatchSlice(0, rows), accelerator.device)
-    apply.configure_kernels(task)
     clock = Clock(accelerator.device)
     train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
     return clock.median()

@@ -226,11 +226,10 @@ def measure_samples(
         ],
     }
     family, validation = FAMILIES[config.model.family], config.validation
-    length = (
-        {"max_sequence_length": config.model.max_sequence_length or family.t5_tokens}
-        if family.t5_encoder
-        else {}
-    )
+    length = {}
+    if family.t5_encoder:
+        tokens = family.facts.text_encoders[family.t5_encoder].tokens
+        length["max_sequence_length"] = config.model.max_sequence_length or tokens
 
     def sample(prompts: list[str], first: int) -> list[Image.Image]:
         """Each picture has a generator of its own, so that it does not depend on its neighbours."""

@@ -7,9 +7,9 @@ Nothing here imports torch or diffusers, so that a typo is reported in a second.
 from __future__ import annotations
 
 from trainers.config.base import Config, OptimizerConfig, TrainConfig
-from trainers.config.dreambooth import (
+from trainers.config.dreambooth import DreamBoothConfig
+from trainers.config.dreambooth_sections import (
     DataConfig,
-    DreamBoothConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,

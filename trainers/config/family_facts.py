@@ -73,6 +73,10 @@ class FamilyFacts(Facts):
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
 
+    def is_in_block(self, layer: str) -> bool:
+        """Whether a layer of the denoiser, by its full name, lies in one of its blocks."""
+        return layer.startswith(tuple(f"{block}." for block in self.blocks))
+
 
 @cache
 def family_names() -> tuple[str, ...]:

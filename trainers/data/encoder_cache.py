@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +22,22 @@ from tqdm.auto import tqdm
 from trainers.data.crops import Crop
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
-from trainers.families import Family
-from trainers.families.base import tokenizer_name
+
+
+class Encoders(Protocol):
+    """The encoders of a base model, loaded by name and freed together; see `families.base`."""
+
+    text_encoder_names: Sequence[str]
+    t5_encoder: str | None
+    max_sequence_length: int
+
+    def load(self, *names: str) -> None: ...
+    def unload(self) -> None: ...
+    def component_digest(self, part: str) -> str: ...
+    def tokenizer_digest(self, text_encoder: str) -> str: ...
+    def tokenize(self, name: str, prompt: str) -> Tensor: ...
+    def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]: ...
+    def encode_image(self, pixels: Tensor) -> Tensor: ...
 
 
 class TensorCache:
@@ -88,7 +103,7 @@ class CachedEncoder:
     """
 
     def __init__(
-        self, family: Family, folder: Path, use_cache: bool, trained_encoders: Sequence[str]
+        self, family: Encoders, folder: Path, use_cache: bool, trained_encoders: Sequence[str]
     ) -> None:
         self.family, self.use_cache, self.trained_encoders = family, use_cache, trained_encoders
         self.cache = TensorCache(folder)
@@ -136,7 +151,7 @@ class CachedEncoder:
         )
 
     def _prompt_key(self, name: str, prompt: str) -> str:
-        parts = [self.family.component_digest(part) for part in (name, tokenizer_name(name))]
+        parts = [self.family.component_digest(name), self.family.tokenizer_digest(name)]
         length = self.family.max_sequence_length if name == self.family.t5_encoder else None
         return cache_key(prompt=prompt, encoder=parts, length=length)
 

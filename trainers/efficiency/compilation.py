@@ -1,5 +1,4 @@
-"""How the denoiser's blocks run: what they keep for the backward pass, compiled or not, with which
-attention."""
+"""How the denoiser's blocks run: what they keep for the backward pass, and compiled or not."""
 
 from __future__ import annotations
 
@@ -9,18 +8,17 @@ from functools import wraps
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trainers.distributed.fsdp import get_blocks
-from trainers.errors import UserError
 
 
 def enable_checkpointing(denoiser: nn.Module, kind: bool | Literal["selective"]) -> None:
-    """Have blocks recompute in the backward pass what they would keep: none, all, or every second
-    one."""
+    """Have none, all or every second one of the blocks compute again what they would keep.
+
+    That is in the backward pass; selective stands for every second one.
+    """
     block_numbers: dict[nn.Module, int] = {}
 
     def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
@@ -35,12 +33,10 @@ def enable_checkpointing(denoiser: nn.Module, kind: bool | Literal["selective"])
 def compile_blocks(denoiser: nn.Module) -> None:
     """Compile the blocks, for training; shapes are fixed there, and not where pictures are made."""
     blocks = get_blocks(denoiser)
-    torch._dynamo.config.recompile_limit = 2 * len(
-        blocks
-    )  # a block whose input has no gradient is another one
-    torch._functorch.config.force_non_lazy_backward_lowering = (
-        True  # so that all faults come in the forward pass
-    )
+    # a block whose input has no gradient is compiled once more
+    torch._dynamo.config.recompile_limit = 2 * len(blocks)
+    # so that all faults come in the forward pass, where the plain one can take over
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     failed: list[Exception] = []
     for block in blocks:
         compiled_forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
@@ -70,21 +66,3 @@ def with_fallback(
         return eager(*args, **kwargs)
 
     return forward
-
-
-def capture_cuda_graphs(module: nn.Module, inputs: tuple, accelerator: Accelerator) -> None:
-    """Make the module's training pass and its backward pass a CUDA graph each, for inputs like
-    these.
-
-    Raises: UserError where there is no GPU, or where several must talk meanwhile.
-    """
-    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
-        raise UserError("train.cuda_graphs: needs one process on a CUDA GPU: drop it")
-    forward, static_inputs = (
-        module.forward,
-        tree_map_only(Tensor, torch.clone, inputs),
-    )  # the graph's, and written to
-    torch.cuda.make_graphed_callables(module.train(), static_inputs, allow_unused_input=True)
-    module.forward = wraps(forward)(
-        module.forward
-    )  # accelerate takes its own wrappers off by `__wrapped__`

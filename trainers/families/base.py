@@ -1,102 +1,57 @@
-"""What a model family is to the trainers: a diffusers pipeline, loaded in stages, and the lines in
-which it differs."""
+"""What a model family is: a diffusers pipeline, and the lines in which it differs from others."""
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from functools import lru_cache
-from pathlib import Path
+from importlib import import_module
+from typing import ClassVar
 
-import diffusers
 import torch
-import transformers
-from accelerate.utils.memory import clear_device_cache
-from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from torch import Tensor, nn
 
-from trainers.config import LoraConfig, ModelConfig, ObjectiveConfig, PromptsConfig
+from trainers.config import ModelConfig, ObjectiveConfig
+from trainers.config.family_facts import FamilyFacts, family_facts, family_names
 from trainers.data.rng import SampleRng
-from trainers.distributed.fsdp import ShardFunction, get_blocks
-from trainers.efficiency.modulation import ModulationCache
-from trainers.efficiency.offload import BlockOffload
-from trainers.efficiency.quantize import load_quantized
-from trainers.errors import UserError
+from trainers.families.loading import LoadedBase, MemoryOptions, tokenizer_name
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
-from trainers.lora.layers import LoraLinear, add_adapter
 
-Condition = dict[
-    str, Tensor
-]  # keyword arguments of the denoiser, each (B, ...); cached as they are
+Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
 
-
-# for the pipelines
+# what the pipelines call the denoiser's arguments
 PIPELINE_ARGUMENTS = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
 }
 
 
-class Family(ABC):
-    pipeline: type[DiffusionPipeline]
-    denoiser_name = "transformer"
-    clip_encoders: tuple[str, ...] = (
-        "text_encoder",
-    )  # those that LoRA can train: no reader loads it into a T5
-    t5_encoder: str | None = None
-    t5_tokens = 0  # how many it reads unless the config says otherwise, as the pipeline
-    attention_layers: tuple[str, ...]  # the endings of the module names that LoRA presets name
-    mlp_layers: tuple[str, ...]
+class Family(LoadedBase, ABC):
+    """The equations of one family; its facts are in the YAML file of the same name."""
+
+    facts: ClassVar[FamilyFacts]
+    clip_encoders: ClassVar[tuple[str, ...]]  # the text encoders that LoRA can train
+    t5_encoder: ClassVar[str | None]  # the text encoder whose number of tokens can be chosen
     probe_time: float = 0.5  # a time in the middle of the schedule
+
+    def __init_subclass__(cls) -> None:
+        name = cls.__module__.rpartition(".")[2]
+        cls.facts = family_facts(name)
+        encoders = cls.facts.text_encoders
+        cls.clip_encoders = tuple(key for key, encoder in encoders.items() if encoder.lora)
+        cls.t5_encoder = next((key for key, encoder in encoders.items() if encoder.tokens), None)
+        CLASSES[name] = cls
 
     def __init__(
         self,
         model: ModelConfig,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        shard: ShardFunction | None = None,
+        memory: MemoryOptions | None = None,
     ) -> None:
-        """Finds or downloads the base model. Raises: UserError when it cannot be had.
-
-        shard: cuts a denoiser's frozen weights among the processes, see `processes.sharding`.
-        """
-        self.device, self.dtype, self.shard = torch.device(device), dtype, shard
-        # they end with the family
-        self.meta_model, self.component_digest = lru_cache(self.fresh), lru_cache(self.digest)
-        self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
-        self.quantization, self.modulation_cache = model.quantization, model.modulation_cache
-        self.offload = model.offload
-        # to settle, off the device
-        self.starts_on_cpu = self.modulation_cache or self.offload or self.quantization == "fp8"
-        self.needs_autocast = (
-            True  # whether autocast must choose precisions, for a layer does not know its own
-        )
-        self.modulation: ModulationCache | None = None
-        index = self.pipeline.load_config(self.folder)
-        if index["_class_name"] != self.pipeline.__name__:
-            raise UserError(
-                f"model.family: {model.pretrained_model_name_or_path} is a "
-                f"{index['_class_name']}, and {model.family} "
-                f"trains a {self.pipeline.__name__}: change the one or the other"
-            )
-        self.components = {
-            name: value for name, value in index.items() if isinstance(value, list) and value[0]
-        }
-        if model.text_encoder_3 is None:
-            self.components = {
-                name: value for name, value in self.components.items() if not name.endswith("_3")
-            }
-        self.text_encoder_names = sorted(
-            name for name in self.components if name.startswith("text_encoder")
-        )
-        self.max_sequence_length = model.max_sequence_length or self.t5_tokens
-        self.unload()
-
-    # What differs
+        super().__init__(model, device, dtype, memory)
+        tokens = self.facts.text_encoders[self.t5_encoder].tokens if self.t5_encoder else 0
+        self.max_sequence_length = model.max_sequence_length or tokens
 
     def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
         """Rectified flow, unless overridden; `resolution` in pixels, 2 x 2 latents are a token."""
@@ -118,106 +73,9 @@ class Family(ABC):
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The regressed quantity for latents x_t (B, C, h, w) at times t (B,), shaped like x_t."""
 
-    # What does not
-
-    def load(self, *names: str) -> None:
-        """Hold a pipeline with these heavy components only; scheduler and tokenizers always come
-        along."""
-        light_components = ("scheduler", *map(tokenizer_name, self.text_encoder_names))
-        component_names = [
-            part
-            for part, value in self.pipeline.load_config(self.folder).items()
-            if isinstance(value, list)
-        ]
-        components = {
-            part: None for part in component_names if part not in (*names, *light_components)
-        }
-        if "safety_checker" in components:
-            components["requires_safety_checker"] = False
-        is_quantized = self.quantization in ("nf4", "int8")
-        if is_quantized and self.denoiser_name in names:
-            kind = getattr(diffusers, self.components[self.denoiser_name][1])
-            source = (kind, self.folder, self.denoiser_name, self.variant)
-            components[self.denoiser_name] = load_quantized(*source, self.dtype, self.quantization)
-        self.pipe = self.pipeline.from_pretrained(
-            self.folder, dtype=self.dtype, variant=self.variant, **components
-        )
-        self.pipe.set_progress_bar_config(disable=True)
-        for name in names:
-            module = getattr(self.pipe, name).requires_grad_(False).eval()
-            if name != self.denoiser_name or not (is_quantized or self.shard or self.starts_on_cpu):
-                module.to(self.device)
-        if "vae" in names:
-            self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
-
-    def apply_memory_options(self) -> None:
-        """Once the denoiser has all its layers: leave adaptive norms' weights out, cut or offload
-        the rest, as wanted.
-
-        With fp8 they are 8 bits wide from now on but while their layer computes; LoRA's are not.
-        What a layer saves for the backward pass is gone by then, so only checkpointed blocks can
-        train.
-        """
-        if self.modulation_cache:
-            self.modulation = ModulationCache(self.denoiser)
-        if self.shard:
-            self.shard(self.denoiser)
-        if self.quantization == "fp8":
-            self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
-        if self.offload:
-            BlockOffload(get_blocks(self.denoiser), self.device)
-        if self.starts_on_cpu and not self.shard:
-            self.denoiser.to(self.device)
-
-    def unload(self) -> None:
-        self.pipe = self.modulation = None
-        clear_device_cache(garbage_collection=True)
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return getattr(self.pipe, self.denoiser_name)
-
-    def fresh(self, part: str) -> nn.Module:
-        """A model without weights, which may be changed; `meta_model` is one for all who only
-        look."""
-        library, kind = self.components[part]
-        with torch.device("meta"):
-            if library == "diffusers":
-                kind = getattr(diffusers, kind)
-                return kind.from_config(kind.load_config(self.folder, subfolder=part))
-            kind = getattr(transformers, kind)
-            return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
-
-    @property
-    def vae_config(self) -> dict:
-        """A diffusers model's settings, with the defaults that its file leaves out."""
-        return self.meta_model("vae").config
-
-    @property
-    def denoiser_config(self) -> dict:
-        return self.meta_model(self.denoiser_name).config
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, along a side."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    def digest(self, part: str) -> str:
-        """Of a component's files and the precision that it runs in; computed once as
-        `component_digest`."""
-        digest = hashlib.sha256(
-            f"{self.variant} {'float32' if part == 'vae' else self.dtype}".encode()
-        )
-        for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
-            digest.update(path.name.encode())
-            blob = path.resolve()  # the Hub's cache names large files by their sha256
-            if len(blob.name) == 64:
-                digest.update(blob.name.encode())
-                continue
-            with open(path, "rb") as file:
-                while piece := file.read(2**24):
-                    digest.update(piece)
-        return digest.hexdigest()
+    def pipeline_arguments(self, condition: Condition) -> dict[str, Tensor]:
+        """The condition as the pipeline's own call wants it."""
+        return {PIPELINE_ARGUMENTS[name]: value for name, value in condition.items()}
 
     def denoise(
         self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]
@@ -257,74 +115,25 @@ class Family(ABC):
         outputs = self.encode_text(name, self.tokenize(name, prompt)[None].to(self.device))
         return {key: value[0] for key, value in outputs.items()}
 
-    def add_lora(self, config: LoraConfig, text_encoders: Sequence[str]) -> None:
-        """Freeze everything and put LoRA layers in, float32 whatever the base's precision."""
-        presets = {
-            "attention": self.attention_layers,
-            "attention+mlp": (*self.attention_layers, *self.mlp_layers),
-        }
-        add_adapter(self.denoiser, config, presets)
-        text = config.model_copy(
-            update={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "blocks": None}
-        )
-        for name in text_encoders:
-            add_adapter(getattr(self.pipe, name), text)
-        adapted = [layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-        self.needs_autocast = not all(isinstance(layer, LoraLinear) for layer in adapted)
 
-    @torch.no_grad()
-    def sample(
-        self, prompt: str, validation: PromptsConfig, seed: int, size: int, encode=None
-    ) -> Image.Image:
-        """One picture of `size` pixels from the loaded pipeline; `encode` may replace
-        `encode_prompt`."""
-        conditions = []
-        for words in (prompt, validation.negative_prompt):
-            text = {}
-            for name in self.text_encoder_names:
-                text |= (encode or self.encode_prompt)(name, words)
-            text = {key: value[None].to(self.device) for key, value in text.items()}
-            conditions.append(
-                {PIPELINE_ARGUMENTS[key]: value for key, value in self.condition(text).items()}
-            )
-        vae, half = self.pipe.vae, self.dtype != torch.float32
-        if half:
-            vae.to(self.dtype)
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
-            picture = self.pipe(
-                **conditions[0],
-                **{f"negative_{key}": value for key, value in conditions[1].items()},
-                height=size,
-                width=size,
-                num_inference_steps=validation.num_inference_steps,
-                guidance_scale=validation.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(seed),
-            ).images[0]
-        if half:
-            vae.float()
-        return picture
+CLASSES: dict[str, type[Family]] = {}
 
 
-def tokenizer_name(text_encoder: str) -> str:
-    return text_encoder.replace("text_encoder", "tokenizer")
+class Families(Mapping[str, type[Family]]):
+    """Every family by its name in a config; its file is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[Family]:
+        if name not in family_names():
+            raise KeyError(name)
+        if name not in CLASSES:
+            import_module(f"trainers.families.{name}")
+        return CLASSES[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(family_names())
+
+    def __len__(self) -> int:
+        return len(family_names())
 
 
-def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
-    """The local folder of the base model, downloaded if need be."""
-    name = model.pretrained_model_name_or_path
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise UserError(
-                f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no "
-                f"pipeline"
-            )
-        return Path(name)
-    try:
-        return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
-    except Exception as error:
-        raise UserError(
-            f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). "
-            f"Check the name; for a "
-            "gated model accept its licence on its page and log in with `hf auth login`; offline, "
-            "give a local folder"
-        ) from error
+FAMILIES = Families()

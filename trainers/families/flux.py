@@ -13,28 +13,9 @@ from trainers.families.base import Family
 
 class Flux(Family):
     pipeline = FluxPipeline
-    t5_encoder, t5_tokens = "text_encoder_2", 512
-    attention_layers = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    mlp_layers = (
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-        "proj_mlp",
-        "proj_out",
-    )
 
-    def __init__(self, model, device="cpu", dtype=torch.float32, shard=None):
-        super().__init__(model, device, dtype, shard)
+    def __init__(self, model, device="cpu", dtype=torch.float32, memory=None):
+        super().__init__(model, device, dtype, memory)
         self.guidance = model.guidance_scale if self.denoiser_config["guidance_embeds"] else None
         if self.guidance is None and not model.allow_schnell:
             raise UserError(

@@ -7,15 +7,57 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from trainers.config import DreamBoothConfig
+from trainers.config import DreamBoothConfig, PromptsConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_grid
 from trainers.data.pictures import list_image_files
 from trainers.distributed.collectives import run_across_processes, split_between_processes
 from trainers.families import Family
+
+
+@torch.no_grad()
+def sample_picture(
+    family: Family,
+    prompt: str,
+    validation: PromptsConfig,
+    seed: int,
+    size: int,
+    encode: Callable[[str, str], dict[str, Tensor]] | None = None,
+) -> Image.Image:
+    """One picture of `size` pixels by the pipeline that the family holds.
+
+    encode: a text encoder's name and a prompt to its outputs, instead of the loaded encoders.
+    """
+    arguments = []
+    for words in (prompt, validation.negative_prompt):
+        text = {}
+        for name in family.text_encoder_names:
+            text |= (encode or family.encode_prompt)(name, words)
+        text = {key: value[None].to(family.device) for key, value in text.items()}
+        arguments.append(family.pipeline_arguments(family.condition(text)))
+    positive, negative = arguments
+    vae, is_half = family.pipe.vae, family.dtype != torch.float32
+    if is_half:
+        vae.to(family.dtype)
+    with torch.autocast(family.device.type, family.dtype, enabled=is_half):
+        picture = family.pipe(
+            **positive,
+            **{f"negative_{key}": value for key, value in negative.items()},
+            height=size,
+            width=size,
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+    if is_half:
+        vae.float()
+    return picture
 
 
 def generate_class_images(
@@ -41,9 +83,8 @@ def generate_class_images(
             for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
                 number = int(path.stem.removeprefix("class-"))
                 prompt = data.class_prompts[number % len(data.class_prompts)]
-                picture = family.sample(
-                    prompt, config.validation, number, data.resolution, encoder.encoder_outputs
-                )
+                settings = (config.validation, number, data.resolution, encoder.encoder_outputs)
+                picture = sample_picture(family, prompt, *settings)
                 path.with_suffix(".txt").write_text(prompt, "utf-8")
                 temporary = path.with_name(f".{accelerator.process_index}-{path.name}")
                 picture.save(temporary, format="png")
@@ -66,7 +107,7 @@ def write_samples(
     """
     validation, size = config.validation, config.data.resolution
     jobs = [
-        partial(family.sample, prompt, validation, validation.seed + i, size, encode)
+        partial(sample_picture, family, prompt, validation, validation.seed + i, size, encode)
         for prompt in validation.prompts
         for i in range(validation.num_images)
     ]

@@ -12,8 +12,6 @@ from trainers.families.objectives import DDPM
 class SD15(Family):
     pipeline = StableDiffusionPipeline
     denoiser_name = "unet"
-    attention_layers = ("to_q", "to_k", "to_v", "to_out.0")
-    mlp_layers = ("ff.net.0.proj", "ff.net.2")
     probe_time = 500
 
     def make_objective(self, config, resolution):

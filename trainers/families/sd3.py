@@ -11,19 +11,6 @@ from trainers.families.base import Family
 
 class SD3(Family):
     pipeline = StableDiffusion3Pipeline
-    clip_encoders = ("text_encoder", "text_encoder_2")
-    t5_encoder, t5_tokens = "text_encoder_3", 256
-    attention_layers = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-    mlp_layers = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
     def encode_text(self, name, ids):
         encoder = getattr(self.pipe, name)

@@ -32,6 +32,7 @@ class FromScratchTask(ABC):
     read_target: TargetReader | None = None  # how the second picture of a pair is read
     num_mask_channels = 0  # channels at the end that hold classes
     needs_all_processes = False
+    attention = "auto"
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trainers.config import LoraConfig
+from trainers.config.family_facts import FamilyFacts
 from trainers.errors import UserError
+from trainers.families import Family
 
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 
 
-Presets = Mapping[
-    str, Sequence[str]
-]  # a preset's name to the endings of module names within blocks
+TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class LoraLinear(lora.Linear):
@@ -39,14 +40,27 @@ class LoraLinear(lora.Linear):
         return output.view_as(y)
 
 
-def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None = None) -> None:
-    """Put LoRA layers into `module` and freeze the rest; they are float32 whatever the base's
-    precision."""
+def add_lora(family: Family, config: LoraConfig, text_encoders: Sequence[str]) -> None:
+    """Freeze what the family has loaded, and put LoRA into its denoiser and these encoders."""
+    add_adapter(family.denoiser, config, family.facts)
+    own = {"target_modules": TEXT_ENCODER_LAYERS, "blocks": None}
+    for name in text_encoders:
+        add_adapter(getattr(family.pipe, name), config.model_copy(update=own))
+    adapted = [layer for layer in family.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    family.set_autocast(not all(isinstance(layer, LoraLinear) for layer in adapted))
+
+
+def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None = None) -> None:
+    """Put LoRA layers into `module` and freeze the rest.
+
+    They are float32 whatever the base's precision: in bfloat16 an Adam step would often round a
+    weight back to where it was. facts: of the family whose denoiser the module is, for presets.
+    """
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha or config.rank,
         lora_dropout=config.dropout,
-        target_modules=target_layers(module, config, presets or {}),
+        target_modules=target_layers(module, config, facts),
         init_lora_weights=PEFT_INIT[config.init_lora_weights],
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
@@ -59,10 +73,10 @@ def add_adapter(module: nn.Module, config: LoraConfig, presets: Presets | None =
             parameter.data = parameter.data.float()
 
 
-def target_layers(module: nn.Module, config: LoraConfig, presets: Presets) -> list[str]:
+def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None) -> list[str]:
     """Full names of the linear and convolution layers that get LoRA.
 
-    Raises: UserError when a part of the wish matches nothing, with names that are near it.
+    Raises: UserError when a part of what is asked for matches nothing, with names that are like it.
     """
     layers = [
         name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
@@ -70,10 +84,9 @@ def target_layers(module: nn.Module, config: LoraConfig, presets: Presets) -> li
     requested, blocks = config.target_modules, config.blocks
     if requested == "all-linear":
         matched = [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
-    elif isinstance(requested, str) and requested in presets:
-        matched = [
-            name for name in layers if "blocks." in name and ends_with(name, presets[requested])
-        ]
+    elif isinstance(requested, str) and facts and requested in ("attention", "attention+mlp"):
+        endings = [ending for part in requested.split("+") for ending in facts.lora_targets[part]]
+        matched = [name for name in layers if facts.is_in_block(name) and ends_with(name, endings)]
     elif isinstance(requested, str):
         matched = [name for name in layers if re.fullmatch(requested, name)]
     else:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainers.config import DreamBoothConfig
 from trainers.data.encoder_cache import CachedEncoder
-from trainers.families import FAMILIES, Family
+from trainers.efficiency.apply import open_family
+from trainers.families import Family
 from trainers.lora.export import lora_state
 from trainers.lora.files import max_relative_difference, read_lora, text_prefix
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
@@ -59,11 +60,12 @@ def verify_export(
     Raises: ExportError.
     """
     folder, model, dtype = config.output_dir, config.model, encoder.family.dtype
+    shard = encoder.family.memory.shard
     if not config.lora:
         model = model.model_copy(
             update={"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None}
         )
-    reloaded = FAMILIES[model.family](model, encoder.family.device, dtype, encoder.family.shard)
+    reloaded = open_family(model, encoder.family.device, dtype, shard)
     reloaded.load("vae", reloaded.denoiser_name, *encoder.loaded_encoders)
     if config.lora:
         reloaded.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
@@ -81,7 +83,7 @@ def verify_export(
             )
     reloaded.apply_memory_options()
     # so that only the weights are compared, not how they are computed with
-    reloaded.needs_autocast = encoder.family.needs_autocast
+    reloaded.set_autocast(encoder.family.needs_autocast)
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
         return (

@@ -48,7 +48,7 @@ CHANGEABLE_KEYS = {  # what may change between two parts of a run
         "train.memory",
         "train.compile",
     ),
-    *("train.attention", "train.cuda_graphs"),
+    "train.attention",
     # the pictures and captions themselves are compared instead of where they lie
     *(
         "data.instance_data_dir",

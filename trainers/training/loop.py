@@ -58,6 +58,8 @@ class Task(Protocol):
     # them
     needs_all_processes: bool
 
+    attention: str  # the kernel of the attention, see `efficiency.attention`
+
     def losses(self, batch: Any, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """Yield (player, scalar loss); when resumed, that player's optimiser has stepped."""
 

@@ -1,0 +1,130 @@
+"""Rules between the keys of a DreamBooth config, as (path, message) of each that is broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from trainers.config.base import Config, OptimizerConfig, irrelevant_keys
+from trainers.config.dreambooth_sections import (
+    DataConfig,
+    DreamBoothTrainConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
+from trainers.config.family_facts import families_with, family_facts, family_names
+
+Errors = Iterator[tuple[str, str]]
+
+
+def picture_errors(data: DataConfig) -> Errors:
+    """Where the pictures come from, those of the class too."""
+    if data.instance_data_dir is None and data.dataset_name is None:
+        yield "data.instance_data_dir", "no pictures: give a folder here, or data.dataset_name"
+    if data.instance_data_dir is not None and data.dataset_name is not None:
+        yield "data.dataset_name", "two sources of pictures: drop this or data.instance_data_dir"
+    for key in ("instance_data_dir", "held_out_dir"):
+        folder = getattr(data, key)
+        if folder is not None and not folder.is_dir():
+            yield f"data.{key}", f"no such folder: {folder}"
+    if data.class_data_dir is not None and not data.uses_prior:
+        message = "class pictures without data.num_class_images: say how many to use"
+        yield "data.class_data_dir", message
+    if data.uses_prior and not data.class_prompt:
+        message = "prior preservation (data.num_class_images > 0) needs a class prompt"
+        yield "data.class_prompt", message
+    if data.class_prompt and not data.uses_prior:
+        message = "a class prompt without class pictures: say how many to use, 100 is usual"
+        yield "data.num_class_images", message
+
+
+def family_errors(config: Config) -> Errors:
+    """What the family cannot train with, or does not understand."""
+    family = config.model.family
+    facts = family_facts(family)
+    if config.data.resolution % facts.pixel_multiple:
+        message = f"must be a multiple of {facts.pixel_multiple}, not {config.data.resolution}"
+        yield "data.resolution", message
+    table = []
+    for section, key in special_keys():
+        table.append((" ".join(families_with(section, key)), section, key))
+    yield from irrelevant_keys(config, family, table)
+    for refused, reason in facts.refused.items():
+        path, _, value = refused.partition("=")
+        section, _, key = path.partition(".")
+        if str(getattr(getattr(config, section), key)) == value:
+            yield path, reason
+
+
+def special_keys() -> list[tuple[str, str]]:
+    """Section and key of what some families understand and others do not."""
+    found = {}
+    for name in family_names():
+        for section, keys in family_facts(name).config_keys.items():
+            found |= {(section, key): None for key in keys}
+    return list(found)
+
+
+def memory_errors(
+    model: ModelConfig, lora: LoraConfig | None, train: DreamBoothTrainConfig
+) -> Errors:
+    """Options that need less memory, and what they need themselves."""
+    has_checkpointing = train.gradient_checkpointing is True
+    if model.quantization != "none" and lora is None:
+        message = "a quantised base cannot train all its weights: give lora, or drop this"
+        yield "model.quantization", message
+    if model.modulation_cache and (lora is None or train.train_text_encoder):
+        message = "needs a frozen base and text encoders: their outputs are computed ahead"
+        yield "model.modulation_cache", message
+    if model.modulation_cache and model.quantization in ("nf4", "int8"):
+        message = f"{model.quantization} has made these weights small: drop this or that"
+        yield "model.modulation_cache", message
+    if model.offload and (lora is None or not has_checkpointing):
+        message = "needs lora, and train.gradient_checkpointing: true to bring each block back"
+        yield "model.offload", message
+    if model.offload and model.quantization != "none":
+        message = f"{model.quantization} has made the blocks small: drop this or that"
+        yield "model.offload", message
+    is_refused = "model.quantization=fp8" in family_facts(model.family).refused
+    if model.quantization == "fp8" and not is_refused and not has_checkpointing:
+        message = "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
+        yield "model.quantization", message
+
+
+def speed_errors(
+    model: ModelConfig, lora: LoraConfig | None, train: DreamBoothTrainConfig
+) -> Errors:
+    """What a compiled denoiser cannot have."""
+    conflicts = {
+        "model.quantization": model.quantization != "none",
+        "model.offload": model.offload,
+        "lora.use_dora": lora is not None and lora.use_dora,
+    }
+    others = [path for path, is_set in conflicts.items() if is_set]
+    if train.compile and others:
+        message = f"cannot be had with {', '.join(others)}: drop the one or the other"
+        yield "train.compile", message
+
+
+def training_errors(
+    objective: ObjectiveConfig, optimizer: OptimizerConfig, train: DreamBoothTrainConfig
+) -> Errors:
+    if objective.debiased and objective.snr_gamma:
+        yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
+    if optimizer.text_encoder_lr is not None and not train.train_text_encoder:
+        message = "the text encoder does not train: set train.train_text_encoder: true"
+        yield "optimizer.text_encoder_lr", message
+
+
+def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig) -> Errors:
+    if lora.use_dora and lora.kohya:
+        yield "lora.kohya", "kohya's file holds plain LoRA: drop this or lora.use_dora"
+    if lora.use_dora and train.train_text_encoder:
+        message = "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
+        yield "lora.use_dora", message
+    if isinstance(lora.target_modules, str):
+        try:
+            re.compile(lora.target_modules)
+        except re.error as error:
+            yield "lora.target_modules", f"not a valid regex: {error}"

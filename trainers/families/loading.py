@@ -1,0 +1,194 @@
+"""A base model on disk and in memory: found or downloaded, and loaded part by part."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import diffusers
+import torch
+import transformers
+from accelerate.utils.memory import clear_device_cache
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from trainers.config import ModelConfig
+from trainers.distributed.fsdp import ShardFunction
+from trainers.errors import UserError
+
+
+class MemoryOptions(Protocol):
+    """How a denoiser is loaded and kept to need less memory; see `efficiency.apply`."""
+
+    loads_denoiser: bool  # instead of the pipeline's own loader
+    places_denoiser: bool  # on the device, whole or in parts, once it has all its layers
+    is_sharded: bool  # every process must take part in each forward pass
+    shard: ShardFunction | None
+
+    def load_denoiser(self, base: LoadedBase) -> nn.Module:
+        """The denoiser of `base` in fewer bits."""
+
+    def apply(self, base: LoadedBase) -> Any:
+        """Change the loaded denoiser; the modulation cache, if there is one, is returned."""
+
+
+class PlainMemory:
+    """Everything is on the device, in the base's precision."""
+
+    loads_denoiser = places_denoiser = is_sharded = False
+    shard = None
+
+    def load_denoiser(self, base: LoadedBase) -> nn.Module:
+        raise NotImplementedError
+
+    def apply(self, base: LoadedBase) -> None:
+        """Nothing is to be done."""
+
+
+class LoadedBase:
+    """The parts of one base model. `pipe` holds those that are loaded now, if any."""
+
+    pipeline: ClassVar[type[DiffusionPipeline]]
+    denoiser_name = "transformer"
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory: MemoryOptions | None = None,
+    ) -> None:
+        """Finds or downloads the base model. Raises: UserError when that is impossible."""
+        self.device, self.dtype = torch.device(device), dtype
+        self.memory = memory or PlainMemory()
+        # caches of the object, not of the class: they end with it, and its weights too
+        self.meta_model = lru_cache(self.new_meta_model)
+        self.component_digest = lru_cache(self.compute_digest)
+        self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
+        self.needs_autocast = True
+        index = self.pipeline.load_config(self.folder)
+        if index["_class_name"] != self.pipeline.__name__:
+            raise UserError(
+                f"model.family: {model.pretrained_model_name_or_path} is a "
+                f"{index['_class_name']}, and {model.family} "
+                f"trains a {self.pipeline.__name__}: change the one or the other"
+            )
+        self.components = {}
+        for name, value in index.items():
+            left_out = model.text_encoder_3 is None and name.endswith("_3")
+            if isinstance(value, list) and value[0] and not left_out:
+                self.components[name] = value
+        encoders = [name for name in self.components if name.startswith("text_encoder")]
+        self.text_encoder_names = sorted(encoders)
+        self.unload()
+
+    def set_autocast(self, needed: bool) -> None:
+        """Whether autocast must choose precisions, because some layer does not know its own."""
+        self.needs_autocast = needed
+
+    def load(self, *names: str) -> None:
+        """Hold a pipeline with these heavy components only.
+
+        Scheduler and tokenizers always come along.
+        """
+        wanted = ("scheduler", *map(tokenizer_name, self.text_encoder_names), *names)
+        index = self.pipeline.load_config(self.folder)
+        every_component = [part for part, value in index.items() if isinstance(value, list)]
+        components = {part: None for part in every_component if part not in wanted}
+        if "safety_checker" in components:
+            components["requires_safety_checker"] = False
+        if self.memory.loads_denoiser and self.denoiser_name in names:
+            components[self.denoiser_name] = self.memory.load_denoiser(self)
+        self.pipe = self.pipeline.from_pretrained(
+            self.folder, dtype=self.dtype, variant=self.variant, **components
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        for name in names:
+            module = getattr(self.pipe, name).requires_grad_(False).eval()
+            if name != self.denoiser_name or not self.memory.places_denoiser:
+                module.to(self.device)
+        if "vae" in names:
+            self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
+
+    def apply_memory_options(self) -> None:
+        """To be called once the denoiser has all its layers, those of LoRA too."""
+        self.modulation = self.memory.apply(self)
+
+    def unload(self) -> None:
+        self.pipe = self.modulation = None
+        clear_device_cache(garbage_collection=True)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipe, self.denoiser_name)
+
+    def new_meta_model(self, part: str) -> nn.Module:
+        """A model without weights, which may be changed; `meta_model` gives one to look at."""
+        library, kind = self.components[part]
+        with torch.device("meta"):
+            if library == "diffusers":
+                kind = getattr(diffusers, kind)
+                return kind.from_config(kind.load_config(self.folder, subfolder=part))
+            kind = getattr(transformers, kind)
+            return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
+
+    @property
+    def vae_config(self) -> dict:
+        """A diffusers model's settings, with the defaults that its file leaves out."""
+        return self.meta_model("vae").config
+
+    @property
+    def denoiser_config(self) -> dict:
+        return self.meta_model(self.denoiser_name).config
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    def tokenizer_digest(self, text_encoder: str) -> str:
+        return self.component_digest(tokenizer_name(text_encoder))
+
+    def compute_digest(self, part: str) -> str:
+        """A digest of a component's files and the precision that it runs in.
+
+        `component_digest` computes it once.
+        """
+        precision = "float32" if part == "vae" else self.dtype
+        digest = hashlib.sha256(f"{self.variant} {precision}".encode())
+        for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
+            digest.update(path.name.encode())
+            blob = path.resolve()  # the Hub's cache names large files by their sha256
+            if len(blob.name) == 64:
+                digest.update(blob.name.encode())
+                continue
+            with open(path, "rb") as file:
+                while piece := file.read(2**24):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+def tokenizer_name(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
+    """The local folder of the base model, downloaded if need be."""
+    name = model.pretrained_model_name_or_path
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise UserError(
+                f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no "
+                "pipeline"
+            )
+        return Path(name)
+    try:
+        return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
+    except Exception as error:
+        raise UserError(
+            f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). "
+            "Check the name; for a gated model accept its licence on its page and log in with "
+            "`hf auth login`; offline, give a local folder"
+        ) from error
