@@ -15,7 +15,7 @@ from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
 from trainers.data.pictures import Picture, load_instance_pictures
 from trainers.errors import RunFailedError
-from trainers.families import SD15
+from trainers.families.sd15 import SD15
 
 ENTRY = {
     "moments": torch.arange(6.0).view(2, 3).T,

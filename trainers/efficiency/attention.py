@@ -35,4 +35,6 @@ def attention_kernel(name: str, device: torch.device) -> AbstractContextManager:
     except RuntimeError:
         raise UserError(f"train.attention: {name} cannot run on {device}: use auto") from None
     others = [kernel for other, kernel in ATTENTION_KERNELS.items() if other != name]
+    if name == "math":  # which can compute everything
+        others = []
     return sdpa_kernel([ATTENTION_KERNELS[name], *others], set_priority=True)

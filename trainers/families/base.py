@@ -36,11 +36,12 @@ class Family(LoadedBase, ABC):
 
     def __init_subclass__(cls) -> None:
         name = cls.__module__.rpartition(".")[2]
-        cls.facts = family_facts(name)
+        if name in family_names():  # else it inherits its facts, or states them itself
+            cls.facts = family_facts(name)
+            CLASSES[name] = cls
         encoders = cls.facts.text_encoders
         cls.clip_encoders = tuple(key for key, encoder in encoders.items() if encoder.lora)
         cls.t5_encoder = next((key for key, encoder in encoders.items() if encoder.tokens), None)
-        CLASSES[name] = cls
 
     def __init__(
         self,
