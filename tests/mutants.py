@@ -33,6 +33,9 @@ TESTS = {  # a file under trainers/ to the tests that should notice
     "distributed/trained_weights.py": ["test_from_scratch.py", "test_faults.py"],
     "dreambooth.py": ["test_families.py"],
     "families/base.py": ["test_families.py"],
+    "families/loading.py": ["test_families.py"],
+    "families/flux.yaml": ["test_families.py", "test_config.py"],
+    "config/dreambooth_rules.py": ["test_config.py", "test_families.py"],
     "families/flux.py": ["test_families.py"],
     "families/objectives.py": ["test_objectives.py"],
     "families/sampling.py": ["test_families.py"],
@@ -207,7 +210,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "(logvar.clamp",
     ),
     (
-        "families/base.py",
+        "families/loading.py",
         "defaults of config files lost",
         'return self.meta_model("vae").config',
         "return {'scaling_factor': 1.0} | diffusers.AutoencoderKL.load_config(self.folder / 'vae')",
@@ -227,8 +230,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "families/base.py",
         "max_sequence_length ignored",
-        "model.max_sequence_length or self.t5_tokens",
-        "self.t5_tokens",
+        "model.max_sequence_length or tokens",
+        "tokens",
     ),
     (
         "families/base.py",
@@ -237,13 +240,13 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "tokenizer.model_max_length",
     ),
     (
-        "families/base.py",
+        "families/loading.py",
         "a T5 that is left out loads",
-        "if model.text_encoder_3 is None:",
-        "if False:",
+        "left_out = model.text_encoder_3 is None and",
+        "left_out = False and",
     ),
     (
-        "families/base.py",
+        "lora/layers.py",
         "LoRA lacks out_proj of the text encoders",
         '"v_proj", "out_proj"]',
         '"v_proj"]',
@@ -282,10 +285,10 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "if False:",
     ),
     (
-        "families/flux.py",
+        "families/flux.yaml",
         "preset lacks proj_mlp",
-        '"proj_mlp",',
-        "",
+        "ff_context.net.2, proj_mlp, ",
+        "ff_context.net.2, ",
     ),
     ("families/sd3.py", "t not multiplied by 1000", "timestep=1000 * t", "timestep=t"),
     (
@@ -320,10 +323,10 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "(len(clip), 0, width)",
     ),
     (
-        "families/base.py",
+        "families/sampling.py",
         "guided away from the prompt",
-        "value for key, value in conditions[1].items()",
-        "value for key, value in conditions[0].items()",
+        "value for key, value in negative.items()",
+        "value for key, value in positive.items()",
     ),
     ("families/sd15.py", "noise_offset lost", '"debiased", "noise_offset"}', '"debiased"}'),
     # Steps
@@ -393,8 +396,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "lora/layers.py",
         "a preset reaches beyond the blocks",
-        'if "blocks." in name and ends_with(',
-        "if ends_with(",
+        "facts.is_in_block(name) and ends_with(",
+        "ends_with(",
     ),
     (
         "lora/layers.py",
@@ -429,16 +432,16 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("lora/files.py", "CLIP's level lost", '"text_model."\n        if', '""\n        if'),
     # What does not fit
     (
-        "config/dreambooth.py",
+        "families/flux.yaml",
         "Flux.1 takes text_encoder_3",
-        '("sd3", "model", "text_encoder_3")',
-        '("sd3 flux", "model", "text_encoder_3")',
+        "guidance_scale, allow_schnell]",
+        "guidance_scale, allow_schnell, text_encoder_3]",
     ),
     (
-        "config/dreambooth.py",
+        "config/dreambooth_rules.py",
         "flows take multiples of 8",
-        "data.resolution % (16 if flow else 8)",
-        "data.resolution % 8",
+        "config.data.resolution % facts.pixel_multiple:",
+        "config.data.resolution % 8:",
     ),
     # Small networks
     (
