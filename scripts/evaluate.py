@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from trainers.cli import make_parser, positive_int, run_main, silence_libraries
-from trainers.distributed.accelerator import best_device
 from trainers.run_folder import load_run_config
 
 
@@ -46,6 +45,7 @@ def main() -> None:
     config = load_run_config(arguments.run, "dreambooth")
     silence_libraries()
 
+    from trainers.distributed.accelerator import best_device
     from trainers.evaluate import EvaluationOptions, card_metrics, evaluate, format_evaluation
     from trainers.metrics.feature_networks import find_networks
     from trainers.publishing.model_card import add_metrics

@@ -90,7 +90,7 @@ def main() -> None:
     if arguments.format == "diffusers":
         files.write_diffusers(lora, out, facts)
     elif arguments.format == "kohya":
-        files.write_kohya(lora, files.adaptable_layers(family), config.model.family, out, facts)
+        files.write_kohya(lora, family, out, facts)
     else:
         files.write_peft(lora, family, out)
     difference = files.max_relative_difference(lora, files.read_lora(out, family))

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from trainers.cli import load_weights_config, make_parser, positive_int, run_main, silence_libraries
-from trainers.distributed.accelerator import best_device
 
 
 def main() -> None:
@@ -38,6 +37,7 @@ def main() -> None:
 
     import torch
 
+    from trainers.distributed.accelerator import best_device
     from trainers.efficiency.apply import open_family
     from trainers.families.sampling import write_samples
     from trainers.lora.files import load_lora

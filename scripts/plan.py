@@ -16,7 +16,6 @@ import psutil
 from trainers.cli import make_parser, run_main, silence_libraries
 from trainers.config.dreambooth import MEMORY_PRESETS
 from trainers.config.loading import load_config
-from trainers.distributed.accelerator import best_device
 from trainers.errors import UserError
 
 TYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -45,6 +44,7 @@ def main() -> None:
     silence_libraries()
     import torch
 
+    from trainers.distributed.accelerator import best_device
     from trainers.memory_plan import matmul_rate, plan_memory
 
     device = best_device()

@@ -34,6 +34,7 @@ TESTS = {  # a file under trainers/ to the tests that should notice
     "dreambooth.py": ["test_families.py"],
     "families/base.py": ["test_families.py"],
     "families/loading.py": ["test_families.py"],
+    "families/sd3.yaml": ["test_formats.py"],
     "families/flux.yaml": ["test_families.py", "test_config.py"],
     "config/dreambooth_rules.py": ["test_config.py", "test_families.py"],
     "families/flux.py": ["test_families.py"],
@@ -149,10 +150,10 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ("lora/kohya.py", "halves as they are", "b.roll(len(b) // 2, 0)", "b"),
     ("lora/kohya.py", "kohya's alpha ignored", "b = b * (entry", "b = 0 * b + b if 1 else (entry"),
     (
-        "lora/kohya.py",
+        "families/sd3.yaml",
         "keys before queries",
-        '("to_q to_k to_v", "to_out.0")',
-        '("to_k to_q to_v", "to_out.0")',
+        "attn2.qkv: attn2.to_q attn2.to_k attn2.to_v",
+        "attn2.qkv: attn2.to_k attn2.to_q attn2.to_v",
     ),
     ("lora/update.py", "parts side by side", "column += update.rank", "column += 0"),
     (

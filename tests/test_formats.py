@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trainers import dreambooth
+from trainers.config.family_facts import family_facts
 from trainers.errors import UserError
 from trainers.families import FAMILIES
 from trainers.lora import files
@@ -286,7 +287,7 @@ def test_released_models_get_the_updates_that_diffusers_would(name):
     zeros = converted(shapes, {}, name)
     layers = {key: len(weight) for key, weight in zeros.items()}
     lora = random_lora(layers, {key: weight.shape[1:] for key, weight in zeros.items()})
-    state = to_kohya(lora, layers, name)
+    state = to_kohya(lora, layers, family_facts(name).kohya)
     weights = {}
     for key, shape in shapes.items():
         stem = "lora_unet_" + key.replace(".", "_")
@@ -303,7 +304,9 @@ def test_diffusers_reader_of_sd_scripts_flux_files_finds_every_update_at_full_wi
     zeros = converted(released_flux(), {}, "flux")
     layers = {key: len(w) for key, w in zeros.items() if "blocks." in key and ".norm" not in key}
     lora = random_lora(layers, {key: zeros[key].shape[1:] for key in layers})
-    found = _convert_kohya_flux_lora_to_diffusers(to_kohya(lora, layers, "flux"))
+    found = _convert_kohya_flux_lora_to_diffusers(
+        to_kohya(lora, layers, family_facts("flux").kohya)
+    )
     stems = [key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")]
     check(
         {stem: found[f"{stem}.lora_B.weight"] @ found[f"{stem}.lora_A.weight"] for stem in stems},
@@ -340,7 +343,8 @@ def test_kohya_and_back_is_exact_with_whole_and_with_partly_trained_layers(
     layers = adaptable_layers(family_of(bases[name], name))
     chosen = {key: outputs for key, outputs in layers.items() if wanted in key}
     lora = random_lora(chosen, dict.fromkeys(chosen, (3,)), ranks=ranks)
-    back, unknown = from_kohya(to_kohya(lora, layers, name), layers, name)
+    kohya = family_facts(name).kohya
+    back, unknown = from_kohya(to_kohya(lora, layers, kohya), layers, kohya)
     assert not unknown
     assert back.keys() == lora.keys()
     for key, update in lora.items():
@@ -352,23 +356,22 @@ def test_layers_that_share_their_first_half_stay_as_small_as_they_were():
     layers = {f"transformer.transformer_blocks.0.attn.to_{x}": 4 for x in "qkv"}
     a = torch.randn(2, 3)
     lora = {name: LoraUpdate(a, torch.randn(4, 2)) for name in layers}
-    assert to_kohya(lora, layers, "flux")[
+    assert to_kohya(lora, layers, family_facts("flux").kohya)[
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
     ].shape == (2, 3)
-    assert (
-        max_relative_difference(lora, from_kohya(to_kohya(lora, layers, "flux"), layers, "flux")[0])
-        == 0
-    )
+    kohya = family_facts("flux").kohya
+    back, _ = from_kohya(to_kohya(lora, layers, kohya), layers, kohya)
+    assert max_relative_difference(lora, back) == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_two_layers_share_a_name_and_none_is_left_out(bases, name):
     layers = adaptable_layers(family_of(bases[name], name))
-    names = kohya_names(layers, name)
+    names = kohya_names(layers, family_facts(name).kohya)
     parts = [part for parts in names.values() for part in parts]
     assert len(parts) == len(set(parts))
     assert layers.keys() <= set(parts)
-    assert swapped_layers(layers, name) <= layers.keys() | {""}
+    assert swapped_layers(layers, family_facts(name).kohya) <= layers.keys() | {""}
 
 
 @pytest.mark.parametrize("alpha", ["metadata", "beside"])

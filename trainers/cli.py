@@ -10,7 +10,6 @@ from pathlib import Path
 
 from trainers.config import Config, DreamBoothConfig, ModelConfig
 from trainers.errors import Interrupted, UserError
-from trainers.families import detect_family
 from trainers.run_folder import load_run_config
 
 
@@ -39,6 +38,8 @@ def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
     ):
+        from trainers.families import detect_family  # and so torch, which takes seconds
+
         config = DreamBoothConfig(model=ModelConfig(family=detect_family(base)))
     else:
         raise UserError(

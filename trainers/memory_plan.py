@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers.config import DreamBoothConfig, ModelConfig
 from trainers.distributed.fsdp import get_blocks
 from trainers.efficiency.compilation import enable_checkpointing
-from trainers.efficiency.modulation import ADAPTIVE_NORMS
+from trainers.efficiency.modulation import adaptive_norms
 from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
 from trainers.lora.layers import add_lora
@@ -269,12 +269,8 @@ def saved_bytes(family: Family, config: DreamBoothConfig, has_cpu_memory: bool) 
         )  # one at a time is whole
     offloaded: set[nn.Parameter] = set()
     if config.model.modulation_cache and has_cpu_memory:
-        offloaded.update(
-            p
-            for norm in model.modules()
-            if isinstance(norm, ADAPTIVE_NORMS)
-            for p in norm.linear.parameters()
-        )
+        for norm in adaptive_norms(model, family.facts.adaptive_norms).values():
+            offloaded.update(norm.linear.parameters())
     if config.model.offload and has_cpu_memory:
         blocks = [set(block.parameters()) - offloaded for block in get_blocks(model)]
         offloaded.update(*sorted(blocks, key=lambda block: sum(p.numel() for p in block))[:-2])

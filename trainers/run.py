@@ -26,6 +26,7 @@ from trainers.training.failures import friendly_errors
 from trainers.training.loop import Batches, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
 from trainers.training.optimizers import make_lr_schedule
+from trainers.training.process_state import restored_process
 from trainers.unet import UNetTask
 
 TASKS = {
@@ -39,8 +40,10 @@ TASKS = {
 def run(settings: Config) -> None:
     """Train, export, prove, sample, describe and, if asked, upload. Everything is in
     `settings.output_dir`."""
-    accelerator, shard = make_accelerator(settings)
-    with ExitStack() as stack, friendly_errors(settings, accelerator.num_processes):
+    with ExitStack() as stack:
+        stack.enter_context(restored_process())
+        accelerator, shard = make_accelerator(settings)
+        stack.enter_context(friendly_errors(settings, accelerator.num_processes))
         repo = run_on_main(accelerator, lambda: check_access(settings))
         run_on_main(accelerator, lambda: stack.enter_context(lock_run_folder(settings.output_dir)))
         train_and_export(settings, accelerator, shard, repo)

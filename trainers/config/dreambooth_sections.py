@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainers.config.base import Section, TrainConfig, ValidationConfig, field
-from trainers.config.family_facts import families_with, family_facts, family_names
+from trainers.config.family_facts import default_family, families_with, family_facts, family_names
 
 FamilyName = Literal[family_names()]
 
@@ -29,9 +29,9 @@ def t5_tokens() -> str:
 
 
 class ModelConfig(Section):
-    family: FamilyName = field("sd15", "Which architecture the base model has.")
+    family: FamilyName = field(default_family(), "Which architecture the base model has.")
     pretrained_model_name_or_path: str = field(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        family_facts(default_family()).default_base,
         "Hub repository or local folder in the diffusers layout.",
     )
     revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")

@@ -52,6 +52,14 @@ class KohyaFacts(Facts):
         str
     ] = []  # layers whose scale and shift diffusers has in the other order; {last}: last block
 
+    def released_layers(self) -> dict[str, list[str]]:
+        """Each layer of the first release, and the diffusers layers that are its rows."""
+        layers = {}
+        for block in self.blocks:
+            for name, rows in block.layers.items():
+                layers[block.release + name] = [block.diffusers + row for row in rows.split()]
+        return layers
+
 
 class FamilyFacts(Facts):
     title: str  # as people call it
@@ -68,7 +76,10 @@ class FamilyFacts(Facts):
     refused: dict[
         str, str
     ] = {}  # "section.key=value" that this family cannot train with: why, and what to do
+    # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
+    adaptive_norms: list[str] = []
     architecture: str  # modelspec's id of the base model
+    default_base: str = ""  # what a config that names no model trains; one family has it
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
@@ -86,6 +97,11 @@ def family_names() -> tuple[str, ...]:
 @cache
 def family_facts(name: str) -> FamilyFacts:
     return FamilyFacts.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))
+
+
+@cache
+def default_family() -> str:
+    return next(name for name in family_names() if family_facts(name).default_base)
 
 
 def families_with(section: str, key: str) -> list[str]:

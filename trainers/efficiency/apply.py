@@ -46,7 +46,9 @@ class DenoiserMemory:
         blocks can train.
         """
         denoiser = base.denoiser
-        modulation = ModulationCache(denoiser) if self.model.modulation_cache else None
+        modulation = None
+        if self.model.modulation_cache:
+            modulation = ModulationCache(denoiser, base.facts.adaptive_norms)
         if self.shard:
             self.shard(denoiser)
         if self.model.quantization == "fp8":

@@ -8,21 +8,19 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import normalization
 from torch import Tensor, nn
 
 from trainers.errors import UserError
 
-ADAPTIVE_NORMS = (
-    normalization.AdaLayerNormZero,
-    normalization.AdaLayerNormZeroSingle,
-    normalization.AdaLayerNormContinuous,
-    normalization.SD35AdaLayerNormZeroX,
-)
+
+def adaptive_norms(denoiser: nn.Module, class_names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a denoiser that are of these classes, by name."""
+    modules = denoiser.named_modules()
+    return {name: module for name, module in modules if type(module).__name__ in class_names}
 
 
 class CachedLinear(nn.Module):
@@ -55,18 +53,18 @@ class EarlyExitError(Exception):
 class ModulationCache:
     """The adaptive norms of a denoiser, without their weights; those that LoRA changes stay."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        """Raises: UserError when LoRA changes what they are given."""
+    def __init__(self, denoiser: nn.Module, class_names: Sequence[str]) -> None:
+        """class_names: of the norms. Raises: UserError when LoRA changes what they are given."""
         if any(p.requires_grad for p in denoiser.time_text_embed.parameters()):
             raise UserError(
                 "model.modulation_cache: lora.target_modules has layers of time_text_embed, on "
-                "which adaptive norms "
-                "depend: leave them out, as attention+mlp does, or drop the cache"
+                "which adaptive norms depend: leave them out, as attention+mlp does, or drop the "
+                "cache"
             )
         self.denoiser, self.layers = denoiser, []
         self.precomputed: dict[Hashable, list[Tensor]] = {}
-        for name, norm in list(denoiser.named_modules()):
-            if isinstance(norm, ADAPTIVE_NORMS) and type(norm.linear) is nn.Linear:
+        for name, norm in adaptive_norms(denoiser, class_names).items():
+            if type(norm.linear) is nn.Linear:
                 self.layers.append(CachedLinear(norm.linear).train(norm.training))
                 denoiser.set_submodule(f"{name}.linear", self.layers[-1])
 

@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from trainers.config import DreamBoothConfig
 from trainers.families import Family
-from trainers.lora.files import adaptable_layers, read_metadata_header, text_prefix, write_kohya
+from trainers.lora.files import read_metadata_header, text_prefix, write_kohya
 from trainers.lora.peft_format import from_peft
 from trainers.publishing.model_card import package_versions
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
-
-ARCHITECTURE = {
-    "sd15": "stable-diffusion-v1",
-    "sd3": "stable-diffusion-3-5",
-    "flux": "flux-1-dev",
-}  # modelspec's names
 
 
 def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") -> dict[str, Tensor]:
@@ -69,23 +63,18 @@ def save_lora(
         save_file(load_file(file), file, read_metadata_header(file) | facts)
         file.replace(folder / WEIGHT_NAME)
         if config.writes_kohya:
-            write_kohya(
-                from_peft(state, {}),
-                adaptable_layers(family),
-                config.model.family,
-                Path(temporary) / KOHYA_NAME,
-                facts,
-            )
-            (Path(temporary) / KOHYA_NAME).replace(folder / KOHYA_NAME)
+            file = Path(temporary) / KOHYA_NAME
+            write_kohya(from_peft(state, {}), family, file, facts)
+            file.replace(folder / KOHYA_NAME)
 
 
 def make_metadata(config: DreamBoothConfig) -> dict[str, str]:
     """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and
     versions to repeat it."""
-    model, size = config.model, config.data.resolution
+    size = config.data.resolution
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURE[model.family]}/lora",
+        "modelspec.architecture": f"{config.facts.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.output_dir.name,
         "modelspec.resolution": f"{size}x{size}",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from trainers.errors import UserError
-from trainers.families import FAMILIES, Family
+from trainers.families import Family
 from trainers.lora.kohya import from_kohya, to_kohya
 from trainers.lora.low_rank import lora_from_difference
 from trainers.lora.peft_format import diffusers_metadata, from_peft, peft_config, to_peft
@@ -51,19 +51,15 @@ def write_diffusers(lora: Lora, file: Path, facts: dict[str, str]) -> None:
     save_file(to_peft(lora), file, facts | {"format": "pt", METADATA_KEY: diffusers_metadata(lora)})
 
 
-def write_kohya(lora: Lora, layers: Layers, family: str, file: Path, facts: dict[str, str]) -> None:
+def write_kohya(lora: Lora, family: Family, file: Path, facts: dict[str, str]) -> None:
     """With the ss_ and sshs_ keys by which sd-scripts, A1111 and its extensions know a file."""
-    state = to_kohya(lora, layers, family)
+    kohya = family.facts.kohya
+    state = to_kohya(lora, adaptable_layers(family), kohya)
     ranks = {update.rank for update in lora.values()}
-    version, module = {
-        "sd15": ("sd_v1", "lora"),
-        "sd3": ("sd3", "lora_sd3"),
-        "flux": ("flux1", "lora_flux"),
-    }[family]
     metadata = {
         "ss_v2": "False",
-        "ss_base_model_version": version,
-        "ss_network_module": f"networks.{module}",
+        "ss_base_model_version": kohya.base_model_version,
+        "ss_network_module": kohya.network_module,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_args": "{}",
     }
@@ -113,7 +109,7 @@ def read_lora(path: Path, family: Family) -> Lora:
     else:
         state = load_file(path)
         if any(key.startswith(("lora_unet_", "lora_te")) for key in state):
-            lora, unknown = from_kohya(state, layers, family_name(family))
+            lora, unknown = from_kohya(state, layers, family.facts.kohya)
         else:
             flat, configs = json.loads(read_metadata_header(path).get(METADATA_KEY, "{}")), {}
             for key, value in flat.items():
@@ -148,10 +144,6 @@ def add_text_level(state: dict[str, Tensor], family: Family) -> dict[str, Tensor
         lacks_level = part in family.clip_encoders and not rest.startswith("text_model.")
         renamed[f"{part}.text_model.{rest}" if lacks_level else key] = value
     return renamed
-
-
-def family_name(family: Family) -> str:
-    return next(name for name, kind in FAMILIES.items() if isinstance(family, kind))
 
 
 def load_lora(family: Family, file: Path) -> None:

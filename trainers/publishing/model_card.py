@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,22 +15,20 @@ from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-LICENSES = {  # of bases, by owner and the beginning of the name: the Hub's id, or a name of its own
-    "stable-diffusion-v1-5/": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-3": "stabilityai-ai-community",
-    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
-    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
-}
-
-
+HUB_LICENSES = ("creativeml-openrail-m", "apache-2.0")  # which the Hub knows by these ids
 METRICS_HEADING = "## Measured"
 
 
-def base_license(base: str) -> dict[str, str]:
-    """What the LoRA inherits; {} for a base that is not known."""
-    name = next((name for prefix, name in LICENSES.items() if base.startswith(prefix)), None)
-    if name in ("creativeml-openrail-m", "apache-2.0", None):
-        return {"license": name} if name else {}
+def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
+    """The license of a base model, which its LoRA inherits; {} for a base that is not known.
+
+    licenses: by the beginnings of the names of a family's bases.
+    """
+    name = next((name for prefix, name in licenses.items() if base.startswith(prefix)), None)
+    if name is None:
+        return {}
+    if name in HUB_LICENSES:
+        return {"license": name}
     link = f"https://huggingface.co/{base}/blob/main/LICENSE.md"
     return {"license": "other", "license_name": name, "license_link": link}
 
@@ -50,7 +48,7 @@ def write_dreambooth_card(
             if public
             else {}
         ),
-        **base_license(base),
+        **base_license(base, config.facts.licenses),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "instance_prompt": prompt,
@@ -115,7 +113,8 @@ def write_dreambooth_card(
 
 def comfyui_hint(config: DreamBoothConfig) -> str:
     file = KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
-    other_readers = "" if config.model.family != "sd15" else "; A1111 and Forge take the same file"
+    readers = config.facts.readers
+    other_readers = f"; {readers}" if readers else ""
     return (
         f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, "
         f"strength 1{other_readers}."

@@ -24,6 +24,7 @@ from trainers.errors import Interrupted, warn_on_error
 from trainers.run_folder import append_line, parse_json_line, write_atomic
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, Task, averaged_weights
+from trainers.training.process_state import STOP_SIGNALS
 
 
 class LogMetrics:
@@ -148,9 +149,8 @@ class SaveCheckpoints:
         self.task, self.config, self.processes, self.state = task, config, processes, state
         self.signal_number, self.last_saved = 0, time.monotonic()
         self.is_done = state.step >= config.train.max_train_steps
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if name in signal.Signals.__members__:  # Windows has no SIGUSR1
-                signal.signal(signal.Signals[name], self.request_stop)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.request_stop)
 
     def request_stop(self, number: int, frame: object) -> None:
         if (
