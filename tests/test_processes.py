@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_training import PRIOR, ROOT, environment, losses
 
 from trainers.config import loading
-from trainers.distributed import accelerator
+from trainers.distributed import collectives
 from trainers.distributed.accelerator import make_accelerator
 from trainers.distributed.collectives import run_across_processes, split_between_processes
 from trainers.errors import UserError
@@ -161,7 +161,7 @@ def test_shares_are_equal_and_what_comes_back_is_in_order(monkeypatch):
             assert len({len(share) for share in shares}) == 1
             assert set().union(*shares) == set(range(count))
             monkeypatch.setattr(
-                accelerator, "gather_object", lambda mine, every=shares: list(chain(*every))
+                collectives, "gather_object", lambda mine, every=shares: list(chain(*every))
             )
             assert run_across_processes([partial(int, i) for i in range(count)], ranks[-1]) == list(
                 range(count)
