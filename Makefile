@@ -3,7 +3,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install quickstart test slow lint schema
+.PHONY: install quickstart test slow lint guides schema
 
 install: .venv/installed
 
@@ -25,6 +25,11 @@ slow: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+# how long files and functions may be; it does not hold everywhere yet
+guides: install
+	$(BIN)/python scripts/guides.py --statistics
 
 schema: install
 	$(BIN)/python -m trainers.config.loading > configs/schema.json

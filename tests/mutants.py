@@ -25,6 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # a file under trainers/ to the tests that should notice
+    "from_scratch/codes.py": ["test_autoencoder.py"],
     "autoencoder.py": ["test_autoencoder.py", "test_from_scratch.py"],
     "config/dreambooth.py": ["test_config.py", "test_families.py"],
     "data/dreambooth_batches.py": ["test_data.py", "test_families.py"],
@@ -446,7 +447,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     ),
     # Small networks
     (
-        "autoencoder.py",
+        "from_scratch/codes.py",
         "noise in half units",
         "x + 2 * config.objective.noise",
         "x + config.objective.noise",

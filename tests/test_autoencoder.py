@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from torch.distributions import Normal, kl_divergence
 
-from trainers.autoencoder import Autoencoder, anomaly_score, corrupt
+from trainers.autoencoder import Autoencoder
 from trainers.config import loading
 from trainers.data.imaging import to_float
 from trainers.data.rng import SampleRng
 from trainers.errors import UserError
+from trainers.from_scratch.codes import anomaly_score, corrupt
 from trainers.from_scratch.image_sets import load_images
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.run import run

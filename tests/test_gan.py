@@ -23,9 +23,10 @@ from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 from trainers.from_scratch.adversarial import LOSSES
 from trainers.from_scratch.augment import differentiable_augment
+from trainers.from_scratch.balance import WatchBalance, class_balance
 from trainers.from_scratch.classifier import train_classifier
 from trainers.from_scratch.networks import Discriminator, Generator
-from trainers.gan import Gan, WatchBalance, balance
+from trainers.gan import Gan
 from trainers.metrics.image_quality import coverage, distribution_metrics
 from trainers.run import run
 
@@ -357,9 +358,9 @@ class Levels(nn.Module):
 def test_balance_counts_the_classes_that_are_made():
     counts = [5, 1, 0, 74, 20]
     generated = torch.cat([torch.full((n, 1, 4, 4), -1 + k / 2) for k, n in enumerate(counts)])
-    metrics = balance(generated[torch.randperm(100)], Levels())
+    metrics = class_balance(generated[torch.randperm(100)], Levels())
     assert metrics == pytest.approx({"modes": 3, "least_share": 0, "most_share": 0.74 * 5})
-    even = balance(
+    even = class_balance(
         generated.new_tensor([-1, -0.5, 0, 0.5, 1])[:, None, None, None].expand(5, 1, 4, 4),
         Levels(),
     )

@@ -3,7 +3,6 @@ failures."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,27 +18,16 @@ from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 from trainers.from_scratch.adversarial import LOSSES, freeze
 from trainers.from_scratch.augment import differentiable_augment
-from trainers.from_scratch.classifier import classifier_features, classify, train_classifier
-from trainers.from_scratch.networks import Classifier, Discriminator, Generator
+from trainers.from_scratch.balance import WatchBalance, class_balance
+from trainers.from_scratch.classifier import classifier_features, train_classifier
+from trainers.from_scratch.networks import Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.feature_networks import inception_features, mobilenet_features
 from trainers.metrics.image_quality import distribution_metrics
 from trainers.training.loop import StepMetrics, averaged_weights
 
-NUM_METRIC_PICTURES = 10000  # pictures made for the figures
-
-
+NUM_METRIC_PICTURES = 10000  # generated for the metrics
 MIN_HELD_OUT = 10  # held-out pictures
-
-
-COLLAPSE_THRESHOLD = (
-    0.5  # spread of made pictures, relative to real ones, below which there is a warning
-)
-
-
-DOMINANCE_THRESHOLD = (
-    0.995  # share of pairs that the discriminator puts in order, above which there is a warning
-)
 
 
 class Gan(FromScratchTask):
@@ -122,18 +110,15 @@ class Gan(FromScratchTask):
 
     def gradient_penalty(self, x: Tensor, label: Tensor, target_norm: float) -> Tensor:
         """Mean of (norm of the score's gradient - wanted)^2."""
-        x, critic = (
-            x.requires_grad_(),
-            self.accelerator.unwrap_model(self.players["discriminator"].module),
-        )
+        critic = self.accelerator.unwrap_model(self.players["discriminator"].module)
+        x = x.requires_grad_()
         score = critic(x, label).sum()
         (gradient,) = torch.autograd.grad(score, x, create_graph=True)
         square = gradient.square().sum((1, 2, 3))
-        return (
-            ((square + 1e-12).sqrt() - target_norm).square().mean()
-            if target_norm
-            else square.mean()
-        )
+        if not target_norm:
+            return square.mean()
+        # the small number keeps the root's slope finite where the gradient is zero
+        return ((square + 1e-12).sqrt() - target_norm).square().mean()
 
     @torch.no_grad()
     def generate(self, rows: range) -> Tensor:
@@ -205,54 +190,4 @@ class Gan(FromScratchTask):
                 generated, to_float(self.test_images.take(range(count))), features
             ),
         }
-        return metrics | (balance(generated, classifier) if classifier else {})
-
-
-def balance(generated: Tensor, classifier: Classifier) -> dict[str, float]:
-    """modes: how many classes are made at all; least_share, most_share: of the rarest and the
-    commonest, 1 if all were equally common."""
-    classes = classifier.config.classes
-    shares = classify(classifier, generated).bincount(minlength=classes) * classes / len(generated)
-    modes = int((shares > 0.1).sum())
-    return {"modes": modes, "least_share": float(shares.min()), "most_share": float(shares.max())}
-
-
-class FailureWarning(UserWarning):
-    """The players have lost their balance."""
-
-
-class WatchBalance:
-    """Puts the players' balance among the means, and warns once of each failure that shows
-    there."""
-
-    def __init__(self, task: Gan) -> None:
-        self.task, self.warned = task, set()
-        self.num_steps, self.sums = 0, {}
-
-    def __call__(self, step: int, metrics: StepMetrics) -> None:
-        metrics |= self.task.balance_metrics
-        for name, value in self.task.balance_metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.num_steps += 1
-        if step % self.task.config.tracking.log_every or not self.task.accelerator.is_main_process:
-            return
-        order, diversity = (
-            self.sums[name].item() / self.num_steps for name in ("order", "diversity")
-        )
-        self.num_steps, self.sums = 0, {}
-        if diversity < COLLAPSE_THRESHOLD:
-            self.warn(
-                "collapse",
-                f"mode collapse: made pictures vary {diversity:.2f} times as much as real ones",
-            )
-        if order > DOMINANCE_THRESHOLD:
-            self.warn(
-                "won",
-                f"the discriminator tells {order:.1%} of the pairs apart: the generator learns "
-                f"little",
-            )
-
-    def warn(self, name: str, message: str) -> None:
-        if name not in self.warned:
-            self.warned.add(name)
-            warnings.warn(message, FailureWarning, stacklevel=2)
+        return metrics | (class_balance(generated, classifier) if classifier else {})

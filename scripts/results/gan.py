@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers.cli import run_main, silence_libraries
 from trainers.config.loading import load_config
 from trainers.data.imaging import to_float, to_pil, write_grid
+from trainers.from_scratch.balance import FailureWarning, class_balance
 from trainers.from_scratch.classifier import classifier_features, train_classifier
 from trainers.from_scratch.image_sets import load_images
-from trainers.gan import FailureWarning, balance
 from trainers.metrics.image_quality import distribution_metrics
 
 
@@ -52,11 +52,8 @@ def main() -> None:
             if not path.exists():
                 generated = tutorial(train_images.pixels, width, seed, seconds, len(held_out))
                 write_grid([("made", to_pil(generated[:10]))], path.with_suffix(".png"), tile=64)
-                path.write_text(
-                    json.dumps(
-                        distribution_metrics(generated, true, net) | balance(generated, classifier)
-                    )
-                )
+                metrics = distribution_metrics(generated, true, net)
+                path.write_text(json.dumps(metrics | class_balance(generated, classifier)))
             rows.append(
                 row(f"tutorial, width {width}", seed, seconds, json.loads(path.read_text()))
             )

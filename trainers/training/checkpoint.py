@@ -24,7 +24,7 @@ from trainers.distributed import deepspeed
 from trainers.distributed.trained_weights import trainable_state
 from trainers.errors import UserError, warn_on_error
 from trainers.run_folder import list_checkpoints
-from trainers.training.loop import Task
+from trainers.training.loop import Player, Task
 
 CHANGEABLE_KEYS = {  # what may change between two parts of a run
     *(
@@ -206,6 +206,68 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
     return None
 
 
+def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict] | None:
+    """The checkpoint to go on from with its manifest and files, or None to start from step 0.
+
+    requested: "latest", a folder, or None for a new run. Raises: UserError when the folder is no
+    valid checkpoint, or when a new run would overwrite an earlier one.
+    """
+    folders = list_checkpoints(root)
+    if requested is None and folders:
+        raise UserError(
+            f"{root.parent} holds a run already ({folders[0].name}): choose another output_dir or "
+            "resume it"
+        )
+    if requested is None:
+        return None
+    for folder in folders if requested == "latest" else [Path(requested)]:
+        if contents := read_checkpoint(folder):
+            return folder, *contents
+        if requested != "latest":
+            raise UserError(
+                f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint"
+            )
+        warnings.warn(f"{folder} is damaged and is passed over", stacklevel=3)
+    if folders:
+        raise UserError(
+            f"none of the {len(folders)} checkpoints in {root} is complete: choose another "
+            "output_dir"
+        )
+    return None
+
+
+def check_facts(folder: Path, saved: dict, current: dict) -> None:
+    """Raises: UserError naming each fact that decides the result and has changed."""
+    changed = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    changes = [f"  {key}: was {saved.get(key)}, is {current.get(key)}" for key in changed]
+    if changes:
+        head = f"{folder} was made by another configuration:"
+        raise UserError("\n".join([head, *changes, "Put it back, or choose another output_dir"]))
+
+
+@torch.no_grad()
+def restore_player(
+    name: str, player: Player, files: dict[str, bytes], accelerator: Accelerator
+) -> None:
+    """Copy weights, optimizer state and average from a checkpoint's files into the player."""
+    module = accelerator.unwrap_model(player.module)
+    weights = load(files[f"{name}.safetensors"])
+    # by way of the CPU, for the device on which it was written may not be there
+    optimizer = torch.load(
+        io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True
+    )
+    if deepspeed.zero_stage(accelerator):
+        deepspeed.restore_state(module, player.optimizer, weights, optimizer)
+    else:
+        trained = trainable_state(module)
+        for key, tensor in weights.items():
+            trained[key].copy_(tensor)
+        player.optimizer.load_state_dict(optimizer)
+    if player.ema:
+        for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
+            player.ema.average[key].copy_(tensor)
+
+
 def resume(
     config: Config,
     task: Task,
@@ -213,77 +275,25 @@ def resume(
     facts: dict,
     before_step: int | None = None,
 ) -> RunState:
-    """Put the state back in place, that of the newest valid checkpoint unless the config names one
-    or wants none.
+    """Put the state of the newest valid checkpoint back, unless the config names one or wants none.
 
     before_step: for a run that diverged; later checkpoints are renamed to diverged-NNNNNN. Raises:
-    UserError when the run has changed, when the named folder is no valid checkpoint, or when a new
-    beginning would overwrite an earlier run.
+    UserError when the run has changed, and see `find_checkpoint`.
     """
     root, requested = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
     if before_step is not None:
         requested = "latest"
         rename_checkpoints(root, before_step, "diverged", accelerator)
-    folders = list_checkpoints(root)
-    if requested is None:
-        if folders:
-            raise UserError(
-                f"{config.output_dir} holds a run already ({folders[0].name}): choose another "
-                f"output_dir or resume it"
-            )
+    found = find_checkpoint(root, requested)
+    if found is None:
         return RunState(facts)
-    for folder in folders if requested == "latest" else [Path(requested)]:
-        if contents := read_checkpoint(folder):
-            break
-        if requested != "latest":
-            raise UserError(
-                f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint"
-            )
-        warnings.warn(f"{folder} is damaged and is passed over", stacklevel=2)
-    else:
-        if folders:
-            raise UserError(
-                f"none of the {len(folders)} checkpoints in {root} is complete: choose another "
-                f"output_dir"
-            )
-        return RunState(facts)
-    manifest, files = contents
-    saved, current = manifest["facts"], json.loads(json.dumps(facts))
-    changes = [
-        f"  {k}: was {saved.get(k)}, is {current.get(k)}"
-        for k in {**saved, **current}
-        if saved.get(k) != current.get(k)
-    ]
-    if changes:
-        lines = [
-            f"{folder} was made by another configuration:",
-            *changes,
-            "Put it back, or choose another output_dir",
-        ]
-        raise UserError("\n".join(lines))
+    folder, manifest, files = found
+    check_facts(folder, manifest["facts"], json.loads(json.dumps(facts)))
     for name, player in task.players.items():
-        module, weights = (
-            accelerator.unwrap_model(player.module),
-            load(files[f"{name}.safetensors"]),
-        )
-        # by way of the CPU, for the device on which it was written may not be there
-        optimizer = torch.load(
-            io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True
-        )
-        with torch.no_grad():
-            if deepspeed.zero_stage(accelerator):
-                deepspeed.restore_state(module, player.optimizer, weights, optimizer)
-            else:
-                trained = trainable_state(module)
-                for key, tensor in weights.items():
-                    trained[key].copy_(tensor)
-                player.optimizer.load_state_dict(optimizer)
-            if player.ema:
-                for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
-                    player.ema.average[key].copy_(tensor)
+        restore_player(name, player, files, accelerator)
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
-    accelerator.print(f"resumed from {folder}: weights and optimiser at step {manifest['step']}")
+    accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
     return RunState(facts, manifest["step"], manifest.get("rollbacks", 0))

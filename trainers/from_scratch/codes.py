@@ -1,0 +1,71 @@
+"""What an autoencoder is shown, how badly it guesses what is hidden, and its codes as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainers.config import AutoencoderConfig
+from trainers.data.rng import SampleRng
+from trainers.from_scratch.networks import ConvAutoencoder
+
+PATCH_SIZE = 4  # side of what is hidden, pixels
+NUM_MASKINGS = 8  # hidings that an anomaly's score is the mean of
+
+
+def corrupt(x: Tensor, config: AutoencoderConfig, rng: SampleRng) -> Tensor:
+    """What the model is shown: noise in units of the full range to denoise, hidden patches to find
+    anomalies."""
+    if config.use == "denoise":
+        return (x + 2 * config.objective.noise * rng.normal(x.shape)).clamp(-1, 1)
+    if config.use == "anomaly":
+        side = -(-x.shape[-1] // PATCH_SIZE)
+        visible = rng.normal((len(x), 1, side, side)) > torch.special.ndtri(
+            torch.tensor(config.objective.hidden)
+        )
+        visible = F.interpolate(visible.float(), scale_factor=PATCH_SIZE)[
+            ..., : x.shape[-1], : x.shape[-1]
+        ]
+        return torch.where(visible > 0, x, -1)
+    return x
+
+
+@torch.no_grad()
+def anomaly_score(model: ConvAutoencoder, x: Tensor, config: AutoencoderConfig) -> Tensor:
+    """(B,) how badly hidden patches are guessed (Zavrtanik et al. 2021, RIAD): the squared error of
+    the mean guess.
+
+    Errors are averaged over 3 x 3 pixels first: by how much a stroke's edge is off is no anomaly.
+    """
+    rngs = [SampleRng(config.seed, -2 - k, [0] * len(x), x.device) for k in range(NUM_MASKINGS)]
+    error = sum(model(corrupt(x, config, rng))[0].clamp(-1, 1) for rng in rngs) / NUM_MASKINGS - x
+    return (F.avg_pool2d(error, 3, 1, 1) / 2).square().mean((1, 2, 3))
+
+
+def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
+    """The codes (N, D) in the plane by t-SNE (van der Maaten and Hinton 2008), or as they are if D
+    = 2, by class."""
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    points = codes.cpu().numpy()
+    if points.shape[1] != 2:
+        points = TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(
+            points
+        )
+    figure = Figure((7, 7), layout="tight")
+    axes, classes = figure.subplots(), labels.cpu().numpy()
+    for label in sorted(set(classes.tolist())):
+        axes.scatter(
+            *points[classes == label].T,
+            s=6,
+            label=str(label),
+            color=f"C{label}" if label < 10 else None,
+        )
+    axes.legend(title="class", markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xticks=[], yticks=[], title="codes of test pictures")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
