@@ -11,7 +11,13 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from trainers.config import OptimizerConfig
-from trainers.training.optimizers import EMA, make_lr_schedule, make_optimizer
+from trainers.training.optimizers import (
+    EMA,
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    make_lr_schedule,
+    make_optimizer,
+)
 
 NAMES = get_args(OptimizerConfig.model_fields["name"].annotation)
 SCHEDULES = get_args(OptimizerConfig.model_fields["lr_scheduler"].annotation)
@@ -108,3 +114,9 @@ def test_the_average_is_the_decayed_sum_of_all_weights(layer):
     )
     torch.testing.assert_close(ema.average["weight"].double(), expected)
     assert ema.average.keys() == {"weight"}  # what does not train is not averaged
+
+
+def test_every_optimizer_and_schedule_that_a_config_can_name_has_its_row():
+    for key, table in (("name", OPTIMIZERS), ("lr_scheduler", LR_SCHEDULES)):
+        named = get_args(OptimizerConfig.model_fields[key].annotation)
+        assert set(named) == table.keys()

@@ -1,10 +1,14 @@
-"""Optimisers by name, and the learning rate as a pure function of the step: nothing to prepare or
-to checkpoint."""
+"""Optimizers by name, and the learning rate as a pure function of the step.
+
+The rate is nothing to prepare or to checkpoint. A new optimizer or schedule is a row of a table.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from accelerate import Accelerator
@@ -15,55 +19,80 @@ from torch._utils import _flatten_dense_tensors
 from trainers.config import OptimizerConfig
 from trainers.distributed.trained_weights import trainable_parameters
 
+ADAM_KEYS = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """Where an optimizer's class is, which settings of the config it takes, and its own options."""
+
+    module: str  # imported only when the optimizer is used
+    class_name: str
+    keys: tuple[str, ...] = ADAM_KEYS
+    options: Mapping[str, bool] = field(default_factory=dict)
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerEntry("torch.optim", "AdamW", options={"fused": True}),
+    "adamw_8bit": OptimizerEntry("bitsandbytes.optim", "AdamW8bit"),
+    "paged_adamw_8bit": OptimizerEntry("bitsandbytes.optim", "PagedAdamW8bit"),
+    "adafactor": OptimizerEntry(
+        "transformers.optimization",
+        "Adafactor",
+        ("lr", "weight_decay"),
+        # so that the rate of the config is the rate
+        {"scale_parameter": False, "relative_step": False},
+    ),
+    "prodigy": OptimizerEntry("prodigyopt", "Prodigy", options={"safeguard_warmup": True}),
+}
+
 
 def make_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimiser `config.name` over parameter `groups`, each {"params": [...], "lr": peak
-    rate}."""
-    lr, betas, eps, decay = config.learning_rate, config.betas, config.eps, config.weight_decay
-    if config.name == "adafactor":
-        from transformers.optimization import Adafactor
+    """The optimizer `config.name` over `groups`, each {"params": [...], "lr": peak rate}."""
+    entry = OPTIMIZERS[config.name]
+    settings = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    optimizer_class = getattr(import_module(entry.module), entry.class_name)
+    return optimizer_class(groups, **{key: settings[key] for key in entry.keys}, **entry.options)
 
-        return Adafactor(
-            groups, lr=lr, weight_decay=decay, scale_parameter=False, relative_step=False
-        )
-    if config.name == "prodigy":
-        from prodigyopt import Prodigy
 
-        return Prodigy(
-            groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, safeguard_warmup=True
-        )
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True
-        )
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+def polynomial(progress: float, config: OptimizerConfig) -> float:
+    """Ends at 1e-7 in absolute terms, as the scheduler of diffusers."""
+    end = min(1.0, 1e-7 / config.learning_rate) if config.learning_rate else 0.0
+    return end + (1 - end) * (1 - progress) ** config.lr_power
 
-    optimizer_class = AdamW8bit if config.name == "adamw_8bit" else PagedAdamW8bit
-    return optimizer_class(groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+
+def restarted_cosine(progress: float, config: OptimizerConfig) -> float:
+    return (1 + math.cos(math.pi * (config.lr_num_cycles * progress % 1))) / 2
+
+
+# the factor of the peak rate at a progress in [0, 1) after the warm-up
+LR_SCHEDULES: dict[str, Callable[[float, OptimizerConfig], float]] = {
+    "constant": lambda progress, config: 1.0,
+    "constant_with_warmup": lambda progress, config: 1.0,
+    "linear": lambda progress, config: 1 - progress,
+    "cosine": lambda progress, config: (1 + math.cos(math.pi * progress)) / 2,
+    "cosine_with_restarts": restarted_cosine,
+    "polynomial": polynomial,
+}
 
 
 def make_lr_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """step -> factor of the peak learning rate, for steps 0 .. `steps` - 1; the values of
-    `diffusers.get_scheduler`."""
-    warmup, rest = config.lr_warmup_steps, max(1, steps - config.lr_warmup_steps)
+    """A function from step to the factor of the peak learning rate, for 0 .. `steps` - 1.
 
-    def decay(progress: float) -> float:  # progress in [0, 1) after the warm-up
-        match config.lr_scheduler:
-            case "linear":
-                return 1 - progress
-            case "cosine":
-                return (1 + math.cos(math.pi * progress)) / 2
-            case "cosine_with_restarts":
-                return (1 + math.cos(math.pi * (config.lr_num_cycles * progress % 1))) / 2
-            case "polynomial":  # ends at 1e-7 in absolute terms
-                end = min(1.0, 1e-7 / config.learning_rate) if config.learning_rate else 0.0
-                return end + (1 - end) * (1 - progress) ** config.lr_power
-        return 1.0
+    Its values are those of `diffusers.get_scheduler`.
+    """
+    warmup, rest = config.lr_warmup_steps, max(1, steps - config.lr_warmup_steps)
+    decay = LR_SCHEDULES[config.lr_scheduler]
 
     def rate(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return decay(min(1.0, (step - warmup) / rest))
+        return decay(min(1.0, (step - warmup) / rest), config)
 
     return rate
 
