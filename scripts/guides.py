@@ -14,13 +14,6 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("trainers", "scripts")
 FILE, FUNCTION, FAMILY, TRAINER = 300, 50, 80, 200  # lines
 TRAINERS = ("dreambooth", "autoencoder", "gan", "unet")
-NO_FAMILY = (
-    "__init__",
-    "base",
-    "loading",
-    "objectives",
-    "sampling",
-)  # what else lies in trainers/families
 
 
 def source_files() -> list[Path]:
@@ -28,7 +21,8 @@ def source_files() -> list[Path]:
 
 
 def longest_allowed(path: Path) -> int:
-    if path.parent == ROOT / "trainers" / "families" and path.stem not in NO_FAMILY:
+    # beside the file with a family's equations lies the one with its facts
+    if path.with_suffix(".yaml").exists():
         return FAMILY
     return TRAINER if path.parent == ROOT / "trainers" and path.stem in TRAINERS else FILE
 

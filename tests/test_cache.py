@@ -68,7 +68,7 @@ def test_an_entry_cut_at_any_byte_is_none(cache):
     whole = cache.path("key").read_bytes()
     for length in range(len(whole)):
         cache.path("key").write_bytes(whole[:length])
-        assert cache._read("key") is None, length
+        assert cache.read_file("key") is None, length
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x0F, 0x80, 0xFF])  # 0x0F turns the type F32 into I32
@@ -77,7 +77,7 @@ def test_an_entry_with_any_byte_changed_is_none_or_still_right(cache, mask):
     header = 8 + int.from_bytes(whole[:8], "little")
     for i in range(len(whole)):
         cache.path("key").write_bytes(whole[:i] + bytes([whole[i] ^ mask]) + whole[i + 1 :])
-        found = cache._read("key")
+        found = cache.read_file("key")
         assert found is None or (i < header and same(found, ENTRY)), i
 
 

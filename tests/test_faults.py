@@ -345,7 +345,7 @@ def test_a_cache_entry_with_a_flipped_bit_anywhere_is_known_and_encoded_again(
     path, entries = max(contents), TensorCache(tmp_path / "cache")
     for offset in range(len(contents[path])):
         path.write_bytes(flipped(contents[path], offset))
-        assert entries._read(path.stem) is None, offset
+        assert entries.read_file(path.stem) is None, offset
     for path, content in contents.items():
         path.write_bytes(flipped(content, len(content) - 9))
     settings = make(f"data.cache_dir={tmp_path}/cache")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainers.config import DataConfig
+from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.crops import choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
@@ -17,6 +17,8 @@ from trainers.data.sampler import BatchSlice
 
 if TYPE_CHECKING:
     from trainers.data.encoder_cache import CachedEncoder
+
+HELD_OUT_DRAWS = 4  # draws of time and noise for each held-out picture
 
 
 @dataclass
@@ -101,3 +103,19 @@ class DreamBoothBatches:
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])
+
+
+def held_out_batches(
+    pictures: Sequence[Picture],
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    device: torch.device | str,
+) -> DreamBoothBatches:
+    """Micro-batches of one held-out picture each, for every process alike; no caption is dropped.
+
+    Their step 0 has each picture several times, with other times and noise.
+    """
+    seed = derive_seed(config.seed, "held out")
+    batch_slice = BatchSlice(seed, 1, HELD_OUT_DRAWS * len(pictures))
+    undropped = config.data.model_copy(update={"caption_dropout": 0.0})
+    return DreamBoothBatches([pictures], encoder, undropped, batch_slice, device)

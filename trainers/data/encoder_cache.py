@@ -1,12 +1,14 @@
-"""Encoded pictures and prompts on disk, keyed by everything they depend on: an entry may be unused,
-but never wrong."""
+"""Encoded pictures and prompts on disk.
+
+An entry's key tells everything that it depends on: an entry may be unused, but never wrong.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,13 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trainers.data.crops import Crop
+from trainers.config import DreamBoothConfig
+from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
 
+Job = Callable[[], dict[str, Tensor]]  # computes an entry
+
+MAX_KEYS = 65536  # keys, and prompts' token ids, that are remembered
+MAX_ENTRIES = 512  # entries that are kept in memory
+
 
 class Encoders(Protocol):
-    """The encoders of a base model, loaded by name and freed together; see `families.base`."""
+    """What the cache needs of a model family: encoders loaded by name and freed together."""
 
     text_encoder_names: Sequence[str]
     t5_encoder: str | None
@@ -41,32 +49,34 @@ class Encoders(Protocol):
 
 
 class TensorCache:
-    """Tensors by key: one safetensors file each, written aside and renamed, with a checksum of its
-    content."""
+    """Named tensors by key, in one safetensors file for each key, with a checksum of its content.
+
+    A file is written under another name and then renamed, so that it is whole or absent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.read = lru_cache(maxsize=512)(self._read_pinned)
+        self.read = lru_cache(maxsize=MAX_ENTRIES)(self.read_pinned)
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        """The entry, or None when there is none or it is damaged."""
+    def read_file(self, key: str) -> dict[str, Tensor] | None:
+        """The entry as the file holds it now, or None if it is absent or damaged."""
         try:
             with safe_open(self.path(key), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return (
-                    tensors
-                    if (file.metadata() or {}).get("sha256") == tensor_checksum(tensors)
-                    else None
-                )
+                expected = (file.metadata() or {}).get("sha256")
+                return tensors if tensor_checksum(tensors) == expected else None
         except (OSError, SafetensorError):
             return None
 
-    def _read_pinned(self, key: str) -> dict[str, Tensor] | None:
-        """The entry, where a copy to the GPU does not make the host wait."""
-        tensors = self._read(key)
+    def read_pinned(self, key: str) -> dict[str, Tensor] | None:
+        """The entry in pinned memory if there is a GPU, so that copying it does not make us wait.
+
+        `read` is the same and remembers the entries.
+        """
+        tensors = self.read_file(key)
         if tensors and torch.cuda.is_available():
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
@@ -75,13 +85,16 @@ class TensorCache:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        # other processes may be writing the same entry
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary, {"sha256": tensor_checksum(tensors)})
         temporary.replace(path)
+        # it may be remembered as absent
         self.read.cache_clear()
 
 
 def tensor_checksum(tensors: dict[str, Tensor]) -> str:
+    """A SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
@@ -90,16 +103,15 @@ def tensor_checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def cache_key(**facts: object) -> str:
+    """A SHA-256 of what an entry depends on; the facts must be JSON values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class CachedEncoder:
-    """Moments per picture, and each text encoder's outputs per distinct prompt, read from the cache
-    or encoded.
+    """The moments of pictures and the outputs of text encoders, read from the cache or encoded.
 
-    Without a cache (`use_cache` false) the family's encoders stay loaded and encode at each call.
-    Of the text encoders that
-    `trained_encoders`, there are token ids, and nothing is cached.
+    Without a cache (`use_cache` is false) the family's encoders stay loaded and encode at each
+    call. Nothing is cached of the text encoders `trained_encoders`, which are given token ids.
     """
 
     def __init__(
@@ -107,23 +119,27 @@ class CachedEncoder:
     ) -> None:
         self.family, self.use_cache, self.trained_encoders = family, use_cache, trained_encoders
         self.cache = TensorCache(folder)
-        self.token_ids = lru_cache(maxsize=65536)(family.tokenize)
-        self.image_key = lru_cache(maxsize=65536)(self._image_key)
-        self.prompt_key = lru_cache(maxsize=65536)(self._prompt_key)
+        # caches of the object, not of the class, so that they end with it
+        self.token_ids = lru_cache(maxsize=MAX_KEYS)(family.tokenize)
+        self.image_key = lru_cache(maxsize=MAX_KEYS)(self.compute_image_key)
+        self.prompt_key = lru_cache(maxsize=MAX_KEYS)(self.compute_prompt_key)
 
     @property
     def loaded_encoders(self) -> Sequence[str]:
-        """The text encoders that must be loaded."""
+        """The names of the text encoders that must be loaded while this is used."""
         return self.trained_encoders if self.use_cache else self.family.text_encoder_names
 
     def moments(self, picture: Picture, crop: Crop) -> Tensor:
-        """(2C, h, w), the posterior's mean and log-variance."""
+        """The posterior's mean and log-variance (2C, h, w) for a crop of a picture."""
         if not self.use_cache:
             return self.family.encode_image(crop(picture.decode()))
         return self.read_entry(self.image_key(picture, crop), picture.name)["moments"]
 
     def text_inputs(self, prompt: str) -> dict[str, Tensor]:
-        """What `Denoiser` takes of one prompt."""
+        """The outputs of the frozen text encoders, and token ids {NAME_ids: (L,)} for the others.
+
+        It is what `TrainableDenoiser` takes, for one prompt and so without the batch axis.
+        """
         text = {}
         for name in self.family.text_encoder_names:
             if name in self.trained_encoders:
@@ -133,25 +149,28 @@ class CachedEncoder:
         return text
 
     def encoder_outputs(self, name: str, prompt: str) -> dict[str, Tensor]:
-        """The outputs of one text encoder as it is now, without the batch axis."""
+        """The outputs of one text encoder with its present weights, without the batch axis."""
         if name in self.loaded_encoders:
             return self.family.encode_prompt(name, prompt)
         return self.read_entry(self.prompt_key(name, prompt), repr(prompt))
 
     def read_entry(self, key: str, name: str) -> dict[str, Tensor]:
-        if (tensors := self.cache.read(key)) is None:
+        """The entry of a picture or prompt called `name`. Raises: RunFailedError if it is lost."""
+        tensors = self.cache.read(key)
+        if tensors is None:
             raise RunFailedError(
-                f"the cached encoding of {name} was lost or damaged during the run: start it again"
+                f"The cached encoding of {name} was lost or damaged during the run: "
+                "start the run again"
             )
         return tensors
 
-    def _image_key(self, picture: Picture, crop: Crop) -> str:
-        return cache_key(
-            image=picture.digest, view=asdict(crop), encoder=self.family.component_digest("vae")
-        )
+    def compute_image_key(self, picture: Picture, crop: Crop) -> str:
+        encoder = self.family.component_digest("vae")
+        return cache_key(image=picture.digest, view=asdict(crop), encoder=encoder)
 
-    def _prompt_key(self, name: str, prompt: str) -> str:
+    def compute_prompt_key(self, name: str, prompt: str) -> str:
         parts = [self.family.component_digest(name), self.family.tokenizer_digest(name)]
+        # only the length of this encoder can be chosen
         length = self.family.max_sequence_length if name == self.family.t5_encoder else None
         return cache_key(prompt=prompt, encoder=parts, length=length)
 
@@ -161,35 +180,61 @@ class CachedEncoder:
         prompts: Iterable[str],
         accelerator: Accelerator,
     ) -> None:
-        """Encode what is missing, shared among the processes, with one encoder in memory at a
-        time."""
-        family, crops, prompts = self.family, list(crops), list(prompts)
-        jobs_by_encoder = {
-            "vae": [
-                (self.image_key(picture, crop), partial(self.encode_view, picture, crop))
-                for picture, crop in crops
-            ]
-        }
-        for name in family.text_encoder_names:
-            if name not in self.trained_encoders:
-                jobs_by_encoder[name] = [
-                    (self.prompt_key(name, p), partial(family.encode_prompt, name, p))
-                    for p in prompts
-                ]
+        """Encode what is missing, shared among the processes, one encoder in memory at a time."""
+        jobs_by_encoder = self.make_jobs(list(crops), list(prompts))
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        for is_own in (True, False):  # the other processes' share is missing on unshared disks only
-            for part, jobs in jobs_by_encoder.items():
-                assigned = [job for i, job in enumerate(jobs) if (i % world_size == rank) == is_own]
-                if missing := {key: job for key, job in assigned if self.cache._read(key) is None}:
-                    family.load(part)
-                    for key, job in tqdm(
-                        missing.items(),
-                        f"encoding: {part}",
-                        disable=not accelerator.is_main_process,
-                    ):
-                        self.cache.write(key, job())
-                    family.unload()
+        # the other processes' share is missing only where disks are not shared
+        for is_own in (True, False):
+            for encoder, jobs in jobs_by_encoder.items():
+                missing = {}
+                for i, (key, job) in enumerate(jobs):
+                    is_assigned = (i % world_size == rank) == is_own
+                    if is_assigned and self.cache.read_file(key) is None:
+                        missing[key] = job
+                if missing:
+                    self.encode(encoder, missing, accelerator)
             accelerator.wait_for_everyone()
+
+    def make_jobs(
+        self, crops: Sequence[tuple[Picture, Crop]], prompts: Sequence[str]
+    ) -> dict[str, list[tuple[str, Job]]]:
+        """The keys of all entries of each encoder, and how to compute them."""
+        jobs: dict[str, list[tuple[str, Job]]] = {"vae": []}
+        for picture, crop in crops:
+            job = partial(self.encode_view, picture, crop)
+            jobs["vae"].append((self.image_key(picture, crop), job))
+        for name in self.family.text_encoder_names:
+            if name not in self.trained_encoders:
+                jobs[name] = []
+                for prompt in prompts:
+                    job = partial(self.family.encode_prompt, name, prompt)
+                    jobs[name].append((self.prompt_key(name, prompt), job))
+        return jobs
+
+    def encode(self, encoder: str, jobs: dict[str, Job], accelerator: Accelerator) -> None:
+        """Load an encoder, write its entries and free it."""
+        self.family.load(encoder)
+        is_quiet = not accelerator.is_main_process
+        for key, job in tqdm(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
+            self.cache.write(key, job())
+        self.family.unload()
 
     def encode_view(self, picture: Picture, crop: Crop) -> dict[str, Tensor]:
         return {"moments": self.family.encode_image(crop(picture.decode()))}
+
+
+def fill_cache(
+    encoder: CachedEncoder,
+    pictures: Sequence[Picture],
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Encode every view of the pictures and every prompt that a run will ask for."""
+    crops = []
+    for picture in pictures:
+        for variant in range(config.data.num_variants):
+            crops.append((picture, choose_crop(picture, variant, config.data)))
+    prompts = [picture.caption for picture in pictures] + config.validation.prompts
+    # the empty prompt stands for captions that are dropped
+    prompts += [config.validation.negative_prompt, ""]
+    encoder.fill(crops, dict.fromkeys(prompts), accelerator)

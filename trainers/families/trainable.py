@@ -1,0 +1,60 @@
+"""The part of a family that trains, as one module with its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from trainers.config import DreamBoothConfig
+from trainers.config.base import OptimizerConfig
+from trainers.distributed.trained_weights import trainable_parameters
+from trainers.families.base import Family
+
+
+class TrainableDenoiser(nn.Module):
+    """The denoiser and the text encoders that train, as one callable.
+
+    They are one module because DistributedDataParallel synchronizes only what it calls itself.
+    """
+
+    def __init__(self, family: Family, text_encoders: Sequence[str]) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = family.denoiser
+        trained = {name: getattr(family.pipe, name) for name in text_encoders}
+        self.text_encoders = nn.ModuleDict(trained)
+
+    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+        """Predict from x_t (B, C, h, w) at times t (B,) what the objective regresses.
+
+        text: the outputs of the frozen text encoders, and {NAME_ids: (B, L)} of those that train.
+        """
+        for name in self.text_encoders:
+            text = text | self.family.encode_text(name, text[f"{name}_ids"])
+        return self.family.denoise(self.denoiser, x_t, t, text)
+
+    def parameter_groups(self, config: OptimizerConfig) -> list[dict]:
+        """The optimizer's groups, one for each part that trains, with its peak learning rate."""
+        text_encoder_lr = config.text_encoder_lr
+        if text_encoder_lr is None:
+            text_encoder_lr = config.learning_rate
+        rates = [(self.denoiser, config.learning_rate), (self.text_encoders, text_encoder_lr)]
+        groups = []
+        for part, rate in rates:
+            parameters = list(trainable_parameters(part).values())
+            if parameters:
+                groups.append({"params": parameters, "lr": rate})
+        return groups
+
+    def exclude_from_ddp(self, names: Sequence[str]) -> None:
+        """Keep DistributedDataParallel from broadcasting these parameters when it wraps this."""
+        # PyTorch reads this attribute; it has no public way to say it
+        self._ddp_params_and_buffers_to_ignore = names
+
+
+def trained_encoders(family: Family, config: DreamBoothConfig) -> Sequence[str]:
+    """The names of the text encoders that train: with LoRA, those that can have it."""
+    if not config.train.train_text_encoder:
+        return ()
+    return family.clip_encoders if config.lora else family.text_encoder_names
