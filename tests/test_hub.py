@@ -28,6 +28,7 @@ from trainers.config.loading import dump_config
 from trainers.errors import UserError
 from trainers.lora.export import make_metadata
 from trainers.publishing import hub as publishing_hub
+from trainers.publishing.markdown import escape_markdown, unescape_markdown
 from trainers.publishing.model_card import add_metrics, write_dreambooth_card
 from trainers.run import TASKS, run
 
@@ -159,6 +160,36 @@ def test_figures_measured_later_stand_in_the_card_once(settings):
     assert text.startswith(before.rstrip())
     assert "| subject | 0.7500 |" in text
     assert "0.25" not in text.removeprefix(before.rstrip())
+
+
+MARKUP = "a `b` ``c`` | *d* <b>e</b> [f](g)\n---\n# h &amp; `"
+
+
+def test_text_of_the_user_does_not_become_markup_of_the_card(settings):
+    """A prompt is code between more backticks than it has, in a table every sign is escaped."""
+    config = settings(
+        "data.num_class_images=4", f"data.class_prompt={json.dumps(MARKUP)}", "lora.rank=2"
+    )
+    data = config.data.model_copy(update={"instance_prompt": MARKUP})
+    folder = config.output_dir.with_name("a_*run*")
+    folder.mkdir()
+    config = config.model_copy(update={"data": data, "output_dir": folder})
+    write_dreambooth_card(config, 1e-7, ["0"])
+    card = ModelCard.load(folder / "README.md")
+    assert card.data["instance_prompt"] == MARKUP
+    line = " ".join(MARKUP.split())
+    assert f"\nPrompt with ``` {line} ```.\n" in card.text
+    assert card.text.startswith("\n# a\\_\\*run\\*\n")
+    (row,) = re.findall(r"^\| Prior pictures \| (.*) \|$", card.text, re.MULTILINE)
+    assert not re.search(r"(?<!\\)[`*|<>\[\]&]", row)
+    assert repr(MARKUP) in unescape_markdown(row)
+
+
+@pytest.mark.parametrize("text", [MARKUP, "_a_ __b__ c_d", "~~e~~ $f$", "\\", "\\\\*", "| |"])
+def test_escaped_text_is_one_line_and_can_be_read_back(text):
+    escaped = escape_markdown(text)
+    assert "\n" not in escaped
+    assert unescape_markdown(escaped) == " ".join(text.split())
 
 
 def test_a_local_base_is_not_published_as_a_hub_name(card):

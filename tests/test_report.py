@@ -18,8 +18,10 @@ from processes import call
 from trainers.config import loading
 from trainers.data.pictures import list_image_files
 from trainers.errors import UserError
-from trainers.publishing.charts import display_name, line_charts, smooth, ticks
-from trainers.publishing.report import write_report
+from trainers.publishing.charts import line_charts, smooth, ticks
+from trainers.publishing.html import display_name
+from trainers.publishing.markdown import markdown_table
+from trainers.publishing.report import card_facts, write_report
 from trainers.run import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:the discriminator tells")
@@ -406,6 +408,22 @@ def test_any_text_is_shown_and_never_becomes_markup(bare):
     assert {tag: tags.count(tag) for tag in counts} == counts
 
 
+def test_facts_of_the_card_are_shown_as_they_were_before_it_escaped_them():
+    facts = {"a_b": "to_q|to_k", "c*": "x | `y` \\", "empty": "<b>"}
+    page = HTMLText(card_facts(markdown_table(facts)))
+    assert page.cells == [text for pair in facts.items() for text in pair]
+
+
+class HTMLText(HTMLParser):
+    def __init__(self, source):
+        super().__init__()
+        self.cells = []
+        self.feed(source)
+
+    def handle_data(self, data):
+        self.cells += [data] if data.strip() else []
+
+
 EVALUATION = {
     "net": "some net",
     "columns": ["subject", "prior_drift"],
@@ -443,7 +461,7 @@ def test_an_evaluation_is_shown_as_curves_tables_and_pairs(bare):
     overview = own.source.split("<h2>")[0]
     for name, value in (("subject", "0.75"), ("prior drift", "0.125"), ("suggested rank", "2")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in overview
-    assert "compared by: some net" in overview
+    assert "feature network: some net" in overview
     assert "best checkpoint: step-000020" in overview
     assert [p.convert("RGB").getpixel((0, 0))[0] for p in pictures(own.source)] == [
         60,
@@ -502,10 +520,10 @@ def test_the_time_is_that_of_all_pictures_at_their_speeds(bare):
 def test_a_folder_that_is_no_run_is_refused(tmp_path, text, capsys):
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         write_report(tmp_path)
     assert call("report.py", tmp_path) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
 
 

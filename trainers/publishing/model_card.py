@@ -1,4 +1,4 @@
-"""The model card."""
+"""The model card of a run: README.md, which the Hub shows."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from trainers.config import DreamBoothConfig, ScratchConfig
+from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
+TEMPLATES = Path(__file__).parent / "templates"
 
+# The licenses that the Hub knows by these ids; others are "other" with a name and a link.
+HUB_LICENSES = ("creativeml-openrail-m", "apache-2.0")
 
-HUB_LICENSES = ("creativeml-openrail-m", "apache-2.0")  # which the Hub knows by these ids
-METRICS_HEADING = "## Measured"
+METRICS_HEADING = "## Evaluation"
+# The last one is that of cards which an earlier version wrote.
+KNOWN_METRICS_HEADINGS = (METRICS_HEADING, "## Measured")
 
 
 def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
@@ -36,162 +42,180 @@ def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
 def write_dreambooth_card(
     config: DreamBoothConfig, difference: float, pictures: Sequence[str]
 ) -> None:
-    """README.md of the run folder. difference: the reload proof's figure; pictures: digests of
-    those learnt from."""
-    base, lora, train = config.model.pretrained_model_name_or_path, config.lora, config.train
-    data, validation = config.data, config.validation
-    public = not Path(base).exists()
-    prompt = data.instance_prompt or next(iter(validation.prompts), "")
-    header = {
-        **(
-            {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
-            if public
-            else {}
-        ),
+    """Write README.md of the run folder.
+
+    difference: the reload proof's relative difference; pictures: digests of the training pictures.
+    """
+    validation = config.validation
+    prompt = card_prompt(config)
+    card = ModelCard.from_template(
+        dreambooth_metadata(config),
+        template_path=str(TEMPLATES / "dreambooth_card.md.jinja"),
+        title=escape_markdown(config.output_dir.name),
+        prompt_code=code_span(prompt) if prompt else "",
+        has_samples=bool(validation.prompts),
+        python=python_values(config),
+        weight_file=lora_file(config),
+        readers=config.facts.readers,
+        facts=markdown_table(dreambooth_facts(config, difference, pictures)),
+    )
+    card.save(config.output_dir / "README.md")
+
+
+def card_prompt(config: DreamBoothConfig) -> str:
+    """The prompt that shows what was learned; empty where neither captions nor samples have one."""
+    return config.data.instance_prompt or next(iter(config.validation.prompts), "")
+
+
+def lora_file(config: DreamBoothConfig) -> str:
+    """The name of the file that ComfyUI reads; empty for a run that trained all weights."""
+    if config.lora is None:
+        return ""
+    return KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
+
+
+def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
+    """The card's header, by which the Hub finds, licenses and shows the model."""
+    base = config.model.pretrained_model_name_or_path
+    relation = {}
+    # The path of a local base says nothing on the Hub, and it is the user's own affair.
+    if not Path(base).exists():
+        relation["base_model"] = base
+        relation["base_model_relation"] = "adapter" if config.lora else "finetune"
+    tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
+    if config.lora:
+        tags.append("lora")
+    widget = []
+    for i, prompt in enumerate(config.validation.prompts):
+        widget.append({"text": prompt, "output": {"url": f"samples/final/{i:02d}-0.png"}})
+    return ModelCardData(
+        **relation,
         **base_license(base, config.facts.licenses),
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "instance_prompt": prompt,
-        "tags": [
-            "text-to-image",
-            "diffusers",
-            "diffusers-training",
-            "dreambooth",
-            *(["lora"] if lora else []),
-        ],
-        "widget": [
-            {"text": p, "output": {"url": f"samples/final/{i:02d}-0.png"}}
-            for i, p in enumerate(validation.prompts)
-        ],
-    }
-    size, length = data.resolution, config.model.max_sequence_length
-    load = [
-        "import torch",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base if lora else "PATH_OR_REPO/pipeline"}")',
-        *(['pipe.load_lora_weights("PATH_OR_REPO")'] if lora else []),
-        f"image = pipe({prompt!r}, height={size}, width={size}, "
-        f"{f'max_sequence_length={length}, ' if length else ''}"
-        f"num_inference_steps={validation.num_inference_steps}, "
-        f"guidance_scale={validation.guidance_scale}, "
-        f"generator=torch.manual_seed({validation.seed})).images[0]",
-    ]
-    trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
-    class_prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)
-    prior = (
-        f"{data.num_class_images} of {class_prompts}, weight {data.prior_loss_weight}"
-        if data.uses_prior
-        else "none"
-    )
-    facts = {
-        "Base model": base,
-        "Trained": trained + (", with the text encoder" if train.train_text_encoder else ""),
-        "Pictures": f"{len(pictures)}, {size} pixels; sha256 "
-        f"{sha256(''.join(pictures).encode()).hexdigest()[:16]}",
-        "Prior pictures": prior,
-        "Steps": f"{train.max_train_steps} of {train.train_batch_size} x "
-        f"{train.gradient_accumulation_steps} pictures",
-        "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-        "Seed": config.seed,
-        "Reload proof": f"the saved file, loaded into a fresh base, differs by {difference:.1e} "
-        f"(relative L2)",
-        "Versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
-    }
-    write_readme(
-        config.output_dir,
-        header,
-        [
-            f"Prompt with `{prompt}`." if prompt else "",
-            "![samples](samples/final/grid.png)" if validation.prompts else "",
-            code_block(load),
-            comfyui_hint(config) if lora else "",
-            markdown_table(facts),
-        ],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        instance_prompt=card_prompt(config),
+        tags=tags,
+        widget=widget,
     )
 
 
-def comfyui_hint(config: DreamBoothConfig) -> str:
-    file = KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
-    readers = config.facts.readers
-    other_readers = f"; {readers}" if readers else ""
-    return (
-        f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, "
-        f"strength 1{other_readers}."
-    )
-
-
-def add_metrics(folder: Path, metrics: dict[str, float | str]) -> None:
-    """Put what was measured afterwards at the end of a run's card, in place of what was measured
-    before."""
-    file = folder / "README.md"
-    text = file.read_text().partition(METRICS_HEADING)[0].rstrip()
-    file.write_text(f"{text}\n\n{METRICS_HEADING}\n\n{markdown_table(format_metrics(metrics))}\n")
-
-
-def format_metrics(metrics: dict[str, float | str]) -> dict[str, str]:
+def python_values(config: DreamBoothConfig) -> dict[str, Any]:
+    """The values of the example code, those that are text as Python literals."""
+    validation = config.validation
+    base = config.model.pretrained_model_name_or_path
     return {
-        name: f"{value:.4f}" if isinstance(value, float) else str(value)
-        for name, value in metrics.items()
+        "base": repr(base if config.lora else "PATH_OR_REPO/pipeline"),
+        "prompt": repr(card_prompt(config)),
+        "size": config.data.resolution,
+        "max_sequence_length": config.model.max_sequence_length,
+        "num_inference_steps": validation.num_inference_steps,
+        "guidance_scale": validation.guidance_scale,
+        "seed": validation.seed,
     }
+
+
+def dreambooth_facts(
+    config: DreamBoothConfig, difference: float, pictures: Sequence[str]
+) -> dict[str, object]:
+    """What was trained on what, for the card's table."""
+    data, lora = config.data, config.lora
+    trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
+    if config.train.train_text_encoder:
+        trained += ", with the text encoder"
+    prior = "none"
+    if data.uses_prior:
+        prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)
+        prior = f"{data.num_class_images} of {prompts}, weight {data.prior_loss_weight}"
+    digest = sha256("".join(pictures).encode()).hexdigest()[:16]
+    proof = f"the saved file, loaded into a fresh base, differs by {difference:.1e} (relative L2)"
+    return {
+        "Base model": config.model.pretrained_model_name_or_path,
+        "Trained": trained,
+        "Pictures": f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}",
+        "Prior pictures": prior,
+        **training_facts(config),
+        "Reload proof": proof,
+        "Versions": versions_line(),
+    }
+
+
+def training_facts(config: Config) -> dict[str, object]:
+    """How a run of any kind trained, for the card's table."""
+    train, optimizer = config.train, config.optimizer
+    batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
+    return {
+        "Steps": f"{train.max_train_steps} of {batch} pictures",
+        "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
+        "Seed": config.seed,
+    }
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float | str]) -> None:
+    """Put the results of an evaluation at the end of a run's card, in place of earlier ones."""
+    file = folder / "README.md"
+    text = file.read_text("utf-8")
+    for heading in KNOWN_METRICS_HEADINGS:
+        text = text.partition(f"\n{heading}\n")[0]
+    table = markdown_table(format_metrics(metrics))
+    file.write_text(f"{text.rstrip()}\n\n{METRICS_HEADING}\n\n{table}\n", "utf-8")
+
+
+def format_metrics(metrics: Mapping[str, float | str]) -> dict[str, str]:
+    formatted = {}
+    for name, value in metrics.items():
+        formatted[name] = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return formatted
 
 
 def write_scratch_card(
     config: ScratchConfig,
     tag: str,
-    usage: list[str],
+    usage: Sequence[str],
     pictures: int,
-    metrics: dict[str, float | str],
+    metrics: Mapping[str, float | str],
 ) -> None:
-    """README.md of a model from nothing. tag: the Hub's name of its task; usage: lines that load it
-    and use it."""
-    header = {
-        "library_name": "diffusers",
-        "pipeline_tag": tag,
-        "tags": [config.kind, "diffusion-trainers"],
-    }
-    data, train = config.data, config.train
-    if data.dataset_name and not Path(data.dataset_name).exists():
-        header["datasets"] = [data.dataset_name]
-    facts = {
-        "Trained": f"{config.kind}, "
-        f"{' '.join(f'{k} {v}' for k, v in config.model.model_dump().items())}",
-        "Pictures": f"{pictures}, {data.resolution} pixels, "
-        f"{'grey' if data.channels == 1 else 'colour'}",
-        "Steps": f"{train.max_train_steps} of {train.train_batch_size} x "
-        f"{train.gradient_accumulation_steps} pictures",
-        "Optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-        "Seed": config.seed,
-        **{f"Held out: {name}": value for name, value in format_metrics(metrics).items()},
-        "Versions": ", ".join(f"{name} {number}" for name, number in package_versions().items()),
-    }
-    write_readme(
-        config.output_dir,
-        header,
-        ["![samples](samples/final/grid.png)", code_block(usage), markdown_table(facts)],
+    """Write README.md of a model that was trained from scratch.
+
+    tag: the Hub's name of its task; usage: lines of code that load the model and call it.
+    """
+    data = config.data
+    is_on_hub = data.dataset_name and not Path(data.dataset_name).exists()
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=tag,
+        tags=[config.kind, "diffusion-trainers"],
+        datasets=[data.dataset_name] if is_on_hub else None,
     )
-
-
-def write_readme(folder: Path, header: dict, parts: list[str]) -> None:
-    text = ["---\n" + yaml.safe_dump(header, sort_keys=False) + "---", f"# {folder.name}", *parts]
-    text += ["Made with diffusion-trainers; `config.yaml` holds every setting."]
-    (folder / "README.md").write_text("\n\n".join(filter(None, text)) + "\n")
-
-
-def code_block(lines: list[str]) -> str:
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def markdown_table(facts: dict) -> str:
-    return "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items())
+    model = " ".join(f"{key} {value}" for key, value in config.model.model_dump().items())
+    color = "gray" if data.channels == 1 else "color"
+    facts = {
+        "Trained": f"{config.kind}, {model}",
+        "Pictures": f"{pictures}, {data.resolution} pixels, {color}",
+        **training_facts(config),
+        **{f"Held out: {name}": value for name, value in format_metrics(metrics).items()},
+        "Versions": versions_line(),
+    }
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATES / "scratch_card.md.jinja"),
+        title=escape_markdown(config.output_dir.name),
+        usage="\n".join(usage),
+        facts=markdown_table(facts),
+    )
+    card.save(config.output_dir / "README.md")
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that a result depends on; a checkout runs without being installed."""
+    """The version of each package that a result depends on."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
+            # a checkout runs without being installed
             found[name] = "not installed"
     return found
+
+
+def versions_line() -> str:
+    return ", ".join(f"{name} {number}" for name, number in package_versions().items())

@@ -1,0 +1,52 @@
+"""The jinja templates of the report, in which every text is escaped unless it is markup already."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+LABELS = {
+    "grad_norm": "gradient norm",
+    "peak_memory_gib": "peak memory, GiB",
+    "best": "best checkpoint",
+    "net": "feature network",
+    "prompt_net": "prompt network",
+    "photos": "reference photos",
+}
+
+
+def is_finite_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def format_value(value: object, digits: int = 4) -> str:
+    """A number with so many significant digits; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    is_integer = isinstance(value, int) or (value.is_integer() and abs(value) < 1e7)
+    text = f"{value:.0f}" if is_integer else f"{value:.{digits}g}"
+    # 1e-05 and 1e+05 become 1e-5 and 1e5
+    return re.sub("e([-+])0*", lambda match: "e" + match[1].strip("+"), text)
+
+
+def display_name(name: str) -> str:
+    """The name of a metric as people read it."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+environment = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+environment.filters["display_name"] = display_name
+environment.filters["format_value"] = format_value
+
+# Its macros are functions from values to safe HTML: `parts.table(...)`.
+parts: Any = environment.get_template("report_parts.html.jinja").module
