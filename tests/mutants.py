@@ -327,8 +327,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "families/sampling.py",
         "guided away from the prompt",
-        "value for key, value in negative.items()",
-        "value for key, value in positive.items()",
+        "encode_for_pipeline(family, validation.negative_prompt, encode)",
+        "encode_for_pipeline(family, prompt, encode)",
     ),
     ("families/sd15.py", "noise_offset lost", '"debiased", "noise_offset"}', '"debiased"}'),
     # Steps

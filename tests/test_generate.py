@@ -48,4 +48,4 @@ def test_a_bare_file_takes_its_base(settings, bases, tmp_path):
     done = generate(file, "--base", bases["sd15"], *options)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/00-0.png").size == (16, 16)
-    assert "no pipeline there" in generate(file, "--base", tmp_path, *options).stderr
+    assert "there is no diffusers pipeline" in generate(file, "--base", tmp_path, *options).stderr

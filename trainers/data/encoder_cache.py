@@ -72,7 +72,7 @@ class TensorCache:
             return None
 
     def read_pinned(self, key: str) -> dict[str, Tensor] | None:
-        """The entry in pinned memory if there is a GPU, so that copying it does not make us wait.
+        """The entry, in pinned memory if there is a GPU, so that the host need not wait for copies.
 
         `read` is the same and remembers the entries.
         """

@@ -9,14 +9,17 @@ __all__ = ["FAMILIES", "Family", "detect_family"]
 
 
 def detect_family(base: str) -> str:
-    """The family of a base model, by its pipeline's class."""
+    """The name of the family that trains a base model, found by its pipeline's class.
+
+    base: a folder or a name on the Hub. Raises: UserError.
+    """
     from diffusers import DiffusionPipeline
 
     try:
         kind = DiffusionPipeline.load_config(base)["_class_name"]
     except OSError as error:
-        raise UserError(f"--base {base}: no pipeline there ({error})") from None
+        raise UserError(f"--base {base}: there is no diffusers pipeline ({error})") from None
     for name, family in FAMILIES.items():
         if family.pipeline.__name__ == kind:
             return name
-    raise UserError(f"--base {base} is a {kind}, which no family here uses")
+    raise UserError(f"--base {base} is a {kind}, which is not a supported family")

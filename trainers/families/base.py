@@ -19,7 +19,7 @@ from trainers.families.objectives import Objective, RectifiedFlow, resolution_sh
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
 
-# what the pipelines call the denoiser's arguments
+# the denoiser's arguments, and how the pipelines call them in their own signature
 PIPELINE_ARGUMENTS = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
@@ -27,7 +27,7 @@ PIPELINE_ARGUMENTS = {
 
 
 class Family(LoadedBase, ABC):
-    """The equations of one family; its facts are in the YAML file of the same name."""
+    """The equations of one family; its facts are in the YAML file with its module's name."""
 
     facts: ClassVar[FamilyFacts]
     clip_encoders: ClassVar[tuple[str, ...]]  # the text encoders that LoRA can train
@@ -35,8 +35,10 @@ class Family(LoadedBase, ABC):
     probe_time: float = 0.5  # a time in the middle of the schedule
 
     def __init_subclass__(cls) -> None:
+        """Give a new family its facts, and register it under its name."""
         name = cls.__module__.rpartition(".")[2]
-        if name in family_names():  # else it inherits its facts, or states them itself
+        # a class elsewhere inherits the facts of a family, or states its own
+        if name in family_names():
             cls.facts = family_facts(name)
             CLASSES[name] = cls
         encoders = cls.facts.text_encoders
@@ -55,16 +57,22 @@ class Family(LoadedBase, ABC):
         self.max_sequence_length = model.max_sequence_length or tokens
 
     def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
-        """Rectified flow, unless overridden; `resolution` in pixels, 2 x 2 latents are a token."""
+        """The objective that the base model was trained with: rectified flow, unless overridden.
+
+        resolution: the side of the training pictures in pixels.
+        """
         options = config.model_dump(include={f.name for f in fields(RectifiedFlow)} - {"shift"})
+        # a token is a patch of 2 x 2 latents
         tokens = (resolution // self.vae_scale_factor // 2) ** 2
         shifts = {"auto": resolution_shift(self.pipe.scheduler.config, tokens), "none": 1.0}
         return RectifiedFlow(**options, shift=shifts.get(config.shift, config.shift))
 
     @abstractmethod
     def encode_text(self, name: str, ids: Tensor) -> dict[str, Tensor]:
-        """What the denoiser needs of the text encoder `name` for token ids (B, L);
-        differentiable."""
+        """The outputs of the text encoder `name` for token ids (B, L) that the denoiser needs.
+
+        They are differentiable, and their names are those that `condition` looks for.
+        """
 
     @abstractmethod
     def condition(self, text: dict[str, Tensor]) -> Condition:
@@ -72,43 +80,48 @@ class Family(LoadedBase, ABC):
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The regressed quantity for latents x_t (B, C, h, w) at times t (B,), shaped like x_t."""
+        """The quantity that the objective regresses, shaped like the latents x_t (B, C, h, w).
+
+        t (B,) are times in the objective's units.
+        """
 
     def pipeline_arguments(self, condition: Condition) -> dict[str, Tensor]:
-        """The condition as the pipeline's own call wants it."""
+        """The condition as keyword arguments of the pipeline's own call."""
         return {PIPELINE_ARGUMENTS[name]: value for name, value in condition.items()}
 
     def denoise(
         self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]
     ) -> Tensor:
-        """`predict` from the text encoders' outputs, in the base's precision."""
+        """`predict` from the text encoders' outputs, in the base model's precision."""
         condition = {name: value.to(self.dtype) for name, value in self.condition(text).items()}
-        with torch.autocast(
-            self.device.type,
-            enabled=torch.is_autocast_enabled(self.device.type) and self.needs_autocast,
-        ):
+        device = self.device.type
+        # without autocast, which costs time, where every layer knows its precision
+        enabled = torch.is_autocast_enabled(device) and self.needs_autocast
+        with torch.autocast(device, enabled=enabled):
             return self.predict(denoiser, x_t.to(self.dtype), t, condition)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Posterior moments (2C, h, w) of one picture (3, H, W) in [-1, 1]; deterministic, so they
-        can be cached."""
+        """The posterior's moments (2C, h, w) of one picture (3, H, W) in [-1, 1].
+
+        They are deterministic, unlike a draw from them, so they can be cached.
+        """
         return self.pipe.vae.encode(pixels[None].to(self.device)).latent_dist.parameters[0]
 
     def latents(self, moments: Tensor, rng: SampleRng) -> Tensor:
-        """A fresh draw from moments (B, 2C, h, w) in the denoiser's units: (B, C, h, w)."""
+        """A new draw (B, C, h, w) from moments (B, 2C, h, w), in the denoiser's units."""
         mean, logvar = moments.chunk(2, 1)
+        # diffusers bounds the log-variance alike
         z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * rng.normal(mean.shape)
         shift = self.vae_config.get("shift_factor") or 0.0
         return (z - shift) * self.vae_config["scaling_factor"]
 
     def tokenize(self, name: str, prompt: str) -> Tensor:
-        """Token ids (L,) of the text encoder `name`, padded and cut to its length."""
+        """The token ids (L,) of a prompt for the text encoder `name`, padded and cut to L."""
         tokenizer = getattr(self.pipe, tokenizer_name(name))
         length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
-        return torch.tensor(
-            tokenizer(prompt, padding="max_length", truncation=True, max_length=length).input_ids
-        )
+        tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
+        return torch.tensor(tokens.input_ids)
 
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
@@ -117,11 +130,14 @@ class Family(LoadedBase, ABC):
         return {key: value[0] for key, value in outputs.items()}
 
 
-CLASSES: dict[str, type[Family]] = {}
+CLASSES: dict[str, type[Family]] = {}  # families whose modules have been imported
 
 
 class Families(Mapping[str, type[Family]]):
-    """Every family by its name in a config; its file is imported when it is asked for."""
+    """The families by their names in a config, which are those of the YAML files beside this.
+
+    A family's module is imported when it is looked up. Raises: KeyError for another name.
+    """
 
     def __getitem__(self, name: str) -> type[Family]:
         if name not in family_names():

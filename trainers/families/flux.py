@@ -1,5 +1,7 @@
-"""Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP for the prompt and a T5
-for its words."""
+"""Flux.1: a multimodal transformer over 2 x 2 patches of latents, a CLIP and a T5.
+
+CLIP gives one vector for the whole prompt, and T5 one for each of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,18 @@ class Flux(Family):
         super().__init__(model, device, dtype, memory)
         self.guidance = model.guidance_scale if self.denoiser_config["guidance_embeds"] else None
         if self.guidance is None and not model.allow_schnell:
+            name = model.pretrained_model_name_or_path
             raise UserError(
-                f"model.pretrained_model_name_or_path: {model.pretrained_model_name_or_path} has "
-                f"no guidance "
-                "embedding, as Flux.1-schnell. It was distilled to few steps, which training "
-                "undoes: train on "
-                "Flux.1-dev, or set model.allow_schnell=true"
+                f"model.pretrained_model_name_or_path: {name} has no guidance embedding, like "
+                "Flux.1-schnell. It is distilled to few steps, and training would undo the "
+                "distillation: use Flux.1-dev, or set model.allow_schnell=true"
             )
 
     def encode_text(self, name, ids):
         output = getattr(self.pipe, name)(ids)
-        return {name: output.last_hidden_state if name == self.t5_encoder else output.pooler_output}
+        if name == self.t5_encoder:
+            return {name: output.last_hidden_state}  # (B, L, 4096)
+        return {name: output.pooler_output}  # (B, 768)
 
     def condition(self, text):
         return {
@@ -38,12 +41,15 @@ class Flux(Family):
 
     def predict(self, denoiser, x_t, t, condition):
         h, w = (side // 2 for side in x_t.shape[-2:])
-        tokens = F.pixel_unshuffle(x_t, 2).flatten(2).mT  # (B, hw, 4C), within a token (c, dy, dx)
+        # each token is a patch, flattened in the order (c, dy, dx)
+        tokens = F.pixel_unshuffle(x_t, 2).flatten(2).mT  # (B, hw, 4C)
         zero, y, x = (torch.arange(n, device=t.device) for n in (1, h, w))
+        positions = torch.cartesian_prod(zero, y, x).to(x_t.dtype)  # (hw, 3)
         v = denoiser(
             tokens,
             timestep=t,  # the transformer multiplies by 1000 itself
-            img_ids=torch.cartesian_prod(zero, y, x).to(x_t.dtype),  # (hw, 3)
+            img_ids=positions,
+            # words have no place in the picture
             txt_ids=x_t.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
             guidance=None if self.guidance is None else torch.full_like(t, self.guidance),
             **condition,

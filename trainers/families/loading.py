@@ -20,7 +20,7 @@ from trainers.errors import UserError
 
 
 class MemoryOptions(Protocol):
-    """How a denoiser is loaded and kept to need less memory; see `efficiency.apply`."""
+    """How a denoiser is loaded and placed so that it needs less memory, see `efficiency.apply`."""
 
     loads_denoiser: bool  # instead of the pipeline's own loader
     places_denoiser: bool  # on the device, whole or in parts, once it has all its layers
@@ -28,14 +28,14 @@ class MemoryOptions(Protocol):
     shard: ShardFunction | None
 
     def load_denoiser(self, base: LoadedBase) -> nn.Module:
-        """The denoiser of `base` in fewer bits."""
+        """Load the denoiser of `base` in fewer bits."""
 
     def apply(self, base: LoadedBase) -> Any:
-        """Change the loaded denoiser; the modulation cache, if there is one, is returned."""
+        """Change the loaded denoiser, and return its modulation cache if there is one."""
 
 
 class PlainMemory:
-    """Everything is on the device, in the base's precision."""
+    """Everything is on the device, in the base model's precision."""
 
     loads_denoiser = places_denoiser = is_sharded = False
     shard = None
@@ -44,11 +44,11 @@ class PlainMemory:
         raise NotImplementedError
 
     def apply(self, base: LoadedBase) -> None:
-        """Nothing is to be done."""
+        """Do nothing."""
 
 
 class LoadedBase:
-    """The parts of one base model. `pipe` holds those that are loaded now, if any."""
+    """The components of one base model; `pipe` holds those that are loaded now, if any."""
 
     pipeline: ClassVar[type[DiffusionPipeline]]
     denoiser_name = "transformer"
@@ -60,7 +60,7 @@ class LoadedBase:
         dtype: torch.dtype = torch.float32,
         memory: MemoryOptions | None = None,
     ) -> None:
-        """Finds or downloads the base model. Raises: UserError when that is impossible."""
+        """Find or download the base model. Raises: UserError."""
         self.device, self.dtype = torch.device(device), dtype
         self.memory = memory or PlainMemory()
         # caches of the object, not of the class: they end with it, and its weights too
@@ -72,10 +72,11 @@ class LoadedBase:
         if index["_class_name"] != self.pipeline.__name__:
             raise UserError(
                 f"model.family: {model.pretrained_model_name_or_path} is a "
-                f"{index['_class_name']}, and {model.family} "
-                f"trains a {self.pipeline.__name__}: change the one or the other"
+                f"{index['_class_name']}, but model.family={model.family} requires a "
+                f"{self.pipeline.__name__}: change one of the two"
             )
-        self.components = {}
+        # name of a component to its library and class; absent ones have neither
+        self.components: dict[str, list[str]] = {}
         for name, value in index.items():
             left_out = model.text_encoder_3 is None and name.endswith("_3")
             if isinstance(value, list) and value[0] and not left_out:
@@ -85,14 +86,11 @@ class LoadedBase:
         self.unload()
 
     def set_autocast(self, needed: bool) -> None:
-        """Whether autocast must choose precisions, because some layer does not know its own."""
+        """Say whether autocast is needed, because some layer does not know its precision."""
         self.needs_autocast = needed
 
     def load(self, *names: str) -> None:
-        """Hold a pipeline with these heavy components only.
-
-        Scheduler and tokenizers always come along.
-        """
+        """Hold a pipeline with these components, the scheduler and the tokenizers only."""
         wanted = ("scheduler", *map(tokenizer_name, self.text_encoder_names), *names)
         index = self.pipeline.load_config(self.folder)
         every_component = [part for part, value in index.items() if isinstance(value, list)]
@@ -110,13 +108,15 @@ class LoadedBase:
             if name != self.denoiser_name or not self.memory.places_denoiser:
                 module.to(self.device)
         if "vae" in names:
-            self.pipe.vae.float()  # half precision costs quality, and SD 1.5's overflows in float16
+            # half precision costs quality, and the oldest autoencoder overflows in float16
+            self.pipe.vae.float()
 
     def apply_memory_options(self) -> None:
-        """To be called once the denoiser has all its layers, those of LoRA too."""
+        """Change the loaded denoiser, which must have its LoRA layers, to need less memory."""
         self.modulation = self.memory.apply(self)
 
     def unload(self) -> None:
+        """Free everything that is loaded."""
         self.pipe = self.modulation = None
         clear_device_cache(garbage_collection=True)
 
@@ -125,7 +125,7 @@ class LoadedBase:
         return getattr(self.pipe, self.denoiser_name)
 
     def new_meta_model(self, part: str) -> nn.Module:
-        """A model without weights, which may be changed; `meta_model` gives one to look at."""
+        """A model without weights, which may be changed; `meta_model` returns a shared one."""
         library, kind = self.components[part]
         with torch.device("meta"):
             if library == "diffusers":
@@ -136,7 +136,7 @@ class LoadedBase:
 
     @property
     def vae_config(self) -> dict:
-        """A diffusers model's settings, with the defaults that its file leaves out."""
+        """The settings of the autoencoder, with the defaults that its file leaves out."""
         return self.meta_model("vae").config
 
     @property
@@ -145,7 +145,7 @@ class LoadedBase:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent, along a side."""
+        """The pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def tokenizer_digest(self, text_encoder: str) -> str:
@@ -160,7 +160,8 @@ class LoadedBase:
         digest = hashlib.sha256(f"{self.variant} {precision}".encode())
         for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
             digest.update(path.name.encode())
-            blob = path.resolve()  # the Hub's cache names large files by their sha256
+            # the Hub's cache names large files by their SHA-256
+            blob = path.resolve()
             if len(blob.name) == 64:
                 digest.update(blob.name.encode())
                 continue
@@ -175,20 +176,20 @@ def tokenizer_name(text_encoder: str) -> str:
 
 
 def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
-    """The local folder of the base model, downloaded if need be."""
+    """The local folder of the base model, which is downloaded if need be. Raises: UserError."""
     name = model.pretrained_model_name_or_path
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(
-                f"model.pretrained_model_name_or_path: {name} has no model_index.json: it is no "
-                "pipeline"
+                f"model.pretrained_model_name_or_path: {name} has no model_index.json, so it is "
+                "not a diffusers pipeline"
             )
         return Path(name)
     try:
         return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
     except Exception as error:
         raise UserError(
-            f"model.pretrained_model_name_or_path: cannot get {name!r} from the Hub ({error}). "
-            "Check the name; for a gated model accept its licence on its page and log in with "
-            "`hf auth login`; offline, give a local folder"
+            f"model.pretrained_model_name_or_path: {name!r} cannot be downloaded from the Hub "
+            f"({error}). Check the name; for a gated model accept its license on its page and log "
+            "in with `hf auth login`; when offline, set a local folder"
         ) from error

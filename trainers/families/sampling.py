@@ -1,15 +1,14 @@
-"""Pictures by a family's pipeline: of the class, for prior preservation, and of the validation
-prompts."""
+"""Pictures by a family's pipeline: of validation prompts, and of the class for its prior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,6 +19,8 @@ from trainers.data.pictures import list_image_files
 from trainers.distributed.collectives import run_across_processes, split_between_processes
 from trainers.families import Family
 
+PromptEncoder = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name, and a prompt
+
 
 @torch.no_grad()
 def sample_picture(
@@ -28,31 +29,28 @@ def sample_picture(
     validation: PromptsConfig,
     seed: int,
     size: int,
-    encode: Callable[[str, str], dict[str, Tensor]] | None = None,
-) -> Image.Image:
-    """One picture of `size` pixels by the pipeline that the family holds.
+    encode: PromptEncoder | None = None,
+) -> Image:
+    """One picture with sides of `size` pixels, by the pipeline that the family holds.
 
-    encode: a text encoder's name and a prompt to its outputs, instead of the loaded encoders.
+    encode: is called instead of the loaded text encoders.
     """
-    arguments = []
-    for words in (prompt, validation.negative_prompt):
-        text = {}
-        for name in family.text_encoder_names:
-            text |= (encode or family.encode_prompt)(name, words)
-        text = {key: value[None].to(family.device) for key, value in text.items()}
-        arguments.append(family.pipeline_arguments(family.condition(text)))
-    positive, negative = arguments
+    encode = encode or family.encode_prompt
+    arguments = encode_for_pipeline(family, prompt, encode)
+    for name, value in encode_for_pipeline(family, validation.negative_prompt, encode).items():
+        arguments[f"negative_{name}"] = value
     vae, is_half = family.pipe.vae, family.dtype != torch.float32
+    # the pipeline hands the autoencoder latents in half precision
     if is_half:
         vae.to(family.dtype)
     with torch.autocast(family.device.type, family.dtype, enabled=is_half):
         picture = family.pipe(
-            **positive,
-            **{f"negative_{key}": value for key, value in negative.items()},
+            **arguments,
             height=size,
             width=size,
             num_inference_steps=validation.num_inference_steps,
             guidance_scale=validation.guidance_scale,
+            # on the CPU, so that every device starts from the same noise
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
     if is_half:
@@ -60,64 +58,87 @@ def sample_picture(
     return picture
 
 
+def encode_for_pipeline(family: Family, prompt: str, encode: PromptEncoder) -> dict[str, Tensor]:
+    """The keyword arguments (1, ...) by which the pipeline takes an encoded prompt."""
+    text = {}
+    for name in family.text_encoder_names:
+        for key, value in encode(name, prompt).items():
+            text[key] = value[None].to(family.device)
+    return family.pipeline_arguments(family.condition(text))
+
+
 def generate_class_images(
     encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator
 ) -> None:
-    """Generate the class pictures that the folder lacks, shared among the processes; picture i has
-    noise i."""
-    family, data = encoder.family, config.data
-    missing = data.num_class_images - len(list_image_files(folder))
-    names = (folder / f"class-{i:05d}.png" for i in range(data.num_class_images))
-    pending = [path for path in names if not path.exists()][: max(0, missing)]
+    """Generate the class pictures that the folder lacks, shared among the processes.
+
+    Picture i has its own noise and prompt, whoever generates it.
+    """
+    data = config.data
+    num_missing = max(0, data.num_class_images - len(list_image_files(folder)))
+    paths = [folder / f"class-{i:05d}.png" for i in range(data.num_class_images)]
+    pending = [path for path in paths if not path.exists()][:num_missing]
     if pending and data.cache:
         encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
     accelerator.wait_for_everyone()
+    # first each process's own share, then what it does not see, where disks are not shared
     for assigned in (split_between_processes(pending, accelerator), pending):
-        missing = [
-            path for path in assigned if not path.exists()
-        ]  # the second time, where disks are not shared
+        missing = [path for path in assigned if not path.exists()]
         if missing:
-            folder.mkdir(parents=True, exist_ok=True)
-            family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
-            family.apply_memory_options()
-            for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
-                number = int(path.stem.removeprefix("class-"))
-                prompt = data.class_prompts[number % len(data.class_prompts)]
-                settings = (config.validation, number, data.resolution, encoder.encoder_outputs)
-                picture = sample_picture(family, prompt, *settings)
-                path.with_suffix(".txt").write_text(prompt, "utf-8")
-                temporary = path.with_name(f".{accelerator.process_index}-{path.name}")
-                picture.save(temporary, format="png")
-                temporary.replace(path)
-            family.unload()
+            generate_missing(encoder, config, missing, accelerator)
         accelerator.wait_for_everyone()
+
+
+def generate_missing(
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    missing: Sequence[Path],
+    accelerator: Accelerator,
+) -> None:
+    """Load the pipeline, write class pictures with their prompts beside them, and unload it."""
+    family, data = encoder.family, config.data
+    missing[0].parent.mkdir(parents=True, exist_ok=True)
+    family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
+    family.apply_memory_options()
+    for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
+        number = int(path.stem.removeprefix("class-"))
+        prompt = data.class_prompts[number % len(data.class_prompts)]
+        settings = config.validation, number, data.resolution, encoder.encoder_outputs
+        picture = sample_picture(family, prompt, *settings)
+        path.with_suffix(".txt").write_text(prompt, "utf-8")
+        # under its name a picture is whole, whenever the run is stopped
+        temporary = path.with_name(f".{accelerator.process_index}-{path.name}")
+        picture.save(temporary, format="png")
+        temporary.replace(path)
+    family.unload()
 
 
 def write_samples(
     family: Family,
     config: DreamBoothConfig,
     folder: Path,
-    encode: Callable | None = None,
+    encode: PromptEncoder | None = None,
     accelerator: Accelerator | None = None,
 ) -> None:
-    """Each validation prompt's pictures as PROMPT-IMAGE.png, and all of them as one labelled
-    grid.png.
+    """Write each validation prompt's pictures as PROMPT-IMAGE.png, and all of them in grid.png.
 
-    accelerator: processes that share the work; the main one writes.
+    accelerator: of the processes that sample together, of which the main one writes.
     """
     validation, size = config.validation, config.data.resolution
-    jobs = [
-        partial(sample_picture, family, prompt, validation, validation.seed + i, size, encode)
-        for prompt in validation.prompts
-        for i in range(validation.num_images)
-    ]
+    jobs = []
+    for prompt in validation.prompts:
+        for i in range(validation.num_images):
+            settings = validation, validation.seed + i, size, encode
+            jobs.append(partial(sample_picture, family, prompt, *settings))
     generated = run_across_processes(jobs, accelerator) if accelerator else [job() for job in jobs]
     if accelerator and not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for p, prompt in enumerate(validation.prompts):
-        rows.append((prompt, generated[p * validation.num_images :][: validation.num_images]))
-        for i, picture in enumerate(rows[-1][1]):
-            picture.save(folder / f"{p:02d}-{i}.png")
+    for number, prompt in enumerate(validation.prompts):
+        first = number * validation.num_images
+        row = generated[first : first + validation.num_images]
+        rows.append((prompt, row))
+        for i, picture in enumerate(row):
+            picture.save(folder / f"{number:02d}-{i}.png")
     write_grid(rows, folder / "grid.png")

@@ -1,5 +1,4 @@
-"""Stable Diffusion 1.5: a U-Net that predicts epsilon (or v), and one CLIP text encoder (Rombach et
-al. 2022)."""
+"""Stable Diffusion 1.5: a U-Net and one CLIP text encoder (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,13 +14,14 @@ class SD15(Family):
     probe_time = 500
 
     def make_objective(self, config, resolution):
-        scheduler, options = (
-            self.pipe.scheduler,
-            config.model_dump(include={"snr_gamma", "debiased", "noise_offset"}),
-        )
-        kind = scheduler.config.prediction_type
+        scheduler = self.pipe.scheduler
+        options = config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
         return DDPM(
-            scheduler.alphas_cumprod.to(self.device), kind, **options, stratified=config.stratified
+            abar=scheduler.alphas_cumprod.to(self.device),
+            # epsilon for the releases; some fine-tuned models predict v
+            prediction_type=scheduler.config.prediction_type,
+            stratified=config.stratified,
+            **options,
         )
 
     def encode_text(self, name, ids):

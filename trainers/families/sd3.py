@@ -17,23 +17,21 @@ class SD3(Family):
         if name == self.t5_encoder:
             return {name: encoder(ids)[0]}  # (B, L, 4096)
         output = encoder(ids, output_hidden_states=True)
-        return {
-            name: output.hidden_states[-2],
-            f"{name}_pooled": output.text_embeds,
-        }  # (B, 77, C), (B, C)
+        # the last layer but one (B, 77, C), and the projected token of the end (B, C)
+        return {name: output.hidden_states[-2], f"{name}_pooled": output.text_embeds}
 
     def condition(self, text):
-        clip = torch.cat([text[name] for name in self.clip_encoders], -1)  # (B, 77, 768 + 1280)
         width = self.denoiser_config["joint_attention_dim"]
-        clip = F.pad(clip, (0, width - clip.shape[-1]))
+        clip = torch.cat([text[name] for name in self.clip_encoders], -1)  # (B, 77, 768 + 1280)
+        clip = F.pad(clip, (0, width - clip.shape[-1]))  # (B, 77, 4096)
         t5 = text.get(self.t5_encoder)
-        if t5 is None:  # left out, as the pipeline allows
+        # the pipeline puts zeros where the T5 is left out
+        if t5 is None:
             t5 = clip.new_zeros(len(clip), self.max_sequence_length, width)
+        pooled = [text[f"{name}_pooled"] for name in self.clip_encoders]
         return {
             "encoder_hidden_states": torch.cat([clip, t5], 1),  # (B, 77 + L, 4096)
-            "pooled_projections": torch.cat(
-                [text[f"{name}_pooled"] for name in self.clip_encoders], -1
-            ),  # (B, 2048)
+            "pooled_projections": torch.cat(pooled, -1),  # (B, 2048)
         }
 
     def predict(self, denoiser, x_t, t, condition):
