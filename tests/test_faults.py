@@ -31,8 +31,9 @@ from trainers.config import OptimizerConfig, loading
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
 from trainers.data.sampler import BatchSlice
 from trainers.distributed.trained_weights import trainable_parameters
-from trainers.dreambooth import Denoiser, DreamBooth
+from trainers.dreambooth import DreamBooth
 from trainers.errors import RunFailedError, UserError
+from trainers.families.trainable import TrainableDenoiser
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import FromScratchTask
 from trainers.gan import Gan
@@ -644,7 +645,7 @@ def test_an_output_dir_that_cannot_be_written_to_is_the_users_mistake(make, tmp_
     assert message.value.status == 2
 
 
-def limit(monkeypatch, rows, model=Denoiser):
+def limit(monkeypatch, rows, model=TrainableDenoiser):
     """More rows than these are out of memory."""
     plain = model.forward
 
@@ -697,7 +698,7 @@ def test_smaller_parts_that_fit_train_as_the_whole_batch(
     shared = (f"train.train_batch_size={batch}", "train.ema_decay=0.9", "optimizer.eps=1e-3")
     whole, settings = make(*shared, kind=kind), make(*shared, AUTO, kind=kind)
     run(whole)
-    limit(monkeypatch, rows, Denoiser if kind == "dreambooth" else ConvAutoencoder)
+    limit(monkeypatch, rows, TrainableDenoiser if kind == "dreambooth" else ConvAutoencoder)
     run(until(settings, 3))
     run(settings)
     assert capsys.readouterr().out.count(f"micro-batches of {parts} for each step") == 2

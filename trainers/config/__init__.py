@@ -21,8 +21,8 @@ from trainers.config.from_scratch import (
     ImagesConfig,
     PairsConfig,
     ScratchConfig,
-    UNetConfig,
 )
+from trainers.config.unet import UNetConfig
 
 KINDS: dict[str, type[Config]] = {
     "dreambooth": DreamBoothConfig,

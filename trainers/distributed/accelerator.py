@@ -37,46 +37,43 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
     use_deepspeed, use_cpu = deepspeed.requested(), not torch.accelerator.is_available()
     if use_deepspeed and use_fsdp:
         raise UserError("FSDP and DeepSpeed were both asked for: choose one")
-    # on CPUs accelerate would leave DeepSpeed out without a word, and with it sees one process
-    # unless told the backend
+    process_group, deepspeed_options = InitProcessGroupKwargs(timeout=TIMEOUT), {}
+    if use_deepspeed:
+        plugin = deepspeed.make_plugin(config)
+        deepspeed_options = {"deepspeed_plugin": plugin, "mixed_precision": "no"}
+        if use_cpu:  # unless it is told the backend each process believes that it is alone
+            process_group = InitProcessGroupKwargs(timeout=TIMEOUT, backend="gloo")
+    folder = config.output_dir
     accelerator = Accelerator(
+        # accelerate would leave DeepSpeed out on CPUs, without a word
         cpu=use_cpu and not use_deepspeed,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(
-                timeout=TIMEOUT, **({"backend": "gloo"} if use_deepspeed and use_cpu else {})
-            )
-        ],
-        **(
-            {"deepspeed_plugin": deepspeed.make_plugin(config), "mixed_precision": "no"}
-            if use_deepspeed
-            else {}
-        ),
+        kwargs_handlers=[process_group],
+        **deepspeed_options,
         log_with=config.tracking.report_to or None,
-        project_config=ProjectConfiguration(
-            str(config.output_dir), str(config.output_dir / "tracking")
-        ),
+        project_config=ProjectConfiguration(str(folder), str(folder / "tracking")),
     )
-    # `accelerate launch --cpu --num_processes 2` sets MASTER_PORT for two processes and then starts
-    # one
-    expected = int(os.environ.get("WORLD_SIZE", 2 if "MASTER_PORT" in os.environ else 1))
-    if expected != accelerator.num_processes:
-        raise UserError(
-            f"the launcher was asked for "
-            f"{'several processes' if 'WORLD_SIZE' not in os.environ else expected}, but each "
-            f"sees {accelerator.num_processes}. On a CPU use: accelerate launch --multi_gpu "
-            f"--num_processes 2 ..."
-        )
+    check_num_processes(accelerator)
     if use_deepspeed:
         deepspeed.check_started(accelerator)
-    if (
-        config.kind == "dreambooth"
-        and config.model.offload
-        and (use_fsdp or accelerator.num_processes > 1)
-    ):
+    is_alone = accelerator.num_processes == 1 and not use_fsdp
+    if config.kind == "dreambooth" and config.model.offload and not is_alone:
         raise UserError(
             "model.offload is for one process. Several cut the base among them: "
             "accelerate_configs/fsdp2.yaml, where "
             "fsdp_offload_params: true keeps the parts in the CPU's memory"
         )
     return accelerator, make_shard_function(config, accelerator) if use_fsdp else None
+
+
+def check_num_processes(accelerator: Accelerator) -> None:
+    """Raises: UserError when the launcher was asked for another number than it started."""
+    # for two processes `accelerate launch --cpu` sets MASTER_PORT, and then starts one
+    requested = os.environ.get("WORLD_SIZE")
+    expected = int(requested or (2 if "MASTER_PORT" in os.environ else 1))
+    if expected != accelerator.num_processes:
+        raise UserError(
+            f"the launcher was asked for {requested or 'several processes'}, but each "
+            f"sees {accelerator.num_processes}. On a CPU use: accelerate launch --multi_gpu "
+            "--num_processes 2 ..."
+        )

@@ -18,16 +18,10 @@ from trainers.lora.export import lora_state
 from trainers.lora.files import max_relative_difference, read_lora, text_prefix
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
-PromptEncoder = Callable[
-    [str, str], dict[str, Tensor]
-]  # a text encoder's name and a prompt to its outputs
-
-
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 3e-2,
-    torch.float16: 1e-2,
-}  # of the reloaded output, relative L2
+# a text encoder's name and a prompt to its outputs
+PromptEncoder = Callable[[str, str], dict[str, Tensor]]
+# of the reloaded output, relative L2
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 class ExportError(RuntimeError):
@@ -73,30 +67,19 @@ def verify_export(
             reloaded, (reloaded.denoiser_name, *encoder.trained_encoders), folder / WEIGHT_NAME
         )
     if config.writes_kohya:
-        kohya_difference = max_relative_difference(
-            read_lora(folder / WEIGHT_NAME, reloaded), read_lora(folder / KOHYA_NAME, reloaded)
-        )
-        if not kohya_difference <= TOLERANCE[torch.float32]:
-            raise ExportError(
-                f"{KOHYA_NAME} reads back as other updates: relative difference "
-                f"{kohya_difference:.2e}"
-            )
+        compare_kohya(reloaded, folder)
     reloaded.apply_memory_options()
     # so that only the weights are compared, not how they are computed with
     reloaded.set_autocast(encoder.family.needs_autocast)
 
     def encode(name: str, prompt: str) -> dict[str, Tensor]:
-        return (
-            reloaded.encode_prompt(name, prompt)
-            if name in encoder.loaded_encoders
-            else encoder.encoder_outputs(name, prompt)
-        )
+        if name in encoder.loaded_encoders:
+            return reloaded.encode_prompt(name, prompt)
+        return encoder.encoder_outputs(name, prompt)
 
-    text = {
-        key: value
-        for name in reloaded.text_encoder_names
-        for key, value in encode(name, prompt).items()
-    }
+    text = {}
+    for name in reloaded.text_encoder_names:
+        text |= encode(name, prompt)
     output = probe_denoiser(
         reloaded, config.data.resolution, text, partial(reloaded.denoise, reloaded.denoiser)
     )
@@ -106,6 +89,16 @@ def verify_export(
             f"the reloaded weights give another output: relative difference {difference:.2e}"
         )
     return reloaded, encode, difference
+
+
+def compare_kohya(family: Family, folder: Path) -> None:
+    """Raises: ExportError when kohya's file holds other updates than the one beside it."""
+    written, kohya = (read_lora(folder / name, family) for name in (WEIGHT_NAME, KOHYA_NAME))
+    difference = max_relative_difference(written, kohya)
+    if not difference <= TOLERANCE[torch.float32]:
+        raise ExportError(
+            f"{KOHYA_NAME} reads back as other updates: relative difference {difference:.2e}"
+        )
 
 
 def check_keys(reloaded: Family, names: Sequence[str], file: Path) -> None:

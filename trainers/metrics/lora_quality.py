@@ -77,10 +77,8 @@ def lora_metrics(
     all other rows; clip_t: their
     `prompt_fidelity` by CLIP.
     """
-    network, clip = (
-        networks[0],
-        next((network for network in networks if network.text_features), None),
-    )
+    network = networks[0]
+    clip = next((network for network in networks if network.text_features), None)
     prompted_rows = [row for row in generated if row != "class"]
     row_prompts = [prompt for row in prompted_rows for prompt in prompts[row]]
     features = network.encode_pictures(torch.cat([generated[row] for row in prompted_rows]))
@@ -89,12 +87,9 @@ def lora_metrics(
         for prompt in dict.fromkeys(row_prompts)
     ]
     diversities = [value for value in diversities if not math.isnan(value)]
+    subject = network.encode_pictures(generated["subject"])
     row: MetricsRow = {
-        "subject": fidelity(
-            network.encode_pictures(generated["subject"]), network.encode_pictures(photos)
-        )
-    }
-    row |= {
+        "subject": fidelity(subject, network.encode_pictures(photos)),
         "prior_drift": None,
         "pixel_drift": None,
         "diversity": sum(diversities) / len(diversities) if diversities else None,

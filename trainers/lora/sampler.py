@@ -1,0 +1,138 @@
+"""Pictures by a run's base with its LoRA, and with those of its checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from trainers.config import DreamBoothConfig
+from trainers.data.crops import Crop
+from trainers.data.encoder_cache import CachedEncoder
+from trainers.data.imaging import to_pil, write_grid
+from trainers.distributed.trained_weights import trainable_state
+from trainers.efficiency.apply import open_family
+from trainers.families import Family
+from trainers.families.sampling import sample_picture
+from trainers.families.trainable import TrainableDenoiser
+from trainers.lora.export import save_lora
+from trainers.lora.layers import add_lora
+from trainers.lora.proof import check_keys
+from trainers.run_folder import WEIGHT_NAME, list_checkpoints
+from trainers.training.checkpoint import read_checkpoint
+
+# rows of pictures, each by its prompt and the seed of its noise
+PromptSeeds = dict[str, list[tuple[str, int]]]
+
+
+class LoraSampler:
+    """A run's base with its LoRAs, each loaded from its file by diffusers; the same seed is the
+    same noise for all."""
+
+    def __init__(
+        self,
+        config: DreamBoothConfig,
+        run: Path,
+        prompts: Sequence[str],
+        export_folder: Path | None,
+    ) -> None:
+        """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
+        family = open_family(config.model, accelerator.device, half)
+        text_encoders = family.clip_encoders if config.train.train_text_encoder else ()
+        self.encoder = CachedEncoder(
+            family, config.data.cache_dir or run / "cache", config.data.cache, text_encoders
+        )
+        if config.data.cache:
+            self.encoder.fill(
+                [], dict.fromkeys([*prompts, config.validation.negative_prompt]), accelerator
+            )
+        self.folders = {
+            **(
+                export_checkpoints(config, run, family, text_encoders, export_folder)
+                if export_folder
+                else {}
+            ),
+            "final": run,
+        }
+        family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
+        for name, folder in self.folders.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
+                family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)
+            check_keys(family, (family.denoiser_name, *text_encoders), folder / WEIGHT_NAME)
+        family.apply_memory_options()
+        self.family, self.config = family, config
+
+    def __call__(
+        self, name: str, prompt_seeds: PromptSeeds, folder: Path, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Rows of pictures (N, 3, S, S) in [-1, 1], kept as folder/ROW-I.png; "base" is without a
+        LoRA."""
+        if name == "base":
+            self.family.pipe.disable_lora()
+        else:
+            self.family.pipe.enable_lora()
+            self.family.pipe.set_adapters(name, scale)
+        validation, size, generated = self.config.validation, self.config.data.resolution, {}
+        for prompt, seed in tqdm(
+            dict.fromkeys(chain(*prompt_seeds.values())), folder.name, unit="picture", leave=False
+        ):
+            generated[prompt, seed] = Crop(size)(
+                sample_picture(
+                    self.family, prompt, validation, seed, size, self.encoder.encoder_outputs
+                )
+            )
+        return save_pictures(
+            {
+                row: torch.stack([generated[prompt_seed] for prompt_seed in row_seeds])
+                for row, row_seeds in prompt_seeds.items()
+            },
+            folder,
+        )
+
+
+@torch.no_grad()
+def export_checkpoints(
+    config: DreamBoothConfig,
+    run: Path,
+    family: Family,
+    text_encoders: Sequence[str],
+    export_folder: Path,
+) -> dict[str, Path]:
+    """Each checkpoint of the run as a LoRA file in a folder of its own, the oldest first; averaged
+    weights if kept."""
+    family.load(family.denoiser_name, *text_encoders)
+    module = TrainableDenoiser(family, text_encoders)
+    add_lora(family, config.lora, text_encoders)
+    trained, folders = trainable_state(module), {}
+    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
+        if (state := read_checkpoint(checkpoint)) is None:
+            warnings.warn(f"{checkpoint} is damaged and is passed over", stacklevel=2)
+            continue
+        for part in ("denoiser.safetensors", "denoiser.ema.safetensors"):
+            for name, tensor in load(state[1][part]).items() if part in state[1] else ():
+                trained[name].copy_(tensor)
+        folders[checkpoint.name] = export_folder / checkpoint.name
+        folders[checkpoint.name].mkdir(parents=True)
+        save_lora(family, text_encoders, folders[checkpoint.name], config)
+    family.unload()
+    return folders
+
+
+def save_pictures(rows: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Write rows of pictures as ROW-I.png, and all of them as grid.png; they are returned."""
+    images = {row: to_pil(x) for row, x in rows.items()}
+    write_grid(list(images.items()), folder / "grid.png")
+    for row, line in images.items():
+        for i, image in enumerate(line):
+            image.save(folder / f"{row}-{i:02d}.png")
+    return rows
