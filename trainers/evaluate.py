@@ -7,12 +7,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
@@ -62,10 +62,7 @@ def evaluate(
     )
     save_pictures({"photo": training_pixels}, out / "photos")
     base = sampler("base", prompt_seeds, out / "base")
-
-    def measure(generated: dict[str, Tensor]) -> MetricsRow:
-        return lora_metrics(networks, generated, base, target, prompts)
-
+    measure = partial(lora_metrics, networks, base=base, photos=target, prompts=prompts)
     rows: list[MetricsRow] = [{"checkpoint": "base", "step": 0, **measure(base)}]
     for name in sampler.folders:  # "final" is the last
         step = config.train.max_train_steps if name == "final" else int(name.removeprefix("step-"))
