@@ -20,6 +20,7 @@ from trainers.cli import (
     run_main,
     silence_libraries,
 )
+from trainers.lora.formats import FORMATS, load_format
 
 
 def main() -> None:
@@ -27,9 +28,7 @@ def main() -> None:
     parser.add_argument(
         "source", type=Path, help="a run folder, a LoRA file, a PEFT folder or a tuned pipeline"
     )
-    parser.add_argument(
-        "--format", choices=["diffusers", "kohya", "peft", "merged"], default="diffusers"
-    )
+    parser.add_argument("--format", choices=[*FORMATS, "merged"], default="diffusers")
     parser.add_argument("--rank", type=positive_int, help="the nearest LoRA of this rank, by SVD")
     parser.add_argument("--base", help="base model; a run folder knows its own")
     parser.add_argument(
@@ -47,8 +46,10 @@ def main() -> None:
     import torch
 
     from trainers.families import FAMILIES
-    from trainers.lora import files, low_rank
+    from trainers.lora import base_layers, low_rank
     from trainers.lora.export import make_metadata, save_pipeline
+    from trainers.lora.files import read_lora
+    from trainers.lora.update import max_relative_difference
 
     source, family = arguments.source, FAMILIES[config.model.family](config.model)
     parts = (family.denoiser_name, *family.clip_encoders)
@@ -57,14 +58,14 @@ def main() -> None:
             config.model.model_copy(update={"pretrained_model_name_or_path": str(source)}),
             arguments.rank or 16,
         )
-        lora, lost = files.extract_lora(family, type(family)(model), rank)
+        lora, lost = base_layers.extract_lora(family, type(family)(model), rank)
         print(
             f"LoRA of rank {rank} holds all but {lost:.2%} of what training changed (Frobenius "
             f"norm)"
         )
     else:
         file = source / run_folder.WEIGHT_NAME
-        lora = files.read_lora(file if file.is_file() else source, family)
+        lora = read_lora(file if file.is_file() else source, family)
         if arguments.rank:
             lora, lost = low_rank.reduce_rank(lora, arguments.rank)
             print(
@@ -73,27 +74,22 @@ def main() -> None:
     stem = source.name if source.is_dir() else source.stem
     stem += f"_rank{arguments.rank}" if arguments.rank else ""
     folder = source if (source / "config.yaml").is_file() else source.parent
-    ending = ".safetensors" if arguments.format in ("diffusers", "kohya") else ""
+    is_merged = arguments.format == "merged"
+    ending = "" if is_merged else load_format(arguments.format).SUFFIX
     out = arguments.out or folder / f"{stem}_{arguments.format}{ending}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = make_metadata(config)
-    if arguments.format == "merged":
+    if is_merged:
         family.dtype = getattr(torch, arguments.dtype)
         family.load(*parts)
-        lost = files.merge_lora(family, lora)
+        lost = base_layers.merge_lora(family, lora)
         save_pipeline(family, family.clip_encoders, out)
         print(
             f"{out}: {len(lora)} layers merged; rounding to {arguments.dtype} costs {lost:.1e} of "
             f"the updates"
         )
         return
-    if arguments.format == "diffusers":
-        files.write_diffusers(lora, out, facts)
-    elif arguments.format == "kohya":
-        files.write_kohya(lora, family, out, facts)
-    else:
-        files.write_peft(lora, family, out)
-    difference = files.max_relative_difference(lora, files.read_lora(out, family))
+    load_format(arguments.format).write(lora, family, out, make_metadata(config))
+    difference = max_relative_difference(lora, read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 
 

@@ -43,7 +43,7 @@ def test_five_mistakes_give_five_lines_each_with_its_path_and_what_to_do(written
         "optimizer.name": "did you mean adamw?",
         "optimizer.learning_rate": "'high'",
         "data.instance_data_dir": "/no/such/folder",
-        "data.class_prompt": "needs a class prompt",
+        "data.class_prompt": "requires a class prompt",
     }
     assert message.keys() == expected.keys()
     assert all(hint in message[path] for path, hint in expected.items())

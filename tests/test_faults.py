@@ -713,7 +713,8 @@ def test_smaller_parts_that_fit_train_as_the_whole_batch(
 def test_players_that_take_turns_cannot_train_on_a_batch_in_parts(make):
     with pytest.raises(
         UserError,
-        match=r"train.auto_micro_batch: must be false: a player must step before the other",
+        match=r"train.auto_micro_batch: must be false: the discriminator "
+        "has to take its optimizer step",
     ):
         make(AUTO, kind="gan")
 

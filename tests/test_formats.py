@@ -4,6 +4,7 @@ and sd-scripts."""
 import hashlib
 import json
 import sys
+from types import SimpleNamespace
 
 import export as script
 import numpy as np
@@ -26,17 +27,13 @@ from trainers import dreambooth
 from trainers.config.family_facts import family_facts
 from trainers.errors import UserError
 from trainers.families import FAMILIES
-from trainers.lora import files
-from trainers.lora.files import (
-    adaptable_layers,
-    load_lora,
-    max_relative_difference,
-    read_lora,
-    text_prefix,
-)
+from trainers.lora import diffusers_format, peft_format
+from trainers.lora.base_layers import adaptable_layers, text_prefix
+from trainers.lora.files import load_lora, read_lora
+from trainers.lora.formats import FORMATS, detect_format, load_format
 from trainers.lora.kohya import from_kohya, kohya_names, swapped_layers, to_kohya
 from trainers.lora.low_rank import lora_from_difference, reduce_rank
-from trainers.lora.update import LoraUpdate
+from trainers.lora.update import LoraUpdate, max_relative_difference
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 ALL = ("sd15", "sd3", "flux")
@@ -318,7 +315,7 @@ def test_diffusers_reader_of_sd_scripts_flux_files_finds_every_update_at_full_wi
 def test_peft_finds_every_update(made, bases, tmp_path, name):
     folder, updates = made[name]
     family = family_of(bases[name], name)
-    files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
+    peft_format.write(read_lora(folder / WEIGHT_NAME, family), family, tmp_path, {})
     pipe, found = DiffusionPipeline.from_pretrained(bases[name]), {}
     for part in dict.fromkeys(key.partition(".")[0] for key in updates):
         module = getattr(pipe, part)
@@ -329,6 +326,37 @@ def test_peft_finds_every_update(made, bases, tmp_path, name):
                 found[prefix + layer_name] = layer.get_delta_weight("default").detach().flatten(1)
     check(found, updates)
     check(products(read_lora(tmp_path, family)), updates)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_recognizes_what_it_writes(bases, tmp_path, name):
+    family = family_of(bases["sd15"], "sd15")
+    layers = dict(list(adaptable_layers(family).items())[:1])
+    lora = random_lora(layers, dict.fromkeys(layers, (3,)))
+    out = tmp_path / f"out{load_format(name).SUFFIX}"
+    load_format(name).write(lora, family, out, {})
+    assert detect_format(out) is load_format(name)
+
+
+def test_a_path_where_nothing_is_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        detect_format(tmp_path / "absent")
+
+
+def test_a_new_format_is_a_module_and_a_row(bases, tmp_path, monkeypatch):
+    """Its module need not lie in the package."""
+    family = family_of(bases["sd15"], "sd15")
+    layer = next(iter(adaptable_layers(family)))
+    lora = {layer: LoraUpdate(torch.ones(1, 3), torch.ones(2, 1))}
+    module = SimpleNamespace(
+        SUFFIX=".new",
+        recognizes=lambda path: path.suffix == ".new",
+        read=lambda path, family: (lora, []),
+    )
+    monkeypatch.setitem(sys.modules, "new_format", module)
+    rows = {"new": "new_format", **FORMATS}
+    monkeypatch.setattr("trainers.lora.formats.FORMATS", rows)
+    assert read_lora(tmp_path / "file.new", family) == lora
 
 
 # Round trips
@@ -416,8 +444,8 @@ def test_layers_of_several_ranks_keep_theirs_in_diffusers_and_peft(bases, tmp_pa
     lora = random_lora(
         layers, {name: weight.shape[1:] for name, weight in weights.items()}, ranks=(1, 3, 2)
     )
-    files.write_diffusers(lora, tmp_path / WEIGHT_NAME, {})
-    files.write_peft(lora, family, tmp_path)
+    diffusers_format.write(lora, family, tmp_path / WEIGHT_NAME, {})
+    peft_format.write(lora, family, tmp_path, {})
     peft = PeftModel.from_pretrained(
         DiffusionPipeline.from_pretrained(bases["sd3"]).transformer, tmp_path / "transformer"
     )
@@ -435,15 +463,15 @@ def test_layers_of_several_ranks_keep_theirs_in_diffusers_and_peft(bases, tmp_pa
 
 
 def test_a_file_for_another_model_is_an_error_that_says_so(made, bases):
-    with pytest.raises(UserError, match=r"of \d+ layers \d+ are not in this base.*another model"):
+    with pytest.raises(UserError, match=r"\d+ of \d+ layers are not in this base.*another model"):
         read_lora(made["flux"][0] / WEIGHT_NAME, family_of(bases["sd15"], "sd15"))
-    with pytest.raises(UserError, match=r"of \d+ layers \d+ are not in this base.*another model"):
+    with pytest.raises(UserError, match=r"\d+ of \d+ layers are not in this base.*another model"):
         read_lora(made["sd3"][0] / KOHYA_NAME, family_of(bases["sd15"], "sd15"))
 
 
 def test_a_run_that_has_not_finished_has_no_lora_yet_and_is_told_so(bases, tmp_path):
     with pytest.raises(
-        UserError, match=r"no LoRA is in it\. Of a run that has not finished there is none yet"
+        UserError, match=r"there is no LoRA in it\. A run writes its LoRA when it finishes"
     ):
         read_lora(tmp_path, family_of(bases["sd15"], "sd15"))
 
@@ -458,10 +486,9 @@ def test_layers_that_the_base_lacks_are_counted_and_told(made, bases, tmp_path, 
         products(read_lora(tmp_path / "file.safetensors", family_of(bases["sd15"], "sd15"))),
         made["sd15"][1],
     )
-    assert (
-        f"{len(made['sd15'][1])} layers read; 1 are not in this base, such as lora_unet_nowhere"
-        in capsys.readouterr()[0]
-    )
+    printed = capsys.readouterr()[0]
+    assert f"{len(made['sd15'][1])} layers were read; 1 are not in this base model" in printed
+    assert "for example lora_unet_nowhere" in printed
 
 
 @pytest.mark.parametrize(
@@ -656,7 +683,7 @@ def test_a_kohya_file_on_a_pipeline_is_the_diffusers_file(made, bases, name):
 def test_a_peft_folder_on_a_pipeline_is_the_diffusers_file(made, bases, tmp_path):
     folder, _ = made["sd15"]
     family = family_of(bases["sd15"], "sd15")
-    files.write_peft(read_lora(folder / WEIGHT_NAME, family), family, tmp_path)
+    peft_format.write(read_lora(folder / WEIGHT_NAME, family), family, tmp_path, {})
     states = []
     for place in (folder / WEIGHT_NAME, tmp_path):
         family = family_of(bases["sd15"], "sd15")

@@ -545,7 +545,7 @@ def test_the_walk_goes_round_in_even_steps(trained):
         (["objective.loss=wasserstein"], "objective.gradient_penalty: wasserstein needs it"),
         (
             ["model.conditional=true", "data.label_column=null"],
-            "model.conditional: needs the classes",
+            "model.conditional: requires class labels",
         ),
         (["objective.augment=[colour]"], "objective.augment"),
         (["train.train_batch_size=1"], "train.train_batch_size: must be at least 2"),

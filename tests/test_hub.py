@@ -381,14 +381,14 @@ def refused(settings, monkeypatch, name, message, **environment):
     [
         (
             "push_to_hub create_pr hub_revision=b",
-            "hub.create_pr: a pull request is made against main",
+            "hub.create_pr: a pull request always targets the main branch",
         ),
         (
             "push_to_hub create_pr push_every=2",
-            "hub.push_every: every upload would open a pull request",
+            "hub.push_every: cannot be combined with hub.create_pr",
         ),
-        ("push_every=2", "hub.push_every: nothing is pushed without hub.push_to_hub"),
-        ("required", "hub.required: nothing is pushed without hub.push_to_hub"),
+        ("push_every=2", "hub.push_every: has no effect unless hub.push_to_hub is true"),
+        ("required", "hub.required: has no effect unless hub.push_to_hub is true"),
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(settings, keys, message):

@@ -264,7 +264,7 @@ def test_without_a_compiler_there_is_one_message_and_the_plain_training(
     ],
 )
 def test_compiling_is_refused_beside_what_it_cannot_be_had_with(settings, wrong):
-    with pytest.raises(UserError, match=r"train\.compile: cannot be had with"):
+    with pytest.raises(UserError, match=r"train\.compile: cannot be combined with"):
         settings(COMPILED, wrong, family="flux")
 
 

@@ -680,8 +680,8 @@ def test_the_script_tells_a_users_mistake_in_a_line_and_ends_with_2(settings, bl
             ["data.resolution=20", "model.patch_size=4"],
             "data.resolution: must be a multiple of 8",
         ),
-        ("colorize", ["data.channels=1"], "data.channels: colorize needs pictures in colour"),
-        ("restore", ["objective.classes=3"], "objective.classes: means nothing to restore"),
+        ("colorize", ["data.channels=1"], "data.channels: colorize requires color pictures"),
+        ("restore", ["objective.classes=3"], "objective.classes: has no effect with restore"),
         ("segment", ["data.image_suffix=_mask"], "data.target_suffix"),
         (
             "segment",

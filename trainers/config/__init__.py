@@ -1,12 +1,13 @@
-"""The sections of a config as frozen, typed models: every key with its default, help and limits,
-and the rules between.
+"""The configs as frozen, typed models: every key with its default, help, limits and rules.
 
 Nothing here imports torch or diffusers, so that a typo is reported in a second.
 """
 
 from __future__ import annotations
 
-from trainers.config.base import Config, OptimizerConfig, TrainConfig
+from trainers.config.autoencoder import AutoencoderConfig
+from trainers.config.base import Config
+from trainers.config.base_sections import OptimizerConfig, TrainConfig
 from trainers.config.dreambooth import DreamBoothConfig
 from trainers.config.dreambooth_sections import (
     DataConfig,
@@ -15,14 +16,9 @@ from trainers.config.dreambooth_sections import (
     ObjectiveConfig,
     PromptsConfig,
 )
-from trainers.config.from_scratch import (
-    AutoencoderConfig,
-    GanConfig,
-    ImagesConfig,
-    PairsConfig,
-    ScratchConfig,
-)
-from trainers.config.unet import UNetConfig
+from trainers.config.from_scratch import ImagesConfig, ScratchConfig
+from trainers.config.gan import GanConfig
+from trainers.config.unet import PairsConfig, UNetConfig
 
 KINDS: dict[str, type[Config]] = {
     "dreambooth": DreamBoothConfig,

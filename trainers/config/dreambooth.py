@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from trainers.config import dreambooth_rules as rules
-from trainers.config.base import Config, field
+from trainers.config.base import Config
+from trainers.config.base_rules import Errors
+from trainers.config.base_sections import field
 from trainers.config.dreambooth_sections import (
     DataConfig,
     DreamBoothTrainConfig,
@@ -20,7 +22,8 @@ from trainers.config.dreambooth_sections import (
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
 
-MEMORY_PRESETS = {  # preset: what it sets where the config says nothing
+# What each preset sets where the config says nothing.
+MEMORY_PRESETS = {
     "fast": {},
     "balanced": {
         "model": {"modulation_cache": True},
@@ -43,15 +46,24 @@ class DreamBoothConfig(Config):
     train: DreamBoothTrainConfig = DreamBoothTrainConfig()
     validation: PromptsConfig = PromptsConfig()
 
+    optional_packages: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        **Config.optional_packages,
+        "model.quantization": {"nf4": "bitsandbytes", "int8": "bitsandbytes"},
+    }
+
     @model_validator(mode="before")
     @classmethod
     def apply_preset(cls, tree: Any) -> Any:
-        """What `train.memory` stands for, written out; what a run cannot have is left out."""
+        """Write out what `train.memory` stands for, without what the run cannot have.
+
+        A key that the config sets itself keeps its value.
+        """
         if not isinstance(tree, dict):
             return tree
         parts = {name: tree.get(name) or {} for name in ("model", "train")}
         if not all(isinstance(part, dict) for part in parts.values()):
             return tree
+        # the tree is not validated yet: what is wrong in it is found afterwards
         preset = MEMORY_PRESETS.get(str(parts["train"].get("memory")), {})
         is_frozen = tree.get("lora", {}) is not None
         family = parts["model"].get("family", ModelConfig().family)
@@ -68,13 +80,14 @@ class DreamBoothConfig(Config):
 
     @property
     def applied_presets(self) -> dict[str, dict[str, Any]]:
-        keys = {"model": ["modulation_cache", "quantization"], "train": ["gradient_checkpointing"]}
+        if not self.train.memory:
+            return {}
         values = {
-            f"{part}.{key}": getattr(getattr(self, part), key)
-            for part, names in keys.items()
-            for key in names
+            "model.modulation_cache": self.model.modulation_cache,
+            "model.quantization": self.model.quantization,
+            "train.gradient_checkpointing": self.train.gradient_checkpointing,
         }
-        return {f"train.memory={self.train.memory}": values} if self.train.memory else {}
+        return {f"train.memory={self.train.memory}": values}
 
     @property
     def facts(self) -> FamilyFacts:
@@ -91,40 +104,45 @@ class DreamBoothConfig(Config):
 
     def memory_suggestions(self) -> Iterator[str]:
         if not self.data.cache:
-            yield "data.cache=true: the encoders are freed before training, faster too"
+            yield "data.cache=true: frees the encoders before training, and trains faster"
         yield from super().memory_suggestions()
-        if not self.train.gradient_checkpointing:
-            yield "train.gradient_checkpointing=selective: the same result, about 20 % slower"
-        if self.train.gradient_checkpointing is not True:
-            yield "train.gradient_checkpointing=true: the same result, about 40 % slower"
-        if self.optimizer.name in ("adamw", "prodigy") and (
-            self.lora is None or self.train.train_text_encoder
-        ):
-            yield "optimizer.name=adamw_8bit: a quarter of the optimiser's memory, slightly rounded"
-        is_unquantized = self.lora and self.model.quantization == "none"
-        if (
-            is_unquantized
-            and self.model.family in families_with("model", "modulation_cache")
-            and not (self.model.modulation_cache or self.train.train_text_encoder)
-        ):
-            yield "model.modulation_cache=true: a third of the base's memory less, the same result"
-        if is_unquantized:
-            yield (
-                "--config_file accelerate_configs/fsdp2.yaml: the base is cut among several "
-                "GPUs, the same result"
-            )
-            yield "model.quantization=nf4: a quarter of the base's memory, rounded"
-        if self.train.train_text_encoder:
-            yield "train.train_text_encoder=false: the text encoders are freed"
+        yield from self.activation_suggestions()
+        yield from self.weight_suggestions()
         if self.data.resolution > 64:
             yield f"data.resolution={self.data.resolution * 3 // 4 // 16 * 16}: less detail"
 
-    def required_packages(self) -> Iterator[tuple[str, str, str]]:
-        yield from super().required_packages()
-        if self.model.quantization in ("nf4", "int8"):
-            yield "model.quantization", self.model.quantization, "bitsandbytes"
+    def activation_suggestions(self) -> Iterator[str]:
+        """Settings with which fewer activations are kept for the backward pass."""
+        if not self.train.gradient_checkpointing:
+            yield "train.gradient_checkpointing=selective: about 20 % slower, with the same result"
+        if self.train.gradient_checkpointing is not True:
+            yield "train.gradient_checkpointing=true: about 40 % slower, with the same result"
 
-    def errors(self) -> Iterator[tuple[str, str]]:
+    def weight_suggestions(self) -> Iterator[str]:
+        """Settings with which the weights and the optimizer need less memory."""
+        trains_text_encoder = self.train.train_text_encoder
+        trains_many_weights = self.lora is None or trains_text_encoder
+        if self.optimizer.name in ("adamw", "prodigy") and trains_many_weights:
+            yield (
+                "optimizer.name=adamw_8bit: a quarter of the optimizer's memory, with slight "
+                "rounding"
+            )
+        if self.lora and self.model.quantization == "none":
+            can_cache = self.model.family in families_with("model", "modulation_cache")
+            if can_cache and not self.model.modulation_cache and not trains_text_encoder:
+                yield (
+                    "model.modulation_cache=true: a third of the base model's memory less, with "
+                    "the same result"
+                )
+            yield (
+                "--config_file accelerate_configs/fsdp2.yaml: shards the base model over several "
+                "GPUs, with the same result"
+            )
+            yield "model.quantization=nf4: a quarter of the base model's memory, with rounding"
+        if trains_text_encoder:
+            yield "train.train_text_encoder=false: frees the text encoders"
+
+    def errors(self) -> Errors:
         yield from super().errors()
         yield from rules.picture_errors(self.data)
         yield from rules.family_errors(self)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
-from trainers.config.base import Config, OptimizerConfig, irrelevant_keys
+from trainers.config.base import Config
+from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_sections import OptimizerConfig
 from trainers.config.dreambooth_sections import (
     DataConfig,
     DreamBoothTrainConfig,
@@ -15,27 +16,32 @@ from trainers.config.dreambooth_sections import (
 )
 from trainers.config.family_facts import families_with, family_facts, family_names
 
-Errors = Iterator[tuple[str, str]]
-
 
 def picture_errors(data: DataConfig) -> Errors:
     """Where the pictures come from, those of the class too."""
     if data.instance_data_dir is None and data.dataset_name is None:
-        yield "data.instance_data_dir", "no pictures: give a folder here, or data.dataset_name"
+        message = "there are no training pictures: set a folder here, or set data.dataset_name"
+        yield "data.instance_data_dir", message
     if data.instance_data_dir is not None and data.dataset_name is not None:
-        yield "data.dataset_name", "two sources of pictures: drop this or data.instance_data_dir"
+        message = (
+            "there are two sources of pictures, this and data.instance_data_dir: remove one of them"
+        )
+        yield "data.dataset_name", message
     for key in ("instance_data_dir", "held_out_dir"):
         folder = getattr(data, key)
         if folder is not None and not folder.is_dir():
             yield f"data.{key}", f"no such folder: {folder}"
     if data.class_data_dir is not None and not data.uses_prior:
-        message = "class pictures without data.num_class_images: say how many to use"
+        message = (
+            "data.num_class_images is 0, so these class pictures would not be used: set how many "
+            "to use"
+        )
         yield "data.class_data_dir", message
     if data.uses_prior and not data.class_prompt:
-        message = "prior preservation (data.num_class_images > 0) needs a class prompt"
+        message = "prior preservation (data.num_class_images > 0) requires a class prompt"
         yield "data.class_prompt", message
     if data.class_prompt and not data.uses_prior:
-        message = "a class prompt without class pictures: say how many to use, 100 is usual"
+        message = "a class prompt requires class pictures: set how many to use, for example 100"
         yield "data.num_class_images", message
 
 
@@ -48,7 +54,7 @@ def family_errors(config: Config) -> Errors:
         yield "data.resolution", message
     table = []
     for section, key in special_keys():
-        table.append((" ".join(families_with(section, key)), section, key))
+        table.append(SpecialKeys(families_with(section, key), section, [key]))
     yield from irrelevant_keys(config, family, table)
     for refused, reason in facts.refused.items():
         path, _, value = refused.partition("=")
@@ -72,30 +78,48 @@ def memory_errors(
     """Options that need less memory, and what they need themselves."""
     has_checkpointing = train.gradient_checkpointing is True
     if model.quantization != "none" and lora is None:
-        message = "a quantised base cannot train all its weights: give lora, or drop this"
+        message = (
+            "the weights of a quantized base model cannot be trained: set lora, or set "
+            "model.quantization to none"
+        )
         yield "model.quantization", message
     if model.modulation_cache and (lora is None or train.train_text_encoder):
-        message = "needs a frozen base and text encoders: their outputs are computed ahead"
+        message = (
+            "requires a frozen base model and frozen text encoders, because the outputs are "
+            "computed in advance"
+        )
         yield "model.modulation_cache", message
     if model.modulation_cache and model.quantization in ("nf4", "int8"):
-        message = f"{model.quantization} has made these weights small: drop this or that"
+        message = (
+            f"cannot be combined with model.quantization={model.quantization}, which already "
+            "shrinks these weights: remove one of them"
+        )
         yield "model.modulation_cache", message
     if model.offload and (lora is None or not has_checkpointing):
-        message = "needs lora, and train.gradient_checkpointing: true to bring each block back"
+        message = (
+            "requires lora and train.gradient_checkpointing: true, so that the backward pass loads "
+            "each block again"
+        )
         yield "model.offload", message
     if model.offload and model.quantization != "none":
-        message = f"{model.quantization} has made the blocks small: drop this or that"
+        message = (
+            f"cannot be combined with model.quantization={model.quantization}, which already "
+            "shrinks the blocks: remove one of them"
+        )
         yield "model.offload", message
     is_refused = "model.quantization=fp8" in family_facts(model.family).refused
     if model.quantization == "fp8" and not is_refused and not has_checkpointing:
-        message = "fp8 needs train.gradient_checkpointing: true, for its weights come and go"
+        message = (
+            "fp8 requires train.gradient_checkpointing: true, because its weights are cast again "
+            "for each pass"
+        )
         yield "model.quantization", message
 
 
 def speed_errors(
     model: ModelConfig, lora: LoraConfig | None, train: DreamBoothTrainConfig
 ) -> Errors:
-    """What a compiled denoiser cannot have."""
+    """What a compiled denoiser cannot be combined with."""
     conflicts = {
         "model.quantization": model.quantization != "none",
         "model.offload": model.offload,
@@ -103,7 +127,7 @@ def speed_errors(
     }
     others = [path for path, is_set in conflicts.items() if is_set]
     if train.compile and others:
-        message = f"cannot be had with {', '.join(others)}: drop the one or the other"
+        message = f"cannot be combined with {', '.join(others)}: remove one of them"
         yield "train.compile", message
 
 
@@ -111,7 +135,11 @@ def training_errors(
     objective: ObjectiveConfig, optimizer: OptimizerConfig, train: DreamBoothTrainConfig
 ) -> Errors:
     if objective.debiased and objective.snr_gamma:
-        yield "objective.debiased", "two weightings: drop this or objective.snr_gamma"
+        message = (
+            "cannot be combined with objective.snr_gamma, which weights the loss too: remove one "
+            "of them"
+        )
+        yield "objective.debiased", message
     if optimizer.text_encoder_lr is not None and not train.train_text_encoder:
         message = "the text encoder does not train: set train.train_text_encoder: true"
         yield "optimizer.text_encoder_lr", message
@@ -119,9 +147,16 @@ def training_errors(
 
 def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig) -> Errors:
     if lora.use_dora and lora.kohya:
-        yield "lora.kohya", "kohya's file holds plain LoRA: drop this or lora.use_dora"
+        message = (
+            "cannot be combined with lora.use_dora, because kohya's format stores plain LoRA only: "
+            "remove one of them"
+        )
+        yield "lora.kohya", message
     if lora.use_dora and train.train_text_encoder:
-        message = "no reader loads DoRA into a text encoder: drop this or train.train_text_encoder"
+        message = (
+            "cannot be combined with train.train_text_encoder, because no program loads DoRA into "
+            "a text encoder: remove one of them"
+        )
         yield "lora.use_dora", message
     if isinstance(lora.target_modules, str):
         try:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from trainers.config.base import Section, TrainConfig, ValidationConfig, field
+from trainers.config.base_sections import Section, TrainConfig, ValidationConfig, field
 from trainers.config.family_facts import default_family, families_with, family_facts, family_names
 
 FamilyName = Literal[family_names()]
@@ -58,7 +58,11 @@ class ModelConfig(Section):
         None, f"Tokens that the T5 reads; null means the pipeline's own number ({t5_tokens()})."
     )
     guidance_scale: float = family_field(
-        "model", "guidance_scale", 1.0, "the guidance that the dev model is told in training.", ge=0
+        "model",
+        "guidance_scale",
+        1.0,
+        "guidance value passed to the dev model during training.",
+        ge=0,
     )
     allow_schnell: bool = family_field(
         "model",
@@ -82,7 +86,7 @@ class LoraConfig(Section):
         None, "Only layers in these blocks, such as [transformer_blocks.3].", min_length=1
     )
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field(
-        "gaussian", "How lora_A starts."
+        "gaussian", "Initialization of lora_A."
     )
     use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
@@ -93,9 +97,9 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    instance_data_dir: Path | None = field(None, "Folder with the pictures to learn.")
+    instance_data_dir: Path | None = field(None, "Folder with the training pictures.")
     held_out_dir: Path | None = field(
-        None, "Other pictures of the subject, only measured on: held_out_loss."
+        None, "Other pictures of the subject, used for evaluation only: held_out_loss."
     )
     dataset_name: str | None = field(
         None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
@@ -111,17 +115,17 @@ class DataConfig(Section):
     )
     class_prompt: str | list[str] | None = field(
         None,
-        "What must be kept: 'a photo of a dog', or several prompts that the class pictures take "
-        "in turn.",
+        "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
+        "pictures take in turn.",
     )
     num_class_images: NonNegativeInt = field(
-        0, "Class pictures wanted; the base model makes those missing."
+        0, "Number of class pictures; the base model generates those that are missing."
     )
     prior_loss_weight: float = field(1.0, "Weight of the prior-preservation loss.", ge=0)
     resolution: PositiveInt = field(
         512, "Side of the training pictures in pixels; a multiple of 8."
     )
-    center_crop: bool = field(True, "Crop at the centre; false crops at random.")
+    center_crop: bool = field(True, "Crop at the center; false crops at random.")
     random_flip: bool = field(False, "Mirror half of the pictures.")
     caption_dropout: float = field(
         0.0, "Share of captions that are replaced by the empty prompt.", ge=0, le=1
@@ -144,12 +148,13 @@ class DataConfig(Section):
     @property
     def class_prompts(self) -> list[str]:
         """Class picture i shows the prompt i modulo their number."""
-        return (
-            [self.class_prompt] if isinstance(self.class_prompt, str) else self.class_prompt or []
-        )
+        if isinstance(self.class_prompt, str):
+            return [self.class_prompt]
+        return self.class_prompt or []
 
     @property
     def num_variants(self) -> int:
+        # without chance in the crop, one variant is all there is
         return self.cache_variants if self.random_flip or not self.center_crop else 1
 
 
@@ -199,7 +204,7 @@ class DreamBoothTrainConfig(TrainConfig):
     memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
         None,
         "Preset for modulation_cache, gradient_checkpointing and quantization; scripts/plan.py "
-        "tells what fits.",
+        "reports what fits.",
     )
     gradient_checkpointing: Literal["selective"] | bool = field(
         False,

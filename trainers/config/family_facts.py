@@ -15,16 +15,18 @@ FOLDER = Path(__file__).parent.parent / "families"
 
 
 class Facts(BaseModel):
+    """A part of a facts file: an unknown key in it is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TextEncoderFacts(Facts):
     """One text encoder of the pipeline, under the pipeline's own name for it."""
 
-    lora: bool = False  # whether LoRA can train it, which takes readers that load such a file
-    tokens: PositiveInt | None = (
-        None  # how many it reads unless the config says otherwise; None: its tokenizer's number
-    )
+    # whether LoRA can train it, which takes programs that load such a file
+    lora: bool = False
+    # how many it reads unless the config says otherwise; None: its tokenizer's number
+    tokens: PositiveInt | None = None
     can_be_left_out: bool = False  # as `model.text_encoder_3: null`
 
 
@@ -33,24 +35,21 @@ class KohyaBlock(Facts):
 
     release: str = ""  # what the release's names begin with; {} is the number of a block
     diffusers: str = ""  # what the diffusers names begin with
-    layers: dict[
-        str, str
-    ]  # the rest of a release's name: the rest of one or several diffusers names
+    # the rest of a release's name: the rest of one or several diffusers names
+    layers: dict[str, str]
 
 
 class KohyaFacts(Facts):
     """How sd-scripts, A1111 and ComfyUI name a family's layers in their LoRA files."""
 
     prefixes: dict[str, str]  # component of the pipeline: what its layers' names begin with
-    by_default: bool = (
-        False  # whether such a file is written when the config says nothing, since readers need it
-    )
+    # whether such a file is written when the config says nothing, since readers need it
+    by_default: bool = False
     base_model_version: str  # sd-scripts' ss_base_model_version
     network_module: str  # sd-scripts' ss_network_module
     blocks: list[KohyaBlock] = []  # layers that do not lie there have one name in both
-    swapped_halves: list[
-        str
-    ] = []  # layers whose scale and shift diffusers has in the other order; {last}: last block
+    # layers whose scale and shift diffusers has in the other order; {last}: the last block
+    swapped_halves: list[str] = []
 
     def released_layers(self) -> dict[str, list[str]]:
         """Each layer of the first release, and the diffusers layers that are its rows."""
@@ -62,20 +61,19 @@ class KohyaFacts(Facts):
 
 
 class FamilyFacts(Facts):
+    """All of a family's facts file."""
+
     title: str  # as people call it
     is_flow: bool  # rectified flow; else denoising diffusion
     pixel_multiple: PositiveInt  # sides of pictures are multiples of it
     text_encoders: dict[str, TextEncoderFacts]
-    blocks: list[
-        str
-    ]  # the denoiser's lists of blocks: what is quantized, and where LoRA presets look for layers
+    # the denoiser's lists of blocks: what is quantized, and where LoRA presets look for layers
+    blocks: list[str]
     lora_targets: dict[str, list[str]]  # a preset's name: endings of layers' names
-    config_keys: dict[
-        str, list[str]
-    ]  # section: keys that this family understands and not every family does
-    refused: dict[
-        str, str
-    ] = {}  # "section.key=value" that this family cannot train with: why, and what to do
+    # section: keys that this family understands and not every family does
+    config_keys: dict[str, list[str]]
+    # "section.key=value" that this family cannot train with: why, and what to do
+    refused: dict[str, str] = {}
     # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
     adaptive_norms: list[str] = []
     architecture: str  # modelspec's id of the base model

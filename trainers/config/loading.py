@@ -1,7 +1,7 @@
-"""A YAML file and `section.key=value` overrides become one frozen, typed `Config`; every mistake is
-told at once.
+"""A YAML file and `section.key=value` overrides become one frozen, typed `Config`.
 
-`python -m trainers.config.loading` prints the JSON schema that editors use to complete keys.
+Every mistake in them is reported at once. `python -m trainers.config.loading` prints the JSON
+schema that editors use to complete keys.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ from trainers.errors import UserError
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML 1.2's floats, so that 1e-4 is a number; a key that is given twice is a mistake."""
+    """Reads 1e-4 as a number, as YAML 1.2 does, and takes a repeated key for a mistake."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice", key.start_mark
-                )
+                message = f"the key {key.value!r} occurs twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             seen.add(str(key.value))
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 FLOAT_PATTERN = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
-
-
 ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_PATTERN, list("-+.0123456789"))
 
 
@@ -46,37 +43,41 @@ class ConfigDumper(yaml.SafeDumper):
     """Quotes the strings that `ConfigLoader` would take for numbers, such as '1e5'."""
 
 
+# which strings need quotes follows from what the loader takes for a number
 ConfigDumper.yaml_implicit_resolvers = ConfigLoader.yaml_implicit_resolvers
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Raises: yaml.YAMLError."""
+    """The values in YAML text. Raises: yaml.YAMLError."""
     try:
         return yaml.load(text, ConfigLoader)
-    except ValueError as error:  # of what looks like a date
+    except ValueError as error:
+        # PyYAML's own, for what looks like a date and is none
         raise yaml.YAMLError(error) from None
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
-    Raises: UserError that lists every mistake, a line each, with its path and the nearest right
-    name.
+    Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
+    the most similar right one.
     """
     try:
         tree = parse_yaml(Path(path).read_bytes()) or {}
     except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+        raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
+        kind = type(tree).__name__
         raise UserError(
-            f"{path} must hold sections such as 'model:' and 'data:', not a {type(tree).__name__}"
+            f"{path} must contain sections such as 'model:' and 'data:', but it is a {kind}"
         )
-    errors = [message for override in overrides if (message := apply_override(tree, override))]
-    config, messages = validate(tree)
-    if errors + messages:
-        raise UserError("\n".join(errors + messages))
+    messages = [apply_override(tree, override) for override in overrides]
+    config, errors = validate(tree)
+    mistakes = [message for message in (*messages, *errors) if message]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     return config
 
 
@@ -84,7 +85,7 @@ def apply_override(tree: dict, override: str) -> str | None:
     """Set one `section.key=value` in `tree`; returns what is wrong with it, if anything."""
     name, equals, value = override.partition("=")
     if not equals:
-        return f"{override}: an override is written section.key=value"
+        return f"{override}: an override must have the form section.key=value"
     *sections, key = name.split(".")
     for section in sections:
         if tree.get(section) is None:
@@ -95,16 +96,16 @@ def apply_override(tree: dict, override: str) -> str | None:
     try:
         tree[key] = parse_yaml(value)
     except yaml.YAMLError as error:
-        return (
-            f"{override}: not a YAML value ({getattr(error, 'problem', error)}); quote it if "
-            f"it is a text"
-        )
+        problem = getattr(error, "problem", error)
+        return f"{override}: not a YAML value ({problem}); quote it if it is text"
     return None
 
 
 def validate(tree: dict) -> tuple[Config, list[str]]:
-    """The config and its mistakes. A wrong value is dropped and told, so that the rest can still be
-    checked."""
+    """The config and its mistakes.
+
+    A wrong value is reported and removed, so that the rest can still be checked.
+    """
     messages: dict[str, str] = {}
     kind = str(tree.get("kind", "dreambooth"))
     if kind not in KINDS:
@@ -117,7 +118,8 @@ def validate(tree: dict) -> tuple[Config, list[str]]:
             break
         except ValidationError as error:
             for problem in error.errors():
-                location = [str(part) for part in problem["loc"][:2]]  # a section and its key
+                # a section and its key; what follows is within the value
+                location = [str(part) for part in problem["loc"][:2]]
                 messages.setdefault(".".join(location), describe_error(problem, location, model))
                 remove_path(tree, location)
     for path, message in config.errors():
@@ -138,33 +140,38 @@ def describe_error(problem: Any, location: list[str], model: type[Config]) -> st
 
 def invalid_choice(value: Any, choices: Iterable[str]) -> str:
     close = get_close_matches(str(value), choices, 1, 0.5)
-    return f"{value!r} is not one of {', '.join(choices)}" + (
-        f"; did you mean {close[0]}?" if close else ""
-    )
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{value!r} is not one of {', '.join(choices)}{hint}"
 
 
 def suggest_path(location: list[str], model: type[Config]) -> str:
-    """'; did you mean ...?' with the config's most similar path, looking in the same section
-    first."""
+    """The hint '; did you mean ...?' with the most similar path; empty where none is similar.
+
+    A key of the same section comes before one of another section.
+    """
     *section, key = location
     paths = known_paths(model)
-    siblings = [p for p in paths if p.split(".")[:-1] == section]
+    siblings = [path for path in paths if path.split(".")[:-1] == section]
     for pool, cutoff in ((siblings, 0.6), (paths, 0.7)):
-        names = {p.rpartition(".")[2]: p for p in reversed(pool)}
+        # reversed, so that of two equal names the first path counts
+        names = {path.rpartition(".")[2]: path for path in reversed(pool)}
         if close := get_close_matches(key, names, 1, cutoff):
             return f"; did you mean {names[close[0]]}?"
     return ""
 
 
 def known_paths(model: type[Config]) -> list[str]:
+    """Every section, and every key as section.key."""
     paths = []
     for name, value in model().model_dump().items():
-        paths += [name, *(f"{name}.{key}" for key in value)] if isinstance(value, dict) else [name]
+        paths.append(name)
+        if isinstance(value, dict):
+            paths += [f"{name}.{key}" for key in value]
     return paths
 
 
 def remove_path(tree: Any, location: list[str]) -> None:
-    """Drop the part of `tree` at `location`, or the nearest enclosing part that exists."""
+    """Remove the part of `tree` at `location`, or the nearest enclosing part that exists."""
     for part in location[:-1]:
         if not isinstance(tree.get(part), dict):
             tree.pop(part, None)
@@ -182,7 +189,8 @@ def dump_config(config: Config) -> str:
 
 def json_schema() -> str:
     """One schema for every kind of trainer; editors choose by `kind`."""
-    return json.dumps(TypeAdapter(reduce(or_, KINDS.values())).json_schema(), indent=2) + "\n"
+    any_kind = reduce(or_, KINDS.values())
+    return json.dumps(TypeAdapter(any_kind).json_schema(), indent=2) + "\n"
 
 
 if __name__ == "__main__":

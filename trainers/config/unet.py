@@ -1,19 +1,37 @@
-"""The config of the U-Net: what it is for, and what suits each use."""
+"""The config of the U-Net."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from trainers.config.base import (
-    Section,
-    field,
-    irrelevant_keys,
-)
-from trainers.config.from_scratch import PairsConfig, ScratchConfig
+from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_sections import Section, field
+from trainers.config.from_scratch import ImagesConfig, ScratchConfig
+
+
+class PairsConfig(ImagesConfig):
+    target_column: str | None = field(
+        None, "segment, pix2pix: column that holds the masks or the target pictures."
+    )
+    image_suffix: str = field(
+        "_image", "segment, pix2pix from image_dir: pictures are *SUFFIX.png and the like."
+    )
+    target_suffix: str = field(
+        "_mask", "segment, pix2pix from image_dir: suffix of the mask or target picture."
+    )
+    resolution: PositiveInt = field(256, "Side of the training pictures in pixels.")
+    crop: bool = field(
+        False,
+        "Crop squares of that side at random instead of resizing; results keep the size of the "
+        "input.",
+    )
+
+    @property
+    def resize_to(self) -> int | None:
+        return None if self.crop else self.resolution
 
 
 class UNetModelConfig(Section):
@@ -34,27 +52,32 @@ class UNetObjectiveConfig(Section):
         le=255,
     )
     dice_weight: float = field(
-        1.0, "segment: weight of the Dice loss beside the cross-entropy.", ge=0
+        1.0, "segment: weight of the Dice loss relative to the cross-entropy.", ge=0
     )
     rebalanced: bool = field(
-        False, "colorize: classes of colour, rare ones heavier (Zhang et al. 2016)."
+        False,
+        "colorize: predict color classes, with larger weights for rare ones (Zhang et al. 2016).",
     )
     l1_weight: PositiveFloat = field(
-        100.0, "pix2pix: weight of the absolute error beside the adversary's."
+        100.0, "pix2pix: weight of the absolute error relative to the adversarial loss."
     )
-    adversarial: bool = field(True, "pix2pix: false leaves the adversary out.")
+    adversarial: bool = field(True, "pix2pix: false leaves the adversarial loss out.")
     noise: float = field(
         0.1, "restore: standard deviation of the noise; pictures are in 0..1.", ge=0
     )
-    downscale: PositiveInt = field(1, "restore: how many times smaller what is shown is.")
+    downscale: PositiveInt = field(
+        1, "restore: factor by which the input is smaller than the target."
+    )
 
+
+PAIRED_USES = ("segment", "pix2pix")  # those that train on pictures with a counterpart
 
 KEYS_BY_USE = [
-    ("segment", "objective", "classes dice_weight"),
-    ("colorize", "objective", "rebalanced"),
-    ("pix2pix", "objective", "l1_weight adversarial"),
-    ("restore", "objective", "noise downscale"),
-    ("segment pix2pix", "data", "target_column image_suffix target_suffix"),
+    SpecialKeys(["segment"], "objective", ["classes", "dice_weight"]),
+    SpecialKeys(["colorize"], "objective", ["rebalanced"]),
+    SpecialKeys(["pix2pix"], "objective", ["l1_weight", "adversarial"]),
+    SpecialKeys(["restore"], "objective", ["noise", "downscale"]),
+    SpecialKeys(PAIRED_USES, "data", ["target_column", "image_suffix", "target_suffix"]),
 ]
 
 
@@ -76,19 +99,18 @@ class UNetConfig(ScratchConfig):
     def is_adversarial(self) -> bool:
         return self.use == "pix2pix" and self.objective.adversarial
 
-    def errors(self) -> Iterator[tuple[str, str]]:
+    def errors(self) -> Errors:
         yield from super().errors()
         yield from irrelevant_keys(self, self.use, KEYS_BY_USE)
-        data, multiple = self.data, self.model.patch_size * 2 ** (self.model.levels - 1)
+        data = self.data
+        multiple = self.model.patch_size * 2 ** (self.model.levels - 1)
         if data.resolution % multiple:
             yield "data.resolution", f"must be a multiple of {multiple} for this model"
-        if (
-            self.use in ("segment", "pix2pix")
-            and data.dataset_name is not None
-            and data.target_column is None
-        ):
-            yield "data.target_column", f"{self.use} needs the column of what is wanted"
+        lacks_column = data.dataset_name is not None and data.target_column is None
+        if self.use in PAIRED_USES and lacks_column:
+            message = f"{self.use} requires the column with the target pictures or masks"
+            yield "data.target_column", message
         if data.image_suffix == data.target_suffix:
-            yield "data.target_suffix", "is that of the pictures themselves"
+            yield "data.target_suffix", "must differ from data.image_suffix"
         if self.use == "colorize" and data.channels != 3:
-            yield "data.channels", "colorize needs pictures in colour: 3"
+            yield "data.channels", "colorize requires color pictures: set data.channels to 3"

@@ -1,5 +1,4 @@
-"""The files of a run that leave home, with LoRA's scale folded in, and the proof that they
-reload."""
+"""The files of a run that other programs load: LoRA with its scale folded in, or a pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from trainers.config import DreamBoothConfig
 from trainers.families import Family
-from trainers.lora.files import read_metadata_header, text_prefix, write_kohya
+from trainers.lora.base_layers import text_prefix
+from trainers.lora.diffusers_format import read_metadata_header
+from trainers.lora.formats import load_format
 from trainers.lora.peft_format import from_peft
 from trainers.publishing.model_card import package_versions
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
@@ -24,7 +25,7 @@ from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") -> dict[str, Tensor]:
     """LoRA tensors by PEFT name, float32, with the scale folded into lora_B so that alpha = rank.
 
-    Readers disagree about where alpha is written; a file whose scale is one is right for all of
+    Programs disagree about where alpha is written; a file whose scale is one is right for all of
     them.
     """
     config = module.peft_config[adapter]
@@ -32,7 +33,9 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
     state = {}
     for name, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items():
         tensor = tensor.detach().float()
-        state[prefix + name] = (tensor * scale if ".lora_B" in name else tensor).cpu().contiguous()
+        if ".lora_B" in name:
+            tensor = tensor * scale
+        state[prefix + name] = tensor.cpu().contiguous()
     return state
 
 
@@ -40,38 +43,49 @@ def lora_metadata(module: nn.Module) -> dict:
     """The PEFT config that fits `lora_state`."""
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
     config["lora_alpha"] = config["r"]
-    config["lora_dropout"] = 0.0  # diffusers leaves freshly loaded LoRA layers in training mode
-    return {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
-    }
+    # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
+    config["lora_dropout"] = 0.0
+    for key, value in config.items():
+        # sets have no order and no JSON
+        if isinstance(value, set):
+            config[key] = sorted(value)
+    return config
 
 
 def save_lora(
     family: Family, text_encoders: Sequence[str], folder: Path, config: DreamBoothConfig
 ) -> None:
-    """Write pytorch_lora_weights.safetensors, and kohya's if the config wants it, aside first and
-    then renamed."""
-    packed, state, facts = {}, {}, make_metadata(config)
+    """Write pytorch_lora_weights.safetensors, and kohya's file if the config says so.
+
+    Each is written aside first and then renamed, so that no half of a file is ever found.
+    """
+    packed, state = {}, {}
+    metadata = make_metadata(config)
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
-        packed[f"{name}_lora_layers"] = own = lora_state(module, text_prefix(module))
+        own = lora_state(module, text_prefix(module))
+        packed[f"{name}_lora_layers"] = own
         packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
         state |= {f"{name}.{key}": value for key, value in own.items()}
     with TemporaryDirectory(dir=folder) as temporary:
         file = Path(temporary) / WEIGHT_NAME
         family.pipeline.save_lora_weights(temporary, **packed)
-        save_file(load_file(file), file, read_metadata_header(file) | facts)
+        # diffusers writes its own header alone; ours is added to it
+        save_file(load_file(file), file, read_metadata_header(file) | metadata)
         file.replace(folder / WEIGHT_NAME)
         if config.writes_kohya:
             file = Path(temporary) / KOHYA_NAME
-            write_kohya(from_peft(state, {}), family, file, facts)
+            load_format("kohya").write(from_peft(state, {}), family, file, metadata)
             file.replace(folder / KOHYA_NAME)
 
 
 def make_metadata(config: DreamBoothConfig) -> dict[str, str]:
-    """What a file tells of itself: modelspec's keys (Stability AI, 1.0.1), and the config and
-    versions to repeat it."""
+    """What a LoRA file says of itself.
+
+    That is modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat the run.
+    """
     size = config.data.resolution
+    private = {"hub", "tracking", "checkpoint"}
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{config.facts.architecture}/lora",
@@ -80,9 +94,7 @@ def make_metadata(config: DreamBoothConfig) -> dict[str, str]:
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
-        "diffusion_trainers.config": config.model_dump_json(
-            exclude={"hub", "tracking", "checkpoint"}
-        ),
+        "diffusion_trainers.config": config.model_dump_json(exclude=private),
         "diffusion_trainers.versions": json.dumps(package_versions()),
     }
 

@@ -1,9 +1,12 @@
-"""How much of a LoRA's rank is used, LoRA of a lower rank, and LoRA from the difference of two
-models."""
+"""How much of a LoRA's rank is used, and the nearest LoRA of a lower rank.
+
+A LoRA from the difference of two models is the same problem.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +14,25 @@ from torch import Tensor
 
 from trainers.lora.update import Lora, LoraUpdate
 
-ENERGY_KEPT = 0.99  # of the energy, by the suggested rank
+ENERGY_KEPT = 0.99  # the share of the energy that the suggested rank keeps
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The singular value decomposition of a layer's update, and the kernels of a and b."""
+
+    u: Tensor  # (out, r)
+    s: Tensor  # (r,), the largest first
+    v: Tensor  # (r, in x kernel)
+    a_shape: Sequence[int]  # of a, after r
+    b_kernel: Sequence[int]  # of b, after (out, r)
 
 
 def svd(update: LoraUpdate) -> tuple[Tensor, Tensor, Tensor]:
-    """u (out, r), s (r,), v (r, in x kernel) of B A, in float64, from the thin factors: B A is
-    never made."""
+    """u (out, r), s (r,) and v (r, in x kernel) of B A, in float64.
+
+    They come from the thin factors: the product B A, which is much larger, is never made.
+    """
     q, r = torch.linalg.qr(update.b.flatten(1).double())
     p, t = torch.linalg.qr(update.a.flatten(1).double().T)
     u, s, v = torch.linalg.svd(r @ t.T, full_matrices=False)
@@ -24,24 +40,24 @@ def svd(update: LoraUpdate) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def energy_by_rank(lora: Lora) -> list[float]:
-    """Share of the squared Frobenius norm of all updates together that rank 1, 2, ... in every
-    layer would keep.
+    """The share of the updates' energy that rank 1, 2, ... in every layer would keep.
 
-    It is what the nearest updates of that rank hold (Eckart and Young 1936).
+    The energy is the squared Frobenius norm of all updates together. The share is that of the
+    nearest updates of that rank (Eckart and Young 1936).
     """
     squares = [svd(update)[1].square() for update in lora.values()]
     max_rank = max(map(len, squares))
     energies = sum(F.pad(square, (0, max_rank - len(square))) for square in squares).cumsum(0)
+    # updates that are all zero lose nothing at any rank
     return (energies / energies[-1]).nan_to_num(1.0).tolist()
 
 
 def smallest_rank(energies: Sequence[float], share_kept: float = ENERGY_KEPT) -> int:
-    """The smallest rank that keeps the share `share_kept`."""
-    return next(
-        rank
-        for rank, energy in enumerate(energies, 1)
-        if energy >= share_kept or rank == len(energies)
-    )
+    """The smallest rank that keeps the share `share_kept` of the energy."""
+    for rank, energy in enumerate(energies, 1):
+        if energy >= share_kept:
+            return rank
+    return len(energies)
 
 
 def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
@@ -49,38 +65,42 @@ def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
 
     The distance is the Frobenius norm of all layers' differences, relative to that of all updates.
     """
-    kernel_shapes = {
-        name: (update.a.shape[1:], update.b.shape[2:]) for name, update in lora.items()
-    }
-    return truncate_factors(
-        {name: (*svd(update), *kernel_shapes[name]) for name, update in lora.items()}, rank
-    )
+    factors = {}
+    for name, update in lora.items():
+        factors[name] = Factors(*svd(update), update.a.shape[1:], update.b.shape[2:])
+    return truncate_factors(factors, rank)
 
 
 def lora_from_difference(
     base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: int
 ) -> tuple[Lora, float]:
-    """What training added to the weights (out, in, ...) of layers, at `rank`; and what is lost, as
-    `reduce_rank` tells."""
+    """What training added to the layers' weights (out, in, ...), at `rank`.
+
+    Also returns the distance from all that it added, as `reduce_rank` does.
+    """
     factors = {}
     for name, weight in base.items():
         delta = tuned[name].float() - weight.float()
         if delta.any():
             u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-            factors[name] = (u, s, v, delta.shape[1:], [1] * (delta.ndim - 2))
+            factors[name] = Factors(u, s, v, delta.shape[1:], [1] * (delta.ndim - 2))
     return truncate_factors(factors, rank)
 
 
-def truncate_factors(factors: Mapping[str, tuple], rank: int) -> tuple[Lora, float]:
-    """factors: of each layer u (out, r), s (r,), v (r, in x kernel), and how a and b end beyond r
-    and out, r."""
-    lora, lost, total = {}, 0.0, 0.0
-    for name, (u, s, v, a_end, b_end) in factors.items():
+def truncate_factors(factors: Mapping[str, Factors], rank: int) -> tuple[Lora, float]:
+    """The updates of the largest `rank` singular values, and what the others are relative to all.
+
+    The square root of each singular value goes into a, and the same into b.
+    """
+    lora = {}
+    lost = total = 0.0
+    for name, layer in factors.items():
+        u, s, v = layer.u, layer.s, layer.v
         root = s[:rank].sqrt()
-        a, b = root[:, None] * v[:rank], u[:, :rank] * root
-        lora[name] = LoraUpdate(
-            a.float().reshape(len(root), *a_end), b.float().reshape(*b.shape, *b_end)
-        )
+        a = root[:, None] * v[:rank]
+        b = u[:, :rank] * root
+        a = a.float().reshape(len(root), *layer.a_shape)
+        lora[name] = LoraUpdate(a, b.float().reshape(*b.shape, *layer.b_kernel))
         lost += s[rank:].square().sum().item()
         total += s.square().sum().item()
     return lora, (lost / total) ** 0.5 if total else 0.0

