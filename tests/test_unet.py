@@ -686,7 +686,7 @@ def test_the_script_tells_a_users_mistake_in_a_line_and_ends_with_2(settings, bl
         (
             "segment",
             ["data.image_dir=null", "data.dataset_name=x"],
-            "data.target_column: segment needs the column",
+            "data.target_column: segment requires the column",
         ),
     ],
 )
