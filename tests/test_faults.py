@@ -368,7 +368,7 @@ def test_a_cache_entry_that_is_damaged_while_the_run_goes_on_is_one_message(
     monkeypatch.setattr(CachedEncoder, "fill", damage)
     with pytest.raises(
         RunFailedError,
-        match=rf"the cached encoding of {photos}/0.png .* damaged .*: start it again",
+        match=rf"The cached encoding of {photos}/0.png .* damaged .*: start the run again",
     ):
         run(make(f"data.cache_dir={tmp_path}/cache"))
 
