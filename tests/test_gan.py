@@ -542,7 +542,10 @@ def test_the_walk_goes_round_in_even_steps(trained):
     ("overrides", "message"),
     [
         (["data.resolution=48"], "data.resolution: must be 28, 32 or 64"),
-        (["objective.loss=wasserstein"], "objective.gradient_penalty: the wasserstein loss requires"),
+        (
+            ["objective.loss=wasserstein"],
+            "objective.gradient_penalty: the wasserstein loss requires",
+        ),
         (
             ["model.conditional=true", "data.label_column=null"],
             "model.conditional: requires class labels",
