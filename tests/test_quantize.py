@@ -73,8 +73,12 @@ def test_a_run_samples_resumes_and_its_lora_loads_on_the_whole_base(
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("sd15", ("model.quantization=nf4", "lora=null"), "cannot train all its weights"),
-        ("flux", ("model.quantization=fp8",), "needs train.gradient_checkpointing"),
+        (
+            "sd15",
+            ("model.quantization=nf4", "lora=null"),
+            "weights of a quantized base model cannot",
+        ),
+        ("flux", ("model.quantization=fp8",), "requires train.gradient_checkpointing"),
         ("sd15", FP8, "fp8 is for transformers"),
     ],
 )
