@@ -18,7 +18,7 @@ def state_of_the_process():
         "kernels": torch.nn.attention._cur_sdpa_kernel_backends(),
         "environment": dict(os.environ),
         "warnings": list(warnings.filters),
-        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "collector": (gc.isenabled(), gc.get_threshold()),
         "threads": torch.get_num_threads(),
     }
 
