@@ -1,5 +1,6 @@
 """What a GPU or another system would look at first, as far as a CPU can show it."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -116,6 +117,29 @@ def test_a_classifier_unscales_gradients_that_were_scaled_for_float16(monkeypatc
             task, batches, TrainConfig(max_train_steps=3), 0, accelerator, lambda step: 1.0, [note]
         )
     assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-3)
+
+
+def test_steps_in_one_process_are_measured_for_every_family_and_option():
+    """With a renamed attribute each cell of ours failed, and the script told of success."""
+    script = [sys.executable, "scripts/benchmark/inside.py", "--size=tiny", "--steps=2"]
+    cells = ["sd15-512-bs4", "sd3-1024-bs1-modulation_cache", "flux-1024-bs1-selective"]
+    done = subprocess.run([*script, *cells], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["who"] for row in rows] == ["ours", "plain", "ours", "ours"]
+    assert all(0 < row["least"] <= row["ms"] <= row["most"] for row in rows)
+
+
+def test_the_benchmark_finds_our_step_equal_and_times_it(tmp_path):
+    """A rename had lost a name by which its gate cuts the photos as the task does."""
+    script = [sys.executable, "scripts/benchmark", "--family=sd3", "--device=cpu", "--steps=3"]
+    done = subprocess.run(
+        [*script, "--rounds=1", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["cases"]["sd3 tiny"]
+    assert found["checks"]["ours"]["equal"]
+    assert found["rounds"]["ours"][0]["step"] > 0
 
 
 @pytest.mark.parametrize(

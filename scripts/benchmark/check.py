@@ -28,6 +28,7 @@ from benchmark.bases import PROMPT, SIZES, TARGETS, Size
 from trainers import dreambooth
 from trainers.cli import silence_libraries
 from trainers.config import DreamBoothConfig, loading
+from trainers.data.crops import choose_crop
 from trainers.data.rng import SampleRng
 from trainers.distributed.accelerator import make_accelerator
 from trainers.distributed.trained_weights import trainable_parameters
@@ -94,9 +95,9 @@ def parity(settings: DreamBoothConfig, task, batches, family: str, accelerator) 
     rng = SampleRng(settings.seed, 0, rng.rows, device, batches.batch_slice.global_batch_size)
     names = batches.sample_names(0)[0]
     pictures = [next(p for p in batches.pools[0] if p.name == name) for name in names]
-    pixels = torch.stack(
-        [dreambooth.choose_crop(p, 0, settings.data)(p.decode()) for p in pictures]
-    ).to(device)
+    pixels = torch.stack([choose_crop(p, 0, settings.data)(p.decode()) for p in pictures]).to(
+        device
+    )
     with torch.no_grad():
         latent = torch.cat(
             [pipe.vae.encode(picture[None]).latent_dist.parameters for picture in pixels]

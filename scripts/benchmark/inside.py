@@ -125,15 +125,18 @@ class Clock:
         else:
             self.marks.append(time.perf_counter())
 
-    def median(self) -> float:
-        marks = self.marks[WARM_UP:]
+    def milliseconds(self) -> list[float]:
+        """Of each step after the first ones."""
+        pairs = itertools.pairwise(self.marks[WARM_UP:])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-        return statistics.median(1000 * (b - a) for a, b in itertools.pairwise(marks))
+            return [before.elapsed_time(after) for before, after in pairs]
+        return [1000 * (after - before) for before, after in pairs]
 
 
-def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps: int) -> float:
+def ours(
+    name: str, size: Size, rows: int, options: list[str], base: Path, steps: int
+) -> list[float]:
     """The task of DreamBooth in the loop."""
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     settings = loading.load_config(
@@ -158,7 +161,7 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
     denoiser = make_denoiser(name, size, accelerator.device)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     family.condition = lambda text: text
-    task = DreamBooth(family, SimpleNamespace(train=()), settings, accelerator)
+    task = DreamBooth(family, SimpleNamespace(trained_encoders=()), settings, accelerator)
     side, channels = size.resolution // 8, 4 if name == "sd15" else 16
     batch = {
         "moments": torch.randn(rows, 2 * channels, side, side, device=accelerator.device),
@@ -168,10 +171,10 @@ def ours(name: str, size: Size, rows: int, options: list[str], base: Path, steps
     task.batches = OneBatch(batch, BatchSlice(0, rows), accelerator.device)
     clock = Clock(accelerator.device)
     train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
-    return clock.median()
+    return clock.milliseconds()
 
 
-def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> float:
+def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> list[float]:
     """As the scripts of diffusers do it, the encoders' work left out: PEFT's layers, autocast,
     PyTorch's AdamW."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,17 +205,17 @@ def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> f
         optimizer.step()
         optimizer.zero_grad()
         clock()
-    return clock.median()
+    return clock.milliseconds()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cells", nargs="*", default=list(CELLS))
     parser.add_argument("--size", choices=("tiny", "mid", "true"), default="true")
     parser.add_argument("--steps", type=int, default=15)
-    arguments = parser.parse_args()
+    arguments, failed = parser.parse_args(), False
     with TemporaryDirectory() as folder:
         for cell in arguments.cells:
             name, pixels, rows, options, both = CELLS[cell]
@@ -224,28 +227,33 @@ def main() -> None:
                 bases.make_base(name, "tiny", base, torch.device("cpu"))
             for who in ("ours", "plain") if both else ("ours",):
                 clear_device_cache(garbage_collection=True)
+                row = {"cell": cell, "who": who}
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
-                row = {"cell": cell, "who": who}
+                    # what an earlier cell did not let go would count as this one's
+                    row["held_before_gib"] = round(torch.cuda.memory_allocated() / 2**30, 2)
                 try:
                     args = (name, size, rows, options)
-                    milliseconds = (
-                        ours(*args, base, arguments.steps)
-                        if who == "ours"
-                        else plain(*args, arguments.steps)
-                    )
+                    if who == "ours":
+                        lengths = ours(*args, base, arguments.steps)
+                    else:
+                        lengths = plain(*args, arguments.steps)
+                    milliseconds = statistics.median(lengths)
                     row |= {
                         "ms": round(milliseconds, 1),
+                        "least": round(min(lengths), 1),
+                        "most": round(max(lengths), 1),
                         "images_per_s": round(1000 * rows / milliseconds, 2),
                     }
-                except (
-                    Exception
-                ) as error:  # one cell, such as one that does not fit, must not end the others
+                # one cell, such as one that does not fit, must not end the others
+                except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[:300]
+                    failed = failed or not isinstance(error, torch.OutOfMemoryError)
                 if torch.cuda.is_available():
                     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 print(json.dumps(row), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
