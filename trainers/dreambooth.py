@@ -72,10 +72,8 @@ class DreamBooth:
             with self.accelerator.autocast():
                 self.family.modulation.use(key, self.module, upcoming)
         prediction = self.players["denoiser"].module(x_t, t, batch["text"])
-        # what has a name here would stay in memory until the backward pass is over
-        square = (prediction.float() - self.objective.target(x0, eps, t)).square()
-        error = square.mean(dim=(1, 2, 3))  # (B,)
-        del square
+        # (B,); a named difference would stay in memory until the backward pass is over
+        error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean((1, 2, 3))
         yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
 
     def draw_inputs(self, batch: dict, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
