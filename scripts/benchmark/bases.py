@@ -127,13 +127,16 @@ def make_base(family: str, size: str, folder: Path, device: torch.device) -> Non
     torch.set_default_dtype(torch.bfloat16 if size == "true" else dtype)
     try:
         with device if size == "true" else torch.device("cpu"):
-            parts = {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}[family](
-                SIZES[family][size]
-            )
+            parts = make_parts(family, SIZES[family][size])
     finally:
         torch.set_default_dtype(dtype)
     pipe: type[DiffusionPipeline] = parts.pop("pipeline")
     pipe(**parts).save_pretrained(folder)
+
+
+def make_parts(family: str, size: Size) -> dict:
+    """The components of a pipeline by their names, and its class as "pipeline"."""
+    return {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}[family](size)
 
 
 def make_sd15(size: Size) -> dict:

@@ -192,9 +192,7 @@ def costs(family: str, size: Size, rank: int = 16) -> dict[str, float]:
     denoiser: forward and backward of the LoRA step; vae, text: forward.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
-        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](
-            size
-        )
+        parts = bases.make_parts(family, size)
         clips = ["text_encoder", "text_encoder_2"] if family == "sd3" else ["text_encoder"]
         t5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}.get(family)
         words = {name: 77 for name in clips} | ({t5: size.t5_tokens} if t5 else {})

@@ -8,6 +8,7 @@ each cell)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -24,8 +25,6 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import itertools
 
 from benchmark import bases, check
 from benchmark.bases import SIZES, Size
@@ -49,13 +48,11 @@ CELLS = {
     "flux-1024-bs1": ("flux", 0, 1, [], True),
     "sd3-1024-bs1-modulation_cache": ("sd3", 0, 1, ["model.modulation_cache=true"], False),
     "flux-1024-bs1-checkpointing-modulation_cache": (
-        *(
-            "flux",
-            0,
-            1,
-            ["train.gradient_checkpointing=true", "model.modulation_cache=true"],
-            False,
-        ),
+        "flux",
+        0,
+        1,
+        ["train.gradient_checkpointing=true", "model.modulation_cache=true"],
+        False,
     ),
     "sd3-1024-bs4": ("sd3", 0, 4, [], True),
     "sd3-1024-bs1-compile": ("sd3", 0, 1, ["train.compile=true"], False),
@@ -66,9 +63,7 @@ CELLS = {
 def make_denoiser(family: str, size: Size, device: torch.device) -> nn.Module:
     """Of random weights in bfloat16."""
     with torch.device("meta"):
-        parts = {"sd15": bases.make_sd15, "sd3": bases.make_sd3, "flux": bases.make_flux}[family](
-            size
-        )
+        parts = bases.make_parts(family, size)
     skeleton, default = parts.get("unet") or parts["transformer"], torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -94,6 +89,12 @@ def condition(family: str, size: Size, rows: int, device: torch.device) -> dict[
         name: torch.randn(shape, device=device, dtype=torch.bfloat16)
         for name, shape in shapes.items()
     }
+
+
+def latent_shape(family: str, size: Size) -> tuple[int, int, int]:
+    """(C, h, w) of a picture's latents."""
+    side = size.resolution // 8
+    return 4 if family == "sd15" else 16, side, side
 
 
 class OneBatch:
@@ -162,9 +163,9 @@ def ours(
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     family.condition = lambda text: text
     task = DreamBooth(family, SimpleNamespace(trained_encoders=()), settings, accelerator)
-    side, channels = size.resolution // 8, 4 if name == "sd15" else 16
+    channels, height, width = latent_shape(name, size)
     batch = {
-        "moments": torch.randn(rows, 2 * channels, side, side, device=accelerator.device),
+        "moments": torch.randn(rows, 2 * channels, height, width, device=accelerator.device),
         "text": condition(name, size, rows, accelerator.device),
         "weight": torch.full((rows,), 1 / rows, device=accelerator.device),
     }
@@ -187,8 +188,7 @@ def plain(name: str, size: Size, rows: int, options: list[str], steps: int) -> l
         denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     text = list(condition(name, size, rows, device).values())
-    side, channels = size.resolution // 8, 4 if name == "sd15" else 16
-    x0 = torch.randn(rows, channels, side, side, device=device)
+    x0 = torch.randn(rows, *latent_shape(name, size), device=device)
     pipe = SimpleNamespace(scheduler=bases.make_sd15(SIZES["sd15"]["tiny"])["scheduler"])
     clock = Clock(device)
     for _ in range(WARM_UP + steps):
