@@ -24,8 +24,6 @@ from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_i
 from trainers.metrics.image_quality import psnr, ssim
 
 NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on
-
-
 NUM_PLOT_PICTURES = 2000  # test pictures in the plot of the codes
 
 

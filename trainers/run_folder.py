@@ -18,6 +18,9 @@ from trainers.config import Config
 from trainers.config.loading import parse_yaml, validate
 from trainers.errors import UserError, warn_on_error
 
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Newest first."""
@@ -36,12 +39,6 @@ def load_run_config(run: Path, kind: str = "") -> Config:
     if config.kind != "dreambooth" and not (run / "model").is_dir():
         raise UserError(f"{run} is not finished: it has no model")
     return config
-
-
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-
-
-KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
 def append_line(path: Path, line: str) -> None:
