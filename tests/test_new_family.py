@@ -21,7 +21,6 @@ from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 NAME = __name__.rpartition(".")[2]
 FACTS = """
 title: Made up
-is_flow: false
 pixel_multiple: 8
 text_encoders: {text_encoder: {lora: true}}
 blocks: [up_blocks]

@@ -105,7 +105,8 @@ class DreamBooth:
     @property
     def needs_all_processes(self) -> bool:
         """Whether every process must take part in a forward pass."""
-        return self.family.memory.is_sharded or deepspeed.zero_stage(self.accelerator) == 3
+        is_sharded = self.family.memory.shard is not None
+        return is_sharded or deepspeed.zero_stage(self.accelerator) == 3
 
     @property
     def joint_accelerator(self) -> Accelerator | None:

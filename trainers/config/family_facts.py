@@ -27,7 +27,6 @@ class TextEncoderFacts(Facts):
     lora: bool = False
     # how many it reads unless the config says otherwise; None: its tokenizer's number
     tokens: PositiveInt | None = None
-    can_be_left_out: bool = False  # as `model.text_encoder_3: null`
 
 
 class KohyaBlock(Facts):
@@ -51,6 +50,11 @@ class KohyaFacts(Facts):
     # layers whose scale and shift diffusers has in the other order; {last}: the last block
     swapped_halves: list[str] = []
 
+    @property
+    def denoiser(self) -> str:
+        """The component whose layers have the release's names; it is the first of the prefixes."""
+        return next(iter(self.prefixes))
+
     def released_layers(self) -> dict[str, list[str]]:
         """Each layer of the first release, and the diffusers layers that are its rows."""
         layers = {}
@@ -64,7 +68,6 @@ class FamilyFacts(Facts):
     """All of a family's facts file."""
 
     title: str  # as people call it
-    is_flow: bool  # rectified flow; else denoising diffusion
     pixel_multiple: PositiveInt  # sides of pictures are multiples of it
     text_encoders: dict[str, TextEncoderFacts]
     # the denoiser's lists of blocks: what is quantized, and where LoRA presets look for layers

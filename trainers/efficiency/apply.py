@@ -27,11 +27,10 @@ class DenoiserMemory:
 
     def __init__(self, model: ModelConfig, shard: ShardFunction | None = None) -> None:
         self.model, self.shard = model, shard
-        self.is_sharded = shard is not None
         self.loads_denoiser = model.quantization in ("nf4", "int8")
         # what `apply` moves to the device itself, since parts of it stay in the CPU's memory
         self.moves_denoiser = model.modulation_cache or model.offload or model.quantization == "fp8"
-        self.places_denoiser = self.loads_denoiser or self.is_sharded or self.moves_denoiser
+        self.places_denoiser = self.loads_denoiser or self.moves_denoiser or shard is not None
 
     def load_denoiser(self, base: Family) -> nn.Module:
         """In 4 or 8 bits."""
@@ -77,6 +76,6 @@ def configure_blocks(
     enable_checkpointing(family.denoiser, train.gradient_checkpointing)
     if not train.compile:
         return
-    if family.memory.is_sharded or deepspeed.zero_stage(accelerator):
+    if family.memory.shard is not None or deepspeed.zero_stage(accelerator):
         raise UserError("train.compile: cannot be combined with FSDP2 or DeepSpeed: remove it")
     compile_blocks(family.denoiser)

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainers.config import ModelConfig, ObjectiveConfig
+from trainers.config import ObjectiveConfig
 from trainers.config.family_facts import FamilyFacts, family_facts, family_names
 from trainers.data.rng import SampleRng
-from trainers.families.loading import LoadedBase, MemoryOptions, tokenizer_name
+from trainers.families.loading import LoadedBase, tokenizer_name
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
@@ -45,16 +45,11 @@ class Family(LoadedBase, ABC):
         cls.clip_encoders = tuple(key for key, encoder in encoders.items() if encoder.lora)
         cls.t5_encoder = next((key for key, encoder in encoders.items() if encoder.tokens), None)
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        memory: MemoryOptions | None = None,
-    ) -> None:
-        super().__init__(model, device, dtype, memory)
+    @property
+    def max_sequence_length(self) -> int:
+        """How many tokens the T5 reads; 0 without one."""
         tokens = self.facts.text_encoders[self.t5_encoder].tokens if self.t5_encoder else 0
-        self.max_sequence_length = model.max_sequence_length or tokens
+        return self.model.max_sequence_length or tokens
 
     def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
         """The objective that the base model was trained with: rectified flow, unless overridden.

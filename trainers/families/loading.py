@@ -24,8 +24,7 @@ class MemoryOptions(Protocol):
 
     loads_denoiser: bool  # instead of the pipeline's own loader
     places_denoiser: bool  # on the device, whole or in parts, once it has all its layers
-    is_sharded: bool  # every process must take part in each forward pass
-    shard: ShardFunction | None
+    shard: ShardFunction | None  # where given, each forward pass needs every process
 
     def load_denoiser(self, base: LoadedBase) -> nn.Module:
         """Load the denoiser of `base` in fewer bits."""
@@ -37,7 +36,7 @@ class MemoryOptions(Protocol):
 class PlainMemory:
     """Everything is on the device, in the base model's precision."""
 
-    loads_denoiser = places_denoiser = is_sharded = False
+    loads_denoiser = places_denoiser = False
     shard = None
 
     def load_denoiser(self, base: LoadedBase) -> nn.Module:
@@ -61,7 +60,7 @@ class LoadedBase:
         memory: MemoryOptions | None = None,
     ) -> None:
         """Find or download the base model. Raises: UserError."""
-        self.device, self.dtype = torch.device(device), dtype
+        self.model, self.device, self.dtype = model, torch.device(device), dtype
         self.memory = memory or PlainMemory()
         # caches of the object, not of the class: they end with it, and its weights too
         self.meta_model = lru_cache(self.new_meta_model)

@@ -65,12 +65,11 @@ def kohya_names(layers: Iterable[str], facts: KohyaFacts) -> dict[str, list[str]
     released_by_part = {}
     for released, parts in facts.released_layers().items():
         released_by_part |= {part: (released, parts) for part in parts}
-    denoiser = next(iter(facts.prefixes))
     names = {}
     for layer in layers:
         component, _, name = layer.partition(".")
         # only the denoiser's blocks were renumbered between the release and diffusers
-        is_renamed = component == denoiser and facts.blocks
+        is_renamed = component == facts.denoiser and facts.blocks
         block = re.match(r"\w*blocks\.(\d+)", name) if is_renamed else None
         number = block[1] if block else ""
         pattern = name.replace(f"blocks.{number}.", "blocks.{}.", 1) if block else name
@@ -83,9 +82,8 @@ def kohya_names(layers: Iterable[str], facts: KohyaFacts) -> dict[str, list[str]
 def swapped_layers(layers: Layers, facts: KohyaFacts) -> set[str]:
     """The layers whose output halves, scale and shift, diffusers has in the other order."""
     swapped = set()
-    denoiser = next(iter(facts.prefixes))
     for pattern in facts.swapped_halves:
-        start, last, end = f"{denoiser}.{pattern}".partition("{last}")
+        start, last, end = f"{facts.denoiser}.{pattern}".partition("{last}")
         if not last:
             swapped.add(start)
             continue

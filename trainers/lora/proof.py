@@ -14,14 +14,12 @@ from trainers.config import DreamBoothConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
+from trainers.families.sampling import PromptEncoder
 from trainers.lora.base_layers import name_prefix
 from trainers.lora.export import lora_state
 from trainers.lora.files import read_lora
 from trainers.lora.update import max_relative_difference
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
-
-# A text encoder's name and a prompt to its outputs.
-PromptEncoder = Callable[[str, str], dict[str, Tensor]]
 
 # The allowed difference of the reloaded output, relative L2, by the precision of the base.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

@@ -21,7 +21,7 @@ from trainers.distributed.trained_weights import trainable_state
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
 from trainers.families.sampling import sample_picture
-from trainers.families.trainable import TrainableDenoiser
+from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora.export import save_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
@@ -47,7 +47,7 @@ class LoraSampler:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
         family = open_family(config.model, accelerator.device, half)
-        text_encoders = family.clip_encoders if config.train.train_text_encoder else ()
+        text_encoders = trained_encoders(family, config)
         self.encoder = CachedEncoder(
             family, config.data.cache_dir or run / "cache", config.data.cache, text_encoders
         )
