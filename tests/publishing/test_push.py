@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import model_info
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from tests.shared.local_hub import Repo
+from tests.shared.hub_repositories import Repo
 from tests.shared.processes import call
 from tests.shared.pushed_runs import clone, files, send
 from trainers.config.loading import dump_config

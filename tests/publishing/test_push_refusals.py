@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.shared.local_hub import Repo
+from tests.shared.hub_repositories import Repo
 from trainers.errors import UserError
 from trainers.publishing import hub as publishing_hub
 from trainers.run import TASKS, run
