@@ -1,4 +1,4 @@
-"""The answers of the small Hub of local_hub.py: as much of the real protocol as the client needs."""
+"""How the small Hub of local_hub.py answers: as much of the real protocol as the client needs."""
 
 import base64
 import json
