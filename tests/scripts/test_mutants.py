@@ -6,7 +6,9 @@ from tests.mutants import read_mutants
 from tests.shared.processes import ROOT
 
 
-@pytest.mark.parametrize("mutant", read_mutants(), ids=lambda mutant: f"{mutant.file} {mutant.name}")
+@pytest.mark.parametrize(
+    "mutant", read_mutants(), ids=lambda mutant: f"{mutant.file} {mutant.name}"
+)
 def test_a_mutants_text_occurs_once_and_its_tests_exist(mutant):
     text = (ROOT / "trainers" / mutant.file).read_text("utf-8")
     assert text.count(mutant.old) == 1

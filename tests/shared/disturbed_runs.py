@@ -64,7 +64,7 @@ def short(monkeypatch):
     alone."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     for task in (DreamBooth, FromScratchTask, Gan):
-        monkeypatch.setattr(task, "finish", lambda task: None)
+        monkeypatch.setattr(task, "finish", lambda task, steps: None)
 
 
 @pytest.fixture(scope="session")

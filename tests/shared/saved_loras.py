@@ -6,7 +6,9 @@ from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from tests.shared.runs import config_maker
 from trainers import dreambooth
+from trainers.config import ModelConfig
 from trainers.families import FAMILIES
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.update import LoraUpdate
@@ -19,12 +21,10 @@ TRAINED = ("lora.alpha=5", "train.train_text_encoder=true", "lora.kohya=true")
 def made(bases, photos, tmp_path_factory):
     """Family name -> (folder of a saved task, the updates that its modules compute), alpha != rank,
     nothing zero."""
-    from conftest import settings
-
     results = {}
     for name in ALL:
         folder = tmp_path_factory.mktemp(name)
-        config = settings.__wrapped__(bases, photos, folder)(
+        config = config_maker(bases, photos, folder)(
             *TRAINED, "lora.target_modules=all-linear", family=name
         )
         task, _, _ = dreambooth.build(config, Accelerator(cpu=True))
@@ -56,8 +56,6 @@ def products(lora):
 
 
 def family_of(folder_of_base, name):
-    from trainers.config import ModelConfig
-
     return FAMILIES[name](
         ModelConfig(family=name, pretrained_model_name_or_path=str(folder_of_base))
     )
