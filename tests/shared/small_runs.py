@@ -29,15 +29,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="session")
-def make(bars, blobs, tmp_path_factory):
+def config_maker(bars, blobs, root):
     """A function: kind, name of the run, overrides -> Config of a run of twelve steps with a
     checkpoint every third.
 
     Adam's epsilon is large: biases before a norm have no gradient but rounding errors, which it
     else makes steps of.
     """
-    root = tmp_path_factory.mktemp("runs")
     (root / "config.yaml").write_text(
         """
 model: {width: 8}
@@ -61,6 +59,11 @@ tracking: {report_to: [], log_every: 1}
         return loading.load_config(root / "config.yaml", [*first, *overrides])
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def make(bars, blobs, tmp_path_factory):
+    return config_maker(bars, blobs, tmp_path_factory.mktemp("runs"))
 
 
 def measure_quickly(patch=setattr):
