@@ -44,6 +44,29 @@ KINDS = {
 }
 
 
+def check_strengths(result):
+    """At strength 0 the figures of the base, at 1 those of the LoRA, and others between them."""
+    base, final = result["rows"][0], result["rows"][-1]
+    zero, half, one = result["strength"]
+    assert zero == {"scale": 0, "subject": base["subject"], "prior_drift": 0}
+    assert one == {"scale": 1, "subject": final["subject"], "prior_drift": final["prior_drift"]}
+    assert half["subject"] not in (zero["subject"], one["subject"])
+
+
+def check_best(folder, short):
+    """best/ has the weights of a run that ended there."""
+    found, expected = load_file(folder / "best" / WEIGHTS), load_file(short.output_dir / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def check_memorisation(folder, rows):
+    assert [row["sample"] for row in rows] == [
+        f"evaluation/final/{row}-00.png" for row in ("subject", "class", "prompt-0")
+    ]
+    assert all((folder / row[name]).is_file() for row in rows for name in ("sample", "photo"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypatch, kind):
     family, overrides = KINDS[kind]
@@ -56,12 +79,8 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
     result = evaluate.evaluate(config, folder, [MEAN_COLOUR], options)
     assert json.loads((folder / "evaluation.json").read_text()) == result
     base, _, six, final = result["rows"]
-    assert [row["checkpoint"] for row in result["rows"]] == [
-        "base",
-        "step-000003",
-        "step-000006",
-        "final",
-    ]
+    names = [row["checkpoint"] for row in result["rows"]]
+    assert names == ["base", "step-000003", "step-000006", "final"]
     assert [row["step"] for row in result["rows"]] == [0, 3, 6, 6]
 
     fresh = FAMILIES[family](config.model)
@@ -73,10 +92,7 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
         == plain
     )
     assert base["prior_drift"] == base["pixel_drift"] == 0 < final["pixel_drift"]
-    zero, half, one = result["strength"]
-    assert zero == {"scale": 0, "subject": base["subject"], "prior_drift": 0}
-    assert one == {"scale": 1, "subject": final["subject"], "prior_drift": final["prior_drift"]}
-    assert half["subject"] not in (zero["subject"], one["subject"])
+    check_strengths(result)
 
     for row, number in (("subject", "00"), ("prompt-0", "01")):
         own = png(folder / f"samples/final/{number}-0.png")
@@ -93,24 +109,14 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
     shutil.copytree(folder / "class_images", short.output_dir / "class_images")
     run(short)
     third = png(generated / "step-000003/subject-00.png")
-    assert (
-        png(short.output_dir / "samples/final/00-0.png")
-        == third
-        != png(generated / "final/subject-00.png")
-    )
+    samples = short.output_dir / "samples/final"
+    assert png(samples / "00-0.png") == third != png(generated / "final/subject-00.png")
 
     assert result["best"] == "step-000003"
-    found, expected = load_file(folder / "best" / WEIGHTS), load_file(short.output_dir / WEIGHTS)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    check_best(folder, short)
     fresh.pipe.load_lora_weights(folder / "best")
     assert sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes() == third
-
-    near = result["memorisation"]
-    assert [row["sample"] for row in near] == [
-        f"evaluation/final/{row}-00.png" for row in ("subject", "class", "prompt-0")
-    ]
-    assert all((folder / row[name]).is_file() for row in near for name in ("sample", "photo"))
+    check_memorisation(folder, result["memorisation"])
 
 
 def test_a_base_under_dora_is_the_base(settings):
@@ -168,18 +174,8 @@ def test_the_script_prints_what_it_measured_and_with_what(settings, nets, bare, 
     photos = tmp_path / "held_out"
     photos.mkdir()
     Image.new("RGB", (30, 20), "red").save(photos / "a.png")
-    options = [
-        "--dino",
-        nets[0],
-        "--clip",
-        nets[1],
-        "--num-images",
-        2,
-        "--strengths",
-        0.5,
-        "--prompts",
-        "b",
-    ]
+    options = ["--dino", nets[0], "--clip", nets[1]]
+    options += ["--num-images", 2, "--strengths", 0.5, "--prompts", "b"]
     assert (
         call("evaluate.py", config.output_dir, "--photos", photos, "--class-prompt", "k", *options)
         == 0
