@@ -28,9 +28,6 @@ def test_a_variant_depends_on_content_and_number_only():
     assert {choose_crop(p, 0, data()) for p in many} == {Crop(512)}
 
 
-# Order and batches
-
-
 def fake(i, caption="caption"):
     return Picture(f"{i}", partial(str.encode, f"{i}"), caption)
 

@@ -20,9 +20,6 @@ from trainers.training.checkpoint import read_checkpoint
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-# Stopping together, dying alone
-
-
 @pytest.fixture
 def long(settings, tmp_path):
     """The config of a run of two processes that does not end by itself."""

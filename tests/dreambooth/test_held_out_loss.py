@@ -1,25 +1,19 @@
 """The loss on held-out photos is repeatable and changes nothing that is trained."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 
-from tests.shared.runs import lora, losses
+from tests.shared.runs import lora, losses, read_metrics
 from trainers import dreambooth
 from trainers.errors import UserError
 from trainers.run import run
 
 
 def held_out_losses(settings):
-    rows = [
-        json.loads(line)
-        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    return [row["held_out_loss"] for row in read_metrics(settings) if "held_out_loss" in row]
 
 
 @pytest.fixture

@@ -56,9 +56,6 @@ def test_a_new_format_is_a_module_and_a_row(bases, tmp_path, monkeypatch):
     assert read_lora(tmp_path / "file.new", family) == lora
 
 
-# Round trips
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ranks", [(2,), (1, 3, 2)], ids=["one rank", "several"])
 @pytest.mark.parametrize("wanted", ["", "to_q", "to_v", "proj_mlp", "ff"])

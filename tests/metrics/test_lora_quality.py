@@ -25,9 +25,6 @@ def flat(*colors):
     return torch.tensor(colors, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 4, 4)
 
 
-# Closed forms
-
-
 def test_cosines_of_known_vectors():
     assert lora_quality.fidelity(unit(0, 90), unit(30)) == pytest.approx(
         (cosine(30) + cosine(60)) / 2

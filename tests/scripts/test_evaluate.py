@@ -30,9 +30,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 CLASS = ["data.class_prompt=[g h, i j]", "data.num_class_images=2"]
 
 
-# A run
-
-
 def png(path):
     return Image.open(path).convert("RGB").tobytes()
 

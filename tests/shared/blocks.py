@@ -34,9 +34,6 @@ def gradients(task, batches):
     return {"loss": total, **found}
 
 
-# Compiled blocks
-
-
 def assert_close(plain, fast):
     torch.testing.assert_close(fast["loss"], plain["loss"], rtol=1e-6, atol=0)
     assert plain.keys() == fast.keys()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.shared.processes import launch
+from tests.shared.runs import read_metrics
 from trainers.config import loading
 
 
@@ -50,11 +51,7 @@ def half(settings, **changes):
 
 
 def rows(settings, name):
-    lines = (
-        json.loads(line)
-        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
-    )
-    return [line[name] for line in lines if name in line]
+    return [row[name] for row in read_metrics(settings) if name in row]
 
 
 def weights(settings):

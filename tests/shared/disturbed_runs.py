@@ -1,6 +1,5 @@
 """Short runs to disturb: what happens at which step, a small disk, and what remains."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
+from tests.shared.runs import read_metrics
 from trainers.config import loading
 from trainers.data.sampler import BatchSlice
 from trainers.dreambooth import DreamBooth
@@ -140,11 +140,7 @@ def assert_same(settings, other, step=6):
 
 def metrics(settings, name="denoiser_loss"):
     """By step, where a line of metrics.jsonl has it."""
-    rows = [
-        json.loads(line)
-        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    return {row["step"]: row[name] for row in rows if name in row}
+    return {row["step"]: row[name] for row in read_metrics(settings) if name in row}
 
 
 def until(settings, steps):

@@ -57,12 +57,7 @@ def encoded(pipe, prompts, **length):
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-# Text
-
 PROMPTS = ["a b c", "", "a prompt that is longer than any of the text encoders reads"]
-
-
-# Denoiser
 
 
 def pipeline_steps(pipe, name, height, width):

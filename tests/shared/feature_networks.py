@@ -10,9 +10,6 @@ from trainers.metrics.feature_networks import FeatureNetwork
 MEAN_COLOUR = FeatureNetwork("mean colour", lambda x: x.mean((2, 3)) + 2)
 
 
-# The networks
-
-
 @pytest.fixture(scope="session")
 def nets(tmp_path_factory):
     """A DINO and a CLIP, tiny and untrained, in folders as the Hub has them."""

@@ -21,12 +21,14 @@ def lora(settings):
     return load_file(settings.output_dir / "pytorch_lora_weights.safetensors")
 
 
+def read_metrics(settings):
+    """The lines of metrics.jsonl."""
+    lines = (settings.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def losses(settings):
-    rows = [
-        json.loads(line)
-        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [row["denoiser_loss"] for row in rows]
+    return [row["denoiser_loss"] for row in read_metrics(settings)]
 
 
 def first_gradients(settings):

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests.shared.oracles import assert_trained_alike
+from tests.shared.runs import read_metrics
 from trainers import gan
 from trainers.config import loading
 from trainers.from_scratch.classifier import train_classifier
@@ -119,11 +120,10 @@ def weights(settings):
 
 
 def losses(settings):
-    rows = [
-        json.loads(line)
-        for line in (settings.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in row.items() if name.endswith("_loss")}
+        for row in read_metrics(settings)
     ]
-    return [{name: value for name, value in row.items() if name.endswith("_loss")} for row in rows]
 
 
 def figures(settings):

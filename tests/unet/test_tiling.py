@@ -20,8 +20,6 @@ def test_mirroring_equals_numpys(size):
     assert np.array_equal(mirror_pad(x, 16, 16), expected)
 
 
-# Pictures of any size
-
 SIZES = [(16, 16), (16, 40), (5, 9), (33, 47), (50, 17), (8, 60)]
 
 
