@@ -148,7 +148,7 @@ def test_a_wrong_override_is_one_line_that_helps(settings, override, told):
     assert told in line
 
 
-def test_wrong_overrides_are_told_together(settings):
+def test_wrong_overrides_are_reported_together(settings):
     assert len(complaints(settings, "optimizer", "seed=x", "lora.rnk=4", "data.resolution=9")) == 4
 
 

@@ -48,7 +48,7 @@ def test_a_wrong_metadata_line_is_the_users_mistake(put, tmp_path, line):
         load_instance_pictures(data(tmp_path))
 
 
-def test_a_caption_column_that_metadata_lacks_is_told(put, tmp_path):
+def test_a_caption_column_that_metadata_lacks_is_reported(put, tmp_path):
     put("a.png")
     put("metadata.jsonl", b'{"file_name": "a.png", "text": "a caption"}')
     with pytest.raises(UserError, match=r"data.caption_column.*text"):

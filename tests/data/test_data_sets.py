@@ -52,12 +52,12 @@ def test_a_missing_column_lists_those_that_exist(parquet, key):
         load_instance_pictures(wrong)
 
 
-def test_a_data_set_that_cannot_be_had_is_named(tmp_path):
+def test_a_data_set_that_is_not_available_is_named(tmp_path):
     with pytest.raises(UserError, match=r"data.dataset_name: cannot load '.*absent.parquet'"):
         load_instance_pictures(data(dataset_name=str(tmp_path / "absent.parquet")))
 
 
-def test_a_row_without_caption_takes_the_prompt_or_is_told(parquet):
+def test_a_row_without_caption_takes_the_prompt_or_is_reported(parquet):
     settings = parquet(["one", None])
     assert [p.caption for p in load_instance_pictures(settings)] == ["one", "prompt"]
     with pytest.raises(UserError, match="no caption"):

@@ -120,7 +120,7 @@ def both(encoder):
     }
 
 
-def test_a_pictures_key_tells_its_bytes_and_its_view(encoder):
+def test_a_pictures_key_depends_on_its_bytes_and_its_view(encoder):
     key, plain = encoder().image_key, Crop(16)
     crops = [
         replace(plain, **change)
@@ -133,7 +133,7 @@ def test_a_pictures_key_tells_its_bytes_and_its_view(encoder):
     )
 
 
-def test_a_prompts_key_tells_the_prompt(encoder):
+def test_a_prompts_key_depends_on_the_prompt(encoder):
     one, other = encoder(), encoder()
     keys = [
         encoder.prompt_key("text_encoder", words)
@@ -171,7 +171,7 @@ def test_a_key_changes_with_the_content_of_the_encoders_that_it_depends_on(
     assert {name for name in before if before[name] != after[name]} == depends
 
 
-def test_a_prompts_key_tells_the_precision_and_a_pictures_does_not(encoder):
+def test_a_prompts_key_depends_on_the_precision_and_a_pictures_does_not(encoder):
     """The autoencoder always runs in float32."""
     full, half = encoder(), encoder(dtype=torch.bfloat16)
     assert both(full)["prompt"] != both(half)["prompt"]

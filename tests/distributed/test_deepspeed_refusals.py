@@ -72,7 +72,7 @@ def test_two_networks_and_small_ones_with_zero_3_are_refused(bars, asked, tmp_pa
         make_accelerator(networks(bars, tmp_path, "autoencoder"))
 
 
-def test_deepspeed_that_did_not_start_is_told(settings, launched):
+def test_deepspeed_that_did_not_start_is_reported(settings, launched):
     assert (
         "did not start: set use_cpu: false"
         in launched(settings(), 2, (2, 2), ACCELERATE_USE_CPU="true")[0]

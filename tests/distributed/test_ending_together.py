@@ -88,7 +88,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message_and_the_run_go
     run(settings("train.train_batch_size=2", f"train.max_train_steps={steps + 1}"))
 
 
-def test_a_mistake_that_one_process_finds_ends_all_and_is_told_once(long, tmp_path):
+def test_a_mistake_that_one_process_finds_ends_all_and_is_reported_once(long, tmp_path):
     first = started(long, tmp_path)
     second = group("train.py", tmp_path / "long.yaml", log=tmp_path / "second", processes=2)
     assert ended(second) == [2, 2]

@@ -57,7 +57,7 @@ def test_one_two_and_four_processes_train_alike(trained, settings, tmp_path, fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_that_is_cut_among_two_processes_trains_and_samples_like_a_whole_one(
+def test_a_base_sharded_over_two_processes_trains_and_samples_like_a_whole_one(
     trained, settings, family
 ):
     """Class pictures, held-out photos, samples, text encoders and the reload proof too; then one
@@ -90,7 +90,7 @@ def test_a_base_that_is_cut_among_two_processes_trains_and_samples_like_a_whole_
 
 
 @pytest.mark.parametrize("family", ["flux"])
-def test_a_base_in_four_bits_can_be_cut_too(trained, settings, family):
+def test_a_base_in_four_bits_can_be_sharded_too(trained, settings, family):
     small = (
         "model.quantization=nf4",
         "validation.prompts=[a b c]",
@@ -103,7 +103,7 @@ def test_a_base_in_four_bits_can_be_cut_too(trained, settings, family):
     assert_close(whole, cut)
 
 
-def test_a_cut_base_samples_what_a_whole_one_samples(trained):
+def test_a_sharded_base_samples_what_a_whole_one_samples(trained):
     overrides = (
         "validation.prompts=[a b c, x, y]",
         "validation.num_images=2",
@@ -123,7 +123,7 @@ def test_a_cut_base_samples_what_a_whole_one_samples(trained):
         (("model.quantization=int8",), FSDP, "cannot cut weights in int8"),
     ],
 )
-def test_a_cut_that_cannot_be_made_is_refused(
+def test_sharding_that_is_not_possible_is_refused(
     settings, monkeypatch, overrides, environment, message
 ):
     for name, value in (FSDP | environment).items():

@@ -65,6 +65,6 @@ def test_the_held_out_loss_has_the_same_times_and_noise_at_every_step(settings, 
     assert len(rows) == 8
 
 
-def test_a_held_out_folder_that_is_not_there_is_told(settings, tmp_path):
+def test_a_missing_held_out_folder_is_reported(settings, tmp_path):
     with pytest.raises(UserError, match=r"data\.held_out_dir: no such folder"):
         settings(f"data.held_out_dir={tmp_path}/nowhere")

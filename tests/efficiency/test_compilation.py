@@ -190,7 +190,7 @@ def test_without_a_compiler_there_is_one_message_and_the_plain_training(
         "model.offload=true",
     ],
 )
-def test_compiling_is_refused_beside_what_it_cannot_be_had_with(settings, wrong):
+def test_compiling_is_refused_with_what_it_cannot_be_combined_with(settings, wrong):
     with pytest.raises(UserError, match=r"train\.compile: cannot be combined with"):
         settings(COMPILED, wrong, family="flux")
 
@@ -200,7 +200,7 @@ def test_a_u_net_is_not_compiled(settings):
         settings(COMPILED)
 
 
-def test_a_base_that_is_cut_is_not_compiled(settings):
+def test_a_sharded_base_is_not_compiled(settings):
     with pytest.raises(UserError, match=r"train\.compile: .* FSDP2"):
         dreambooth.build(
             settings(COMPILED, family="flux"), Accelerator(cpu=True), shard=lambda model: None

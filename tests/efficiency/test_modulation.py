@@ -64,7 +64,9 @@ def test_the_training_is_equal_to_the_bit(settings, tmp_path, family, overrides)
 
 
 @pytest.mark.parametrize(("family", "fsdp"), [("sd3", False), ("flux", True)])
-def test_two_processes_recall_their_own_rows(settings, tmp_path, family, fsdp):
+def test_two_processes_use_the_precomputed_outputs_of_their_own_rows(
+    settings, tmp_path, family, fsdp
+):
     whole = settings(*PRIOR, family=family)
     run(whole)
     parts = settings(
@@ -104,7 +106,7 @@ def test_nothing_of_the_base_stays_when_it_is_released(settings):
     assert gone() is None
 
 
-def test_micro_batches_of_half_precision_recall_what_autocast_gives(
+def test_micro_batches_of_half_precision_use_the_precomputed_outputs_of_autocast(
     settings, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

@@ -64,7 +64,7 @@ def test_a_t5_that_is_left_out_is_never_loaded(settings, loads):
     assert not any("text_encoder_3" in brought for _, brought in loads)
 
 
-def test_a_family_that_nobody_uses_any_more_lets_its_weights_go(settings):
+def test_a_family_that_is_no_longer_used_frees_its_weights(settings):
     """A cache of its methods held every family of the process, and with it a denoiser on the
     GPU."""
     config = settings()

@@ -96,7 +96,7 @@ def test_latents_are_what_the_pipeline_decodes(settings, pipes, name):
     torch.testing.assert_close(decoded.clamp(0, 1), (expected / 2 + 0.5).clamp(0, 1))
 
 
-def test_an_autoencoder_that_tells_no_scale_has_diffusers_default(settings, base, tmp_path):
+def test_an_autoencoder_without_a_scale_has_the_default_of_diffusers(settings, base, tmp_path):
     copy = shutil.copytree(base, tmp_path / "copy")
     file = copy / "vae/config.json"
     config = json.loads(file.read_text())

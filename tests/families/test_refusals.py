@@ -29,7 +29,7 @@ def test_what_means_nothing_to_a_family_is_refused(settings, name, override, mes
         settings(override, family=name)
 
 
-def test_sizes_that_only_flux_and_sd3_cannot_cut_are_fine_for_sd15(settings):
+def test_sizes_that_only_flux_and_sd3_cannot_split_into_patches_are_fine_for_sd15(settings):
     assert settings("data.resolution=24").data.resolution == 24
 
 

@@ -100,7 +100,7 @@ def test_no_cache_gives_identical_gradients(settings, name, text):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_a_cached_prompt_tells_how_much_of_it_a_t5_read(settings, tmp_path, name):
+def test_a_cached_prompt_depends_on_how_much_of_it_the_t5_reads(settings, tmp_path, name):
     ten, twelve = (
         CachedEncoder(
             whole(settings(f"model.max_sequence_length={n}", family=name)), tmp_path, True, ()

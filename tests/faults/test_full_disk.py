@@ -23,7 +23,7 @@ from trainers.training.checkpoint import read_checkpoint
 
 
 @pytest.mark.parametrize("pages", [0, 3, 12])
-def test_a_checkpoint_that_finds_the_disk_full_is_told_and_training_goes_on(
+def test_a_full_disk_at_a_checkpoint_is_a_warning_and_training_goes_on(
     make, finished, disk, disturb, warning_text, pages
 ):
     """The pages end before the first file of the checkpoint, within it, and within the next one."""

@@ -24,7 +24,7 @@ def test_a_file_for_another_model_is_an_error_that_says_so(made, bases):
         read_lora(made["sd3"][0] / KOHYA_NAME, family_of(bases["sd15"], "sd15"))
 
 
-def test_a_run_that_has_not_finished_has_no_lora_yet_and_is_told_so(bases, tmp_path):
+def test_an_unfinished_run_has_no_lora_and_the_message_says_so(bases, tmp_path):
     with pytest.raises(
         UserError, match=r"there is no LoRA in it\. A run writes its LoRA when it finishes"
     ):
@@ -86,7 +86,7 @@ def test_kohyas_hash_is_of_the_tensors_alone(made):
 # Ranks
 
 
-def test_a_lower_rank_is_the_nearest_and_its_error_is_told():
+def test_a_lower_rank_is_the_nearest_and_its_error_is_reported():
     lora = random_lora({"a": 12, "b": 7}, {"a": (9,), "b": (5, 3, 3)}, ranks=(6, 4))
     lora["b"] = LoraUpdate(
         lora["b"].a, lora["b"].b[..., None, None] if lora["b"].b.ndim == 2 else lora["b"].b

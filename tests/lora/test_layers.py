@@ -76,7 +76,7 @@ def adapted(settings):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_presets_take_these_layers_and_no_others(adapted, pipes, name):
+def test_presets_select_these_layers_and_no_others(adapted, pipes, name):
     denoiser = pipes[name].unet if name == "sd15" else pipes[name].transformer
     linear = {layer for layer, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     assert adapted(name) == ATTENTION[name]
@@ -118,7 +118,7 @@ WISHES = {
 
 
 @pytest.mark.parametrize(("name", "overrides", "layers"), WISHES.values(), ids=WISHES)
-def test_wishes_take_these_layers_and_no_others(adapted, name, overrides, layers):
+def test_target_modules_select_these_layers_and_no_others(adapted, name, overrides, layers):
     assert adapted(name, *overrides) == set(layers)
 
 
@@ -205,7 +205,7 @@ UNMET = {
 
 
 @pytest.mark.parametrize(("name", "overrides", "message"), UNMET.values(), ids=UNMET)
-def test_an_unmet_wish_is_told_with_names_that_are_near_and_their_counts(
+def test_target_modules_that_match_nothing_are_reported_with_similar_names_and_their_counts(
     adapted, name, overrides, message
 ):
     with pytest.raises(UserError, match=message):

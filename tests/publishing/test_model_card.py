@@ -85,7 +85,7 @@ def test_the_header_is_valid_metadata(card, lora):
         ("sd15", "somebody/a-base", {}),
     ],
 )
-def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(
+def test_the_bases_license_is_inherited_and_the_card_names_the_file_for_comfyui(
     settings, family, base, license
 ):
     config = settings(f"model.pretrained_model_name_or_path={base}", family=family)

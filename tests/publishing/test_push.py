@@ -73,7 +73,7 @@ def test_anybody_may_propose_to_a_repository_of_others(hub, finished, way):
     ],
     indirect=["way"],
 )
-def test_trouble_that_passes_is_not_noticed(hub, finished, way, route, status):
+def test_failures_that_pass_are_retried_in_silence(hub, finished, way, route, status):
     config = finished()
     publishing_hub.check_access(config)
     hub.fail(route, status, times=2)
@@ -112,7 +112,7 @@ def test_the_command_after_a_failure_makes_the_same_push(hub, finished, way, key
 
 
 @pytest.mark.parametrize("way", ["lfs"], indirect=True)
-def test_a_file_that_is_refused_is_told_as_the_hub_tells_it(hub, finished, way):
+def test_a_refused_file_is_reported_in_the_words_of_the_hub(hub, finished, way):
     config = finished()
     repo = publishing_hub.check_access(config)
     hub.fail("PUT /lfs", 403)
@@ -121,7 +121,7 @@ def test_a_file_that_is_refused_is_told_as_the_hub_tells_it(hub, finished, way):
     assert sum("objects/batch" in route for route in hub.requests) == 1
 
 
-def test_what_is_typed_goes_before_what_the_run_says(hub, finished):
+def test_command_line_options_override_those_of_the_run(hub, finished):
     config = finished(create_pr=True)
     (config.output_dir / "config.yaml").write_text(dump_config(config))
     assert call("push.py", config.output_dir, "--repo", "me/else", "--revision", "b") == 0

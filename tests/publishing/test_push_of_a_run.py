@@ -109,7 +109,7 @@ def uploads(hub, settings):
     return publishing_hub.PushToHub(task, config, publishing_hub.check_access(config))
 
 
-def test_an_upload_that_lasts_is_not_joined_by_another(uploads):
+def test_no_upload_starts_while_another_lasts(uploads):
     uploads.job = Future()
     uploads(2, {})
     assert not uploads.task.saved

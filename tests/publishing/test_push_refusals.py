@@ -23,7 +23,7 @@ from trainers.run import TASKS, run
         ("", "me/mine", "not logged in"),
     ],
 )
-def test_who_may_not_push_is_told_before_anything_is_loaded(
+def test_a_push_without_the_right_to_it_is_refused_before_anything_is_loaded(
     hub, settings, monkeypatch, token, name, message
 ):
     hub.repos |= {"me/mine": Repo(), "me/other": Repo(), "them/theirs": Repo()}
@@ -31,7 +31,7 @@ def test_who_may_not_push_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize("trouble", ["offline", "no network", "no answer", "busy"])
-def test_a_hub_that_cannot_be_asked_is_told_before_anything_is_loaded(
+def test_an_unreachable_hub_is_reported_before_anything_is_loaded(
     hub, settings, monkeypatch, trouble
 ):
     match trouble:
@@ -75,7 +75,7 @@ def refused(settings, monkeypatch, name, message, **environment):
         ("required", "hub.required: has no effect unless hub.push_to_hub is true"),
     ],
 )
-def test_wishes_that_contradict_each_other_are_refused(settings, keys, message):
+def test_hub_options_that_contradict_each_other_are_refused(settings, keys, message):
     with pytest.raises(UserError, match=message):
         settings(*(f"hub.{key}" if "=" in key else f"hub.{key}=true" for key in keys.split()))
 

@@ -210,7 +210,7 @@ def test_the_script_prints_what_it_measured_and_with_what(settings, nets, bare, 
 
 
 @pytest.mark.usefixtures("bare")
-def test_what_is_missing_is_told_before_a_picture_is_made(settings, photos, nets, capsys):
+def test_what_is_missing_is_reported_before_a_picture_is_generated(settings, photos, nets, capsys):
     config = settings()
     folder = config.output_dir
     folder.mkdir()

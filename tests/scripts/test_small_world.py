@@ -71,7 +71,7 @@ def test_the_judge_tells_the_subject_from_a_plain_star():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_base_draws_what_it_is_told(family):
+def test_the_base_draws_what_its_prompt_says(family):
     config = load_config(CONFIGS[family])
     metrics = measure_samples(load_pipeline(config, lora=False), load_judge(), config).metrics
     assert min(metrics[f"other_{name}"] for name in ("shape", "colour", "background")) >= 0.85

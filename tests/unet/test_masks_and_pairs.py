@@ -69,7 +69,7 @@ def test_what_is_no_mask_is_refused_by_name(image, message):
         read_mask(picture_of(image), 2)
 
 
-def test_a_mask_that_jpeg_spoilt_is_refused_with_advice():
+def test_a_mask_damaged_by_jpeg_is_refused_with_advice():
     with pytest.raises(UserError, match="JPEG spoils masks"):
         read_mask(
             picture_of(
