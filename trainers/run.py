@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from accelerate import Accelerator
 
 from trainers import dreambooth
+from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
 from trainers.config import Config, loading
 from trainers.distributed.accelerator import make_accelerator
@@ -18,7 +19,7 @@ from trainers.errors import RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
 from trainers.publishing.report import write_report
-from trainers.run_folder import lock_run_folder, write_atomic
+from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
 from trainers.training.checkpoint import RunState, resume, resume_facts, save_checkpoint
@@ -71,7 +72,7 @@ def train_and_export(
             f"shared disk"
         )
     if is_main:
-        write_atomic(settings.output_dir / "config.yaml", loading.dump_config(settings))
+        write_atomic(settings.output_dir / CONFIG_NAME, loading.dump_config(settings))
     with warn_on_error("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
     if settings.train.auto_micro_batch:

@@ -18,6 +18,7 @@ from trainers.data.imaging import write_grid
 from trainers.data.pictures import list_image_files
 from trainers.distributed.collectives import run_across_processes, split_between_processes
 from trainers.families import Family
+from trainers.run_folder import GRID_NAME
 
 PromptEncoder = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name, and a prompt
 
@@ -141,4 +142,4 @@ def write_samples(
         rows.append((prompt, row))
         for i, picture in enumerate(row):
             picture.save(folder / f"{number:02d}-{i}.png")
-    write_grid(rows, folder / "grid.png")
+    write_grid(rows, folder / GRID_NAME)
