@@ -22,7 +22,8 @@ from trainers.publishing.report import write_report
 from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
-from trainers.training.checkpoint import RunState, resume, resume_facts, save_checkpoint
+from trainers.training.checkpoint import RunState, resume, save_checkpoint
+from trainers.training.facts import resume_facts
 from trainers.training.failures import friendly_errors
 from trainers.training.loop import Batches, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
@@ -60,10 +61,10 @@ def train_and_export(
         ProcessGroup(accelerator),
         accelerator.is_main_process,
     )
-    task, batches, data_digest = (
+    task, batches, inputs = (
         build(settings, accelerator, shard) if shard else build(settings, accelerator)
     )
-    facts = resume_facts(settings, accelerator.num_processes, data_digest)
+    facts = resume_facts(settings, accelerator, inputs)
     state = resume(settings, task, accelerator, facts)
     newest, oldest = processes.all_max(state.step, -state.step)
     if newest != -oldest:
