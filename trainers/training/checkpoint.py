@@ -48,29 +48,31 @@ ASIDE = re.compile(r"\.(gone-)?step-[0-9]{6,}")
 
 @dataclass
 class RunState:
-    """Where a run is, beside its tensors. facts: from `resume_facts`; rollbacks: each has halved
-    the learning rate."""
+    """Where a run is, beside its tensors.
+
+    facts: from `resume_facts`; rollbacks: each has halved the learning rate; end: why the training
+    was over before the last step, if it was.
+    """
 
     facts: Facts
     step: int = 0
     rollbacks: int = 0
+    end: str = ""
 
 
 def save_checkpoint(
-    config: Config,
-    step: int,
-    task: Task,
-    accelerator: Accelerator,
-    state: RunState,
-    prune: bool = True,
+    config: Config, task: Task, accelerator: Accelerator, state: RunState, prune: bool = True
 ) -> None:
-    """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told,
-    as a full disk."""
+    """Write checkpoints/step-NNNNNN. A failure, as of a full disk, is a warning.
+
+    prune: whether to remove the oldest beyond the limit.
+    """
     if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
-        files = pack_checkpoint(step, task, accelerator, state)
+        files = pack_checkpoint(task, accelerator, state)
     if accelerator.is_main_process:
         root = config.output_dir / CHECKPOINTS
-        temporary, final = root / f".{step_name(step)}", root / step_name(step)
+        final = root / step_name(state.step)
+        temporary = root / f".{final.name}"
         limit = config.checkpoint.checkpoints_total_limit
         try:
             with warn_on_error(f"writing {final}"):
@@ -87,9 +89,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def pack_checkpoint(
-    step: int, task: Task, accelerator: Accelerator, state: RunState
-) -> dict[str, bytes]:
+def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> dict[str, bytes]:
     """The files of a checkpoint, as one plain process has them; the manifest has a checksum of
     each."""
     files = {}
@@ -108,8 +108,9 @@ def pack_checkpoint(
             ema = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
             files[f"{name}.ema.safetensors"] = save(ema)
     manifest = {
-        "step": step,
+        "step": state.step,
         "rollbacks": state.rollbacks,
+        "end": state.end,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -251,4 +252,4 @@ def resume(
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
-    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0))
+    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0), manifest.get("end", ""))

@@ -1,4 +1,4 @@
-"""Which files a base model is, by digests of their contents."""
+"""Digests of files, and of the parts of a base model by those of their files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class FileDigests:
-    """The SHA-256 of files; a large one is read once, as long as its size and times stay.
+    """The SHA-256 of files; one is read once, as long as its size and times stay.
 
-    `use_store` names a JSON file that remembers them between two runs.
+    `load` names a JSON file in which `save` remembers them for the next run.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.store: Path | None = None
 
-    def use_store(self, store: Path) -> None:
+    def load(self, store: Path) -> None:
         self.store = store
         try:
             known = json.loads(store.read_bytes())
@@ -54,7 +54,7 @@ class FileDigests:
         """Write what is known to the store. A failure is a warning."""
         if self.store is None:
             return
-        with warn_on_error("remembering the digests of the base model"):
+        with warn_on_error(f"writing {self.store}"):
             self.store.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.store, json.dumps(self.known, indent=1) + "\n")
 
