@@ -148,14 +148,19 @@ class LoadedBase:
         """The pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
-    def digests(self) -> dict[str, str]:
+    def digests(self, store: Path | None = None) -> dict[str, str]:
         """The digest of the files of each part that decides what the base computes.
 
         Precision and place do not count, nor do other formats beside the weights that are loaded.
+        store: a file that remembers the digests of files, so that they are read once.
         """
+        if store:
+            self.file_digests.load(store)
         tokenizers = map(tokenizer_name, self.text_encoder_names)
         parts = (self.denoiser_name, "vae", *self.text_encoder_names, *tokenizers, "scheduler")
-        return {part: self.part_digest(part) for part in parts}
+        digests = {part: self.part_digest(part) for part in parts}
+        self.file_digests.save()
+        return digests
 
     def part_digest(self, part: str) -> str:
         return part_digest(self.folder / part, self.variant, self.file_digests)

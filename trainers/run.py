@@ -24,7 +24,7 @@ from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
 from trainers.training.checkpoint import RunState, resume, save_checkpoint
-from trainers.training.facts import resume_facts
+from trainers.training.facts import Facts, resume_facts
 from trainers.training.failures import friendly_errors
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
@@ -86,13 +86,15 @@ def train_and_export(
 
 def build_task(
     settings: Config, accelerator: Accelerator, shard: ShardFunction | None
-) -> tuple[Task, Batches, str]:
-    """The task, its batches and a digest of its data."""
+) -> tuple[Task, Batches, Facts]:
+    """The task, its batches and the facts of its pictures and base."""
     build = TASKS[settings.kind]
     return build(settings, accelerator, shard) if shard else build(settings, accelerator)
 
 
-def resume_together(settings: Config, task: Task, processes: ProcessGroup, facts: dict) -> RunState:
+def resume_together(
+    settings: Config, task: Task, processes: ProcessGroup, facts: Facts
+) -> RunState:
     """The state of the newest checkpoint. Raises: UserError if processes find different ones."""
     state = resume(settings, task, processes.accelerator, facts)
     newest, minus_oldest = processes.all_max(state.step, -state.step)

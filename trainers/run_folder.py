@@ -45,10 +45,11 @@ EVALUATION = "evaluation"
 BEST = "best"
 PUSH = ".push"
 
-# within a folder of samples, and within a checkpoint
+# within a folder of samples, a checkpoint, a cache
 FINAL = "final"
 GRID_NAME = "grid.png"
 MANIFEST_NAME = "manifest.json"
+BASE_DIGESTS_NAME = "base_files.json"
 
 
 def step_name(step: int) -> str:

@@ -25,6 +25,7 @@ class FileDigests:
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
+        self.num_stored = 0
         self.store: Path | None = None
 
     def load(self, store: Path) -> None:
@@ -36,6 +37,7 @@ class FileDigests:
         for key, digest in known.items() if isinstance(known, dict) else ():
             if isinstance(digest, str) and SHA256.fullmatch(digest):
                 self.known.setdefault(key, digest)
+        self.num_stored = len(self.known)
 
     def __call__(self, path: Path) -> str:
         blob = path.resolve()
@@ -51,12 +53,13 @@ class FileDigests:
         return self.known[key]
 
     def save(self) -> None:
-        """Write what is known to the store. A failure is a warning."""
-        if self.store is None:
+        """Write what is known to the store, if there is more. A failure is a warning."""
+        if self.store is None or len(self.known) == self.num_stored:
             return
         with warn_on_error(f"writing {self.store}"):
             self.store.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.store, json.dumps(self.known, indent=1) + "\n")
+            self.num_stored = len(self.known)
 
 
 def read_digest(path: Path) -> str:

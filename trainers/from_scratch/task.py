@@ -20,6 +20,7 @@ from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
 from trainers.run_folder import FIGURES_NAME, FINAL, MODEL, SAMPLES
+from trainers.training.facts import Facts
 from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
 GRID_COLUMNS = 10  # pictures in a row of a grid
@@ -49,8 +50,8 @@ class FromScratchTask(ABC):
     @classmethod
     def build(
         cls, config: ScratchConfig, accelerator: Accelerator
-    ) -> tuple[FromScratchTask, ImageBatches, str]:
-        """The task, its batches and a digest of its data."""
+    ) -> tuple[FromScratchTask, ImageBatches, Facts]:
+        """The task, its batches and the facts of its pictures."""
         task, batch_slice = (
             cls(config, accelerator),
             BatchSlice.from_config(config.seed, config.train, accelerator),
@@ -58,7 +59,7 @@ class FromScratchTask(ABC):
         return (
             task,
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
-            task.train_images.digest,
+            {"pictures": {"training": task.train_images.describe()}},
         )
 
     def add_player(

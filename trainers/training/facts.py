@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig
+from trainers.data.pictures import Picture
 from trainers.distributed import deepspeed
 from trainers.errors import UserError
 
@@ -125,6 +126,14 @@ def describe_pictures(entries: Iterable[PictureEntry]) -> Facts:
             text_digest = hashlib.sha256(text.encode()).hexdigest()
             facts["files"][os.path.relpath(name, parent)] = [content[:16], text_digest[:16]]
     return facts
+
+
+def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
+    """The instance pictures and, where there are any, the class pictures."""
+    described = {}
+    for name, pool in zip(("instance", "class"), pools, strict=False):
+        described[name] = describe_pictures((p.name, p.digest, p.caption) for p in pool)
+    return described
 
 
 def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> None:
