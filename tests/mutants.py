@@ -40,6 +40,7 @@ TESTS = {  # a file under trainers/ to the tests that should notice
     "config/dreambooth_rules.py": ["test_config.py", "test_families.py"],
     "families/flux.py": ["test_families.py"],
     "families/objectives.py": ["test_objectives.py"],
+    "families/class_pictures.py": ["test_families.py"],
     "families/sampling.py": ["test_families.py"],
     "families/sd15.py": ["test_families.py"],
     "families/sd3.py": ["test_families.py"],
@@ -363,7 +364,7 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
         "family.load(*names, *family.text_encoder_names)",
     ),
     (
-        "families/sampling.py",
+        "families/class_pictures.py",
         "T5 draws class pictures",
         'family.load("vae", family.denoiser_name, *encoder.loaded_encoders)',
         'family.load("vae", family.denoiser_name, *family.text_encoder_names)',

@@ -18,6 +18,7 @@ from trainers.config import ModelConfig
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
+from trainers.run_folder import BASE_DIGESTS_NAME
 
 
 class MemoryOptions(Protocol):
@@ -148,14 +149,13 @@ class LoadedBase:
         """The pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
-    def digests(self, store: Path | None = None) -> dict[str, str]:
+    def digests(self, cache_folder: Path) -> dict[str, str]:
         """The digest of the files of each part that decides what the base computes.
 
         Precision and place do not count, nor do other formats beside the weights that are loaded.
-        store: a file that remembers the digests of files, so that they are read once.
+        cache_folder: where the digests of files are remembered, so that they are read once.
         """
-        if store:
-            self.file_digests.load(store)
+        self.file_digests.load(cache_folder / BASE_DIGESTS_NAME)
         tokenizers = map(tokenizer_name, self.text_encoder_names)
         parts = (self.denoiser_name, "vae", *self.text_encoder_names, *tokenizers, "scheduler")
         digests = {part: self.part_digest(part) for part in parts}

@@ -26,7 +26,7 @@ from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora import export, proof
 from trainers.lora.layers import add_lora
 from trainers.publishing import model_card
-from trainers.run_folder import BASE_DIGESTS_NAME, CACHE, FINAL, PIPELINE, SAMPLES
+from trainers.run_folder import CACHE, FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import Facts, describe_pools
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
 
@@ -182,7 +182,6 @@ def build(
     dtype = deepspeed.compute_dtype(accelerator) if config.lora else torch.float32
     family = open_family(config.model, accelerator.device, dtype, shard)
     cache_folder = data.cache_dir or config.output_dir / CACHE
-    base = family.digests(cache_folder / BASE_DIGESTS_NAME)
     encoder = CachedEncoder(family, cache_folder, data.cache, trained_encoders(family, config))
     if data.uses_prior:
         pools.append(prepare_class_pictures(encoder, config, accelerator))
@@ -198,4 +197,4 @@ def build(
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
     task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    return task, batches, {"base": base, "pictures": describe_pools(pools)}
+    return task, batches, {"base": family.digests(cache_folder), "pictures": describe_pools(pools)}

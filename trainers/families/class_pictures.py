@@ -23,7 +23,6 @@ from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
 from trainers.data.pictures import Picture, list_image_files, load_class_pictures
 from trainers.distributed.collectives import own_items
-from trainers.families import Family
 from trainers.families.sampling import sample_picture
 from trainers.run_folder import CLASS_PICTURES
 
@@ -44,7 +43,7 @@ def prepare_class_pictures(
     names = own[: data.num_class_images]
     paths: list[Path] = []
     if len(own) < data.num_class_images:
-        ending = claim_names(folder, drawn_from(encoder.family, config))
+        ending = claim_names(folder, drawn_from(encoder, config))
         numbers = range(data.num_class_images - len(own))
         paths = [folder / f"class-{number:05d}{ending}.png" for number in numbers]
     drawn = {path.name for path in paths}
@@ -62,9 +61,9 @@ def prepare_class_pictures(
     return load_class_pictures(folder, data, {*names, *drawn})
 
 
-def drawn_from(family: Family, config: DreamBoothConfig) -> dict[str, Any]:
+def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
-    validation = config.validation
+    family, validation = encoder.family, config.validation
     return {
         "prompts": config.data.class_prompts,
         "negative_prompt": validation.negative_prompt,
@@ -74,7 +73,7 @@ def drawn_from(family: Family, config: DreamBoothConfig) -> dict[str, Any]:
         "seed": "the number of the picture",
         "quantization": config.model.quantization,
         "max_sequence_length": family.max_sequence_length,
-        "base_files": family.digests(),
+        "base_files": family.digests(encoder.cache.folder),
     }
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
-from trainers.run_folder import CARD_NAME, KOHYA_NAME, WEIGHT_NAME
+from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -106,7 +106,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     validation = config.validation
     base = config.model.pretrained_model_name_or_path
     return {
-        "base": repr(base if config.lora else "PATH_OR_REPO/pipeline"),
+        "base": repr(base if config.lora else f"PATH_OR_REPO/{PIPELINE}"),
         "prompt": repr(card_prompt(config)),
         "size": config.data.resolution,
         "max_sequence_length": config.model.max_sequence_length,
