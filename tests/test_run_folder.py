@@ -1,4 +1,4 @@
-"""A run folder: its names are its own, what else lies there is let be, and nothing is half there."""
+"""A run folder: its names are its own, what else lies there is let be, nothing is half there."""
 
 import ast
 import json
