@@ -24,6 +24,7 @@ def main() -> int:
         measure_samples,
     )
     from trainers.run import run
+    from trainers.run_folder import WEIGHT_NAME
 
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
@@ -34,10 +35,7 @@ def main() -> int:
     print(format_gate(base.metrics, tuned.metrics, passed))
     picture = config.output_dir / "before_after.png"
     before_after_grid(base, tuned).save(picture)
-    print(
-        f"\nbefore and after: {picture}\nthe LoRA: "
-        f"{config.output_dir}/pytorch_lora_weights.safetensors"
-    )
+    print(f"\nbefore and after: {picture}\nthe LoRA: {config.output_dir / WEIGHT_NAME}")
     return 0 if all(passed.values()) else 1
 
 

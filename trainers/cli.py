@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainers.config import Config, DreamBoothConfig, ModelConfig
 from trainers.errors import Interrupted, UserError
-from trainers.run_folder import load_run_config
+from trainers.run_folder import CONFIG_NAME, PIPELINE, load_run_config
 
 
 def run_main(main: Callable[[], int | None]) -> int:
@@ -32,9 +32,9 @@ def run_main(main: Callable[[], int | None]) -> int:
 def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     """A run's own config, or the defaults for a LoRA file, a PEFT folder or a tuned pipeline on
     `base`."""
-    if (weights / "config.yaml").is_file():
+    if (weights / CONFIG_NAME).is_file():
         config = load_run_config(weights, "dreambooth")
-        base = base or (None if config.lora else str(weights / "pipeline"))
+        base = base or (None if config.lora else str(weights / PIPELINE))
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
     ):

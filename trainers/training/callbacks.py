@@ -6,7 +6,6 @@ Only here do values leave the device.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import time
@@ -21,10 +20,18 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from trainers.atomic import write_atomic
 from trainers.config import Config
 from trainers.distributed.collectives import ProcessGroup
 from trainers.errors import Interrupted, warn_on_error
-from trainers.run_folder import append_line, parse_json_line, write_atomic
+from trainers.run_folder import (
+    GRID_NAME,
+    METRICS_NAME,
+    SAMPLES,
+    append_line,
+    read_metrics,
+    step_name,
+)
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
 from trainers.training.process_state import STOP_SIGNALS
@@ -40,7 +47,7 @@ class LogMetrics:
         self, config: Config, accelerator: Accelerator, rate: Callable[[int], float], start: int
     ) -> None:
         self.config, self.accelerator, self.rate = config, accelerator, rate
-        self.file = config.output_dir / "metrics.jsonl"
+        self.file = config.output_dir / METRICS_NAME
         train = config.train
         self.global_batch_size = (
             train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
@@ -57,12 +64,8 @@ class LogMetrics:
         )
         # a killed run may have logged steps past its last checkpoint, or half a line
         if is_main and self.file.exists():
-            lines = [
-                line
-                for line in self.file.read_text().splitlines()
-                if parse_json_line(line).get("step", math.inf) <= start
-            ]
-            write_atomic(self.file, "".join(line + "\n" for line in lines))
+            rows = [row for row in read_metrics(config.output_dir) if row["step"] <= start]
+            write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append(metrics)
@@ -132,10 +135,10 @@ class SamplePictures:
             is_main or self.task.needs_all_processes
         ):
             return
-        folder = self.config.output_dir / "samples" / f"step-{step:06d}"
+        folder = self.config.output_dir / SAMPLES / step_name(step)
         with averaged_weights(self.task), warn_on_error("sampling"):
             self.task.sample(folder)
-        if is_main and (folder / "grid.png").exists():
+        if is_main and (folder / GRID_NAME).exists():
             with warn_on_error("the tracker"):
                 log_pictures(self.accelerator, folder, step)
 
@@ -194,5 +197,5 @@ def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
     layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
     for tracker in accelerator.trackers:
         if tracker.name in layout:
-            picture = np.asarray(Image.open(folder / "grid.png"))
+            picture = np.asarray(Image.open(folder / GRID_NAME))
             tracker.log_images({"samples": picture[None]}, step=step, **layout[tracker.name])

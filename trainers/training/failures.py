@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from trainers.config import Config
 from trainers.errors import RunFailedError
+from trainers.run_folder import CHECKPOINTS
+from trainers.training.manifest import complete_checkpoints
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -80,9 +82,7 @@ def is_disk_full(error: Exception) -> bool:
 
 def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
-    from trainers.run_folder import list_checkpoints
-
-    folders = list_checkpoints(config.output_dir / "checkpoints")
+    folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
     if not folders:
         return "There is no checkpoint yet: the same command begins anew"
     return f"The checkpoint {folders[0].name} is intact: the same command goes on from it"
