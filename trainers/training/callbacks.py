@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from trainers.errors import Interrupted, warn_on_error
 from trainers.run_folder import append_line, parse_json_line, write_atomic
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, Task, averaged_weights
-from trainers.training.process_state import STOP_SIGNALS
+from trainers.training.process_state import stop_request
 
 
 class LogMetrics:
@@ -147,17 +146,10 @@ class SaveCheckpoints:
         self, task: Task, config: Config, processes: ProcessGroup, state: RunState
     ) -> None:
         self.task, self.config, self.processes, self.state = task, config, processes, state
-        self.signal_number, self.last_saved = 0, time.monotonic()
-        self.is_done = state.step >= config.train.max_train_steps
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.request_stop)
-
-    def request_stop(self, number: int, frame: object) -> None:
-        if (
-            self.signal_number or self.is_done
-        ):  # a second signal does not wait, nor is there another step to wait for
-            raise Interrupted(number)
-        self.signal_number = number
+        self.last_saved = time.monotonic()
+        stop_request.bind()
+        # after the last step there is none to wait for
+        stop_request.waits_for_step = state.step < config.train.max_train_steps
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         settings, is_last = self.config.checkpoint, step == self.config.train.max_train_steps
@@ -165,18 +157,18 @@ class SaveCheckpoints:
             settings.every_minutes is not None
             and time.monotonic() - self.last_saved > 60 * settings.every_minutes
         )
-        number, is_late = self.processes.all_max(self.signal_number, is_late)
+        number, is_late = self.processes.all_max(stop_request.signal_number, is_late)
         if step % settings.checkpointing_steps == 0 or is_last or is_late or number:
             prune = not metrics["skipped"]  # else the older ones may be needed yet
             save_checkpoint(
                 self.config, step, self.task, self.processes.accelerator, self.state, prune
             )
             self.last_saved = time.monotonic()
-        if is_last:  # no later step would see a signal that came while this one was saved
-            self.is_done = True
-            (number,) = self.processes.all_max(self.signal_number)
+            stop_request.waits_for_step = not is_last
+            # a signal that came while this one was saved has its checkpoint already
+            (number,) = self.processes.all_max(stop_request.signal_number)
         if number:
-            raise Interrupted(number)
+            raise Interrupted(number, "the same command goes on from the checkpoint")
 
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:

@@ -10,7 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 from trainers.config import Config
-from trainers.errors import RunFailedError
+from trainers.errors import Interrupted, RunFailedError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -37,9 +37,14 @@ LOST_PEER_MESSAGES = (
 
 @contextmanager
 def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
-    """Failures that lie outside of the code become a `RunFailedError` that tells what to do."""
+    """Failures that lie outside of the code become a `RunFailedError` that tells what to do, and a
+    run that is stopped before it has saved tells what there is."""
     try:
         yield
+    except Interrupted as stop:
+        hint = resume_hint(config)
+        stop.advice = stop.advice or hint[0].lower() + hint[1:]
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         if is_out_of_memory(error):
