@@ -77,9 +77,8 @@ def test_only_the_first_process_tells_that_a_signal_came():
     assert Program(arguments(SLEEP), RANK="1").send(signal.SIGTERM) == (143, "")
 
 
-def test_what_a_library_swallows_is_raised_again():
+def test_no_library_swallows_a_signal():
     body = """
-    process_state.RAISE_AGAIN_SECONDS = 0.5
     try:
         say(os.getpid())
         time.sleep(60)

@@ -30,14 +30,11 @@ def run_main(main: Callable[[], int | None]) -> int:
     """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 +
     a signal.
 
-    The signals stay bound: what comes after the end of `main` ends the process, in a word.
+    The signals stay bound, so that one while the interpreter ends makes no traceback.
     """
-    stop_request.listen()
+    stop_request.listen(ends_process=True)
     try:
-        try:
-            return main() or 0
-        finally:
-            stop_request.finish()
+        return main() or 0
     except UserError as error:
         return report_error(error)
     except KeyboardInterrupt:  # where a library has bound SIGINT anew

@@ -10,7 +10,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 from trainers.config import Config
-from trainers.errors import Interrupted, RunFailedError
+from trainers.errors import RunFailedError
+from trainers.training.process_state import stop_request
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -39,12 +40,9 @@ LOST_PEER_MESSAGES = (
 def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
     """Failures that lie outside of the code become a `RunFailedError` that tells what to do, and a
     run that is stopped before it has saved tells what there is."""
+    stop_request.advice = lambda: lower_first(resume_hint(config))
     try:
         yield
-    except Interrupted as stop:
-        hint = resume_hint(config)
-        stop.advice = stop.advice or hint[0].lower() + hint[1:]
-        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         message = " ".join(str(error).split())
         if is_out_of_memory(error):
@@ -81,6 +79,10 @@ def is_disk_full(error: Exception) -> bool:
         or "No space left" in str(error)
         or "StorageFull" in str(error)
     )
+
+
+def lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def resume_hint(config: Config) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from trainers.errors import Interrupted
@@ -26,18 +26,18 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
 
 WATCH_SECONDS = 0.25
 
+STDERR = 2
+
 # one request may arrive twice: a launcher forwards what a scheduler has sent to every process
 REPEAT_SECONDS = 2.0
-
-# a library may swallow what a signal raises; it is raised again while the process goes on
-RAISE_AGAIN_SECONDS = 5.0
 
 
 class StopRequest:
     """Whether a signal, or the end of the launcher, asks this process to stop.
 
-    Where nothing is trained `Interrupted` is raised at once. With `waits_for_step` the number of
-    the signal is only noted, for the loop to see after the step. A second signal does not wait.
+    With `waits_for_step` the number of the signal is only noted, for the loop to see after the
+    step. Elsewhere, and at a second signal, a script ends at once: an exception would be swallowed
+    by some imports and abort others. What is no script gets `Interrupted`.
     """
 
     def __init__(self) -> None:
@@ -46,29 +46,29 @@ class StopRequest:
     def reset(self) -> None:
         """Nothing is asked for, nothing is watched."""
         self.signal_number = 0
-        self.waits_for_step = False
-        self.is_over = self.is_reported = False
-        self.requested_at = self.raised_at = -math.inf
+        self.requested_at = -math.inf
+        self.waits_for_step = self.ends_process = self.is_reported = False
+        self.advice: Callable[[], str] = str
         self.process = self.launcher = 0
         self.closed = threading.Event()
         self.watcher: threading.Thread | None = None
 
-    def listen(self) -> None:
-        """Bind the signals and watch the launcher, if there is one, until `close` or `finish`.
+    def listen(self, ends_process: bool = False) -> None:
+        """Bind the signals and watch the launcher, if there is one, until `end_watching`.
 
-        Handlers belong to the main thread: elsewhere this does nothing.
+        ends_process: for scripts. Handlers belong to the main thread: elsewhere this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             return
         self.reset()
-        self.process = os.getpid()
+        self.ends_process, self.process = ends_process, os.getpid()
+        self.bind()
         if any(name in os.environ for name in LAUNCHER_VARIABLES):
             self.launcher = os.getppid()
-        self.bind()
-        self.watcher = threading.Thread(
-            target=self.watch, args=[threading.get_ident()], daemon=True
-        )
-        self.watcher.start()
+            self.watcher = threading.Thread(
+                target=self.watch, args=[threading.get_ident()], daemon=True
+            )
+            self.watcher.start()
 
     def bind(self) -> None:
         """Bind the signals, anew where a library has bound them meanwhile."""
@@ -80,12 +80,7 @@ class StopRequest:
 
     @property
     def is_listening(self) -> bool:
-        return self.watcher is not None and not self.is_over
-
-    def finish(self) -> None:
-        """The work is over: a signal from now on ends the process where it strikes."""
-        self.is_over = True
-        self.end_watching()
+        return self.process == os.getpid()
 
     def end_watching(self) -> None:
         self.closed.set()
@@ -93,11 +88,9 @@ class StopRequest:
             self.watcher.join()
 
     def handle(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a forked worker is not the one to be asked
+        if not self.is_listening:  # a forked worker is not the one to be asked
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.is_over:
-            self.leave(number)
         elif not self.signal_number:
             self.signal_number, self.requested_at = number, time.monotonic()
             if not self.waits_for_step:
@@ -106,16 +99,16 @@ class StopRequest:
             self.interrupt(number)
 
     def interrupt(self, number: int) -> None:
-        """Raises: Interrupted."""
-        self.raised_at = time.monotonic()
-        raise Interrupted(number)
-
-    def leave(self, number: int) -> None:
-        """End the process without a word of what the interpreter was at."""
+        """Raises: Interrupted, unless it ends the process."""
+        stop = Interrupted(number, self.advice())
+        if not self.ends_process:
+            raise stop
         with suppress(Exception):
             sys.stdout.flush()
             if not self.is_reported and is_first_process():
-                print(Interrupted(number), file=sys.stderr, flush=True)
+                progress_line = "\n" if self.waits_for_step else ""
+                # a handler may strike inside of a write to sys.stderr
+                os.write(STDERR, f"{progress_line}{stop}\n".encode())
         os._exit(128 + number)
 
     def launcher_is_gone(self) -> bool:
@@ -123,12 +116,10 @@ class StopRequest:
         return self.launcher > 1 and os.getppid() != self.launcher
 
     def watch(self, main_thread: int) -> None:
+        """Ask the main thread to stop when the launcher has ended."""
         while not self.closed.wait(WATCH_SECONDS):
-            was_swallowed = (
-                self.raised_at > 0 and time.monotonic() - self.raised_at > RAISE_AGAIN_SECONDS
-            )
-            if was_swallowed or (self.launcher_is_gone() and not self.signal_number):
-                deliver(self.signal_number or signal.SIGTERM, main_thread)
+            if self.launcher_is_gone() and not self.signal_number:
+                deliver(signal.SIGTERM, main_thread)
 
 
 def is_to_be_bound(number: signal.Signals) -> bool:
