@@ -213,10 +213,10 @@ def test_a_run_in_a_thread_leaves_the_handlers_alone(settings):
 def test_a_signal_while_a_checkpoint_is_written_stops_after_that_step(settings, monkeypatch):
     save, steps = callbacks.save_checkpoint, []
 
-    def signalled(config, step, *rest):
+    def signalled(config, task, accelerator, state, prune):
         signal.raise_signal(signal.SIGTERM)
-        save(config, step, *rest)
-        steps.append(step)
+        save(config, task, accelerator, state, prune)
+        steps.append(state.step)
 
     monkeypatch.setattr(callbacks, "save_checkpoint", signalled)
     with pytest.raises(Interrupted, match="; the same command goes on from the checkpoint"):
