@@ -95,6 +95,17 @@ def test_a_signal_while_the_interpreter_ends_makes_no_traceback(number):
     assert Program(arguments("pass", end)).send(number) == (128 + number, told)
 
 
+def test_a_signal_in_the_last_moments_of_the_interpreter_leaves_its_status():
+    end = """
+class Late:
+    def __del__(self, write=os.write, sleep=time.sleep, line=b"%d" % os.getpid()):
+        write(1, line + b"\\n")
+        sleep(1)
+
+late = Late()"""
+    assert Program(arguments("pass", end)).send(signal.SIGTERM) == (0, "")
+
+
 def test_a_mistake_is_the_last_word_even_when_a_signal_follows():
     end = "say('told'); time.sleep(60)"
     program = Program(arguments(MISTAKE, end))

@@ -6,6 +6,7 @@ Nothing slow is imported at the top, so that signals are bound within the first 
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
 from trainers.errors import Interrupted, UserError
-from trainers.training.process_state import is_first_process, stop_request
+from trainers.training.process_state import ignore_signals, is_first_process, stop_request
 
 if TYPE_CHECKING:
     from trainers.config import Config, DreamBoothConfig
@@ -30,8 +31,10 @@ def run_main(main: Callable[[], int | None]) -> int:
     """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 +
     a signal.
 
-    The signals stay bound, so that one while the interpreter ends makes no traceback.
+    The signals stay bound: one that comes while the interpreter ends makes no traceback.
     """
+    # registered before all else, so called after all else
+    atexit.register(ignore_signals)
     stop_request.listen(ends_process=True)
     try:
         return main() or 0

@@ -122,6 +122,13 @@ class StopRequest:
                 deliver(signal.SIGTERM, main_thread)
 
 
+def ignore_signals() -> None:
+    """In the last moments of an interpreter, which calls no handler any more but would be killed,
+    the work that is done keeps its exit status."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def is_to_be_bound(number: signal.Signals) -> bool:
     """Whether a signal's handler is Python's, so that it can be put back, and not ignored by nohup.
 
