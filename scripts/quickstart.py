@@ -8,10 +8,11 @@ configs/quickstart.yaml)
 import sys
 
 from trainers.cli import run_main, silence_libraries
-from trainers.config.loading import load_config
 
 
 def main() -> int:
+    from trainers.config.loading import load_config
+
     path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
     config = load_config(path, sys.argv[1:])
     silence_libraries()

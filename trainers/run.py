@@ -128,7 +128,8 @@ class Training:
                 state = self.roll_back(error, state)
                 continue
             if reason.signal_number:
-                raise Interrupted(reason.signal_number)
+                advice = "the same command goes on from the checkpoint"
+                raise Interrupted(reason.signal_number, advice)
             return reason.step
         return state.step
 
@@ -155,7 +156,7 @@ class Training:
             reason = train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
-            checkpoints.save_end(reason)
+            reason = checkpoints.save_end(reason)
         return reason
 
     def roll_back(self, error: DivergenceError, state: RunState) -> RunState:
