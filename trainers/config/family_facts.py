@@ -84,6 +84,7 @@ class FamilyFacts(Facts):
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
+    names_elsewhere: list[str] = []  # what other trainers' configs call it, in lower case
 
     def is_in_block(self, layer: str) -> bool:
         """Whether a layer of the denoiser, by its full name, lies in one of its blocks."""
@@ -109,3 +110,12 @@ def families_with(section: str, key: str) -> list[str]:
     """The families that understand a key which not every family does; none if it is for all."""
     names = family_names()
     return [name for name in names if key in family_facts(name).config_keys.get(section, ())]
+
+
+def family_named(name: object) -> str | None:
+    """The family that another trainer's config calls so; None if none is."""
+    wanted = str(name).strip().lower()
+    for family in family_names():
+        if wanted in (family, *family_facts(family).names_elsewhere):
+            return family
+    return None
