@@ -28,17 +28,30 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def load_run_config(run: Path, kind: str = "") -> Config:
-    """The config of a run folder, whose data may be gone. Raises: UserError when it is none of that
-    kind, if given."""
+    """The config of a finished run, whose data may be gone.
+
+    Raises: UserError when the folder is no run of that kind, if one is given, or is not finished.
+    """
     try:
         config, _ = validate(parse_yaml((run / "config.yaml").read_text()))
     except OSError:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
     if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
-    if config.kind != "dreambooth" and not (run / "model").is_dir():
-        raise UserError(f"{run} is not finished: it has no model")
+    result = "model"
+    if config.kind == "dreambooth":
+        result = WEIGHT_NAME if config.lora else "pipeline"
+    if not (run / result).exists():
+        raise UserError(f"{run} is not finished: it has no {result}. {continue_hint(run)}")
     return config
+
+
+def continue_hint(run: Path) -> str:
+    """How training goes on in the folder of a run that was stopped."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        return "It has no checkpoint either: the same command starts from step 0"
+    return f"The same command goes on from its checkpoint {checkpoints[0].name}"
 
 
 def append_line(path: Path, line: str) -> None:

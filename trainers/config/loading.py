@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.errors import UserError
 
+PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir")
+
 
 class ConfigLoader(yaml.SafeLoader):
     """Reads 1e-4 as a number, as YAML 1.2 does, and takes a repeated key for a mistake."""
@@ -56,9 +58,15 @@ def parse_yaml(text: str | bytes) -> Any:
         raise yaml.YAMLError(error) from None
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    needs_pictures: bool = True,
+) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
+    needs_pictures: whether it is a mistake that the folders with the pictures are not there.
     Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
     the most similar right one.
     """
@@ -74,7 +82,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             f"{path} must contain sections such as 'model:' and 'data:', but it is a {kind}"
         )
     messages = [apply_override(tree, override) for override in overrides]
-    config, errors = validate(tree)
+    config, errors = validate(tree, needs_pictures)
     mistakes = [message for message in (*messages, *errors) if message]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -101,7 +109,7 @@ def apply_override(tree: dict, override: str) -> str | None:
     return None
 
 
-def validate(tree: dict) -> tuple[Config, list[str]]:
+def validate(tree: dict, needs_pictures: bool = True) -> tuple[Config, list[str]]:
     """The config and its mistakes.
 
     A wrong value is reported and removed, so that the rest can still be checked.
@@ -123,7 +131,8 @@ def validate(tree: dict) -> tuple[Config, list[str]]:
                 messages.setdefault(".".join(location), describe_error(problem, location, model))
                 remove_path(tree, location)
     for path, message in config.errors():
-        messages.setdefault(path, f"{path}: {message}")
+        if needs_pictures or path not in PICTURE_FOLDERS:
+            messages.setdefault(path, f"{path}: {message}")
     return config, list(messages.values())
 
 
