@@ -21,7 +21,8 @@ import yaml
 from common import print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.bases import PROMPT, SIZES, make_base, make_photos
+from benchmark.bases import make_base, make_photos
+from benchmark.sizes import PROMPT, SIZES
 from trainers.cli import make_parser, run_main, silence_libraries
 from trainers.config.loading import dump_config, load_config
 from trainers.memory_plan import plan_memory
