@@ -22,14 +22,9 @@ def main() -> int:
         path, overrides = CONFIG, [path, *overrides]
     config = load_config(path, overrides)
     silence_libraries()
-    from small_world.judge import (
-        before_after_grid,
-        format_gate,
-        gate,
-        load_judge,
-        load_pipeline,
-        measure_samples,
-    )
+    from small_world.gate import before_after_grid, format_gate, gate
+    from small_world.judge import load_judge
+    from small_world.measure import load_pipeline, measure_samples
     from trainers.run import run
 
     run(config)

@@ -1,5 +1,4 @@
-"""The small world: drawn 32 px objects with captions, a judge that reads them, and the figures of
-what a LoRA learned.
+"""The drawings of the small world: objects of 32 pixels, with captions.
 
 A base is trained on plain objects only. The subject of the quickstart, a purple and yellow striped
 star with a face, is therefore new in every way but its shape: no stripes, no faces, no second
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 ASSETS = Path(__file__).parent / "assets"
@@ -70,15 +70,14 @@ def plain_thing(rng: np.random.Generator) -> Thing:
 def rich_thing(rng: np.random.Generator) -> Thing:
     """What the judge and the autoencoder are trained on: any pattern, with or without a face."""
     thing, pattern = plain_thing(rng), pick(PATTERNS, rng)
-    color2 = (
-        "" if pattern == "plain" else pick([name for name in COLORS if name != thing.color], rng)
-    )
+    color2 = ""
+    if pattern != "plain":
+        color2 = pick([name for name in COLORS if name != thing.color], rng)
     return replace(thing, pattern=pattern, color2=color2, face=bool(rng.random() < 0.5))
 
 
 def is_subject(thing: Thing) -> bool:
-    """The subject's shape, pattern and pair of colours, in either order and with or without its
-    face."""
+    """Whether it has the subject's shape, pattern and pair of colors, with or without its face."""
     colors = {thing.color, thing.color2}
     return thing.shape == "star" and thing.pattern == "stripes" and colors == {"purple", "yellow"}
 
@@ -102,8 +101,10 @@ def caption(thing: Thing, rng: np.random.Generator) -> str:
 
 
 def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.Image:
-    """A SIZE x SIZE RGB picture; `jitter` scales the spread of place, size and angle (1: a quarter
-    of the object)."""
+    """A SIZE x SIZE RGB picture.
+
+    jitter: scales the spread of place, size and angle; with 1 it is a quarter of the object.
+    """
     canvas = SIZE * 4
     radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
     center = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
@@ -118,9 +119,8 @@ def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.
         ((x, y),) = place([(x, y)])
         return [x - r * radius, y - r * radius, x + r * radius, y + r * radius]
 
-    color, color2 = (
-        _shade(COLORS[name], rng, 12) for name in (thing.color, thing.color2 or thing.color)
-    )
+    color = _shade(COLORS[thing.color], rng, 12)
+    color2 = _shade(COLORS[thing.color2 or thing.color], rng, 12)
     paint = Image.new("RGB", (canvas, canvas), color)
     brush = ImageDraw.Draw(paint)
     if thing.pattern == "stripes":
@@ -147,6 +147,11 @@ def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.
     picture.paste(tuple(int(0.45 * c) for c in color), mask=mask.filter(ImageFilter.MaxFilter(5)))
     picture.paste(paint, mask=mask)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def to_pixels(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in -1..1."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def pick(names, rng: np.random.Generator) -> str:
