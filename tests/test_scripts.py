@@ -18,7 +18,7 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT / "scripts"))
     for pattern in ("*.py", "results/*.py", "small_world/build.py", "benchmark/inside.py")
     for path in (ROOT / "scripts").glob(pattern)
-    if path.name != "common.py"
+    if path.name not in ("common.py", "plain_loops.py")
 )
 DREAMBOOTH_CONFIGS = sorted(
     path.name

@@ -84,16 +84,8 @@ def measure_samples(
     rng, shapes = np.random.default_rng(seed), [name for name in CLASSES if name != "star"]
     others = [replace(plain_thing(rng), shape=pick(shapes, rng)) for _ in range(n)]
     edits = [subject(list(BACKGROUNDS)[i % len(BACKGROUNDS)]) for i in range(n)]
-    rows = {
-        "subject": [INSTANCE_PROMPT] * n,
-        "edit": [f"{INSTANCE_PROMPT} {thing.background}" for thing in edits],
-        "class": [CLASS_PROMPT] * n,
-        "other": [
-            f"a photo of a {thing.color} {thing.shape} {thing.background}" for thing in others
-        ],
-    }
     pictures, labels, features = {}, {}, {}
-    for i, (row, prompts) in enumerate(rows.items()):
+    for i, (row, prompts) in enumerate(make_prompts(edits, others).items()):
         pictures[row] = sample(pipeline, config, prompts, 1000 * (seed + i))
         labels[row], features[row] = judge.read(pictures[row])
     metrics = subject_metrics(labels["subject"])
@@ -109,6 +101,16 @@ def measure_samples(
     metrics["drift"] = float(moved.norm())
     metrics |= {f"other_{name}": rate for name, rate in agreement(labels["other"], others).items()}
     return Measurement(metrics, pictures, features["class"])
+
+
+def make_prompts(edits: Sequence[Thing], others: Sequence[Thing]) -> dict[str, list[str]]:
+    """The prompts of each row, as many as there are things in each."""
+    return {
+        "subject": [INSTANCE_PROMPT] * len(edits),
+        "edit": [f"{INSTANCE_PROMPT} {thing.background}" for thing in edits],
+        "class": [CLASS_PROMPT] * len(edits),
+        "other": [f"a photo of a {it.color} {it.shape} {it.background}" for it in others],
+    }
 
 
 def sample(
