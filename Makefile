@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/python scripts/guides.py trainers scripts
+	$(BIN)/python scripts/guides.py trainers scripts tests
 
 # how long files and functions may be, and how dense their lines are
 guides: install

@@ -23,11 +23,11 @@ from reference.models import (
     CLIP,
     PIPELINES,
     TextShape,
-    flux_parts,
+    flow_parts,
     make_clip,
     make_t5,
-    sd3_parts,
     sd15_parts,
+    text_parts,
 )
 
 
@@ -66,7 +66,7 @@ def make_sd15(size: Size) -> dict[str, Any]:
         attention_head_dim=shape["heads"],
     )
     vae = make_vae("sd15", size, scale=0.18215)
-    return sd15_parts(unet, vae, sized_clip(size, size.clip), make_tokenizer())
+    return sd15_parts(unet, vae, text_parts(sized_clip(size, size.clip)))
 
 
 def make_sd3(size: Size) -> dict[str, Any]:
@@ -87,8 +87,7 @@ def make_sd3(size: Size) -> dict[str, Any]:
     )
     vae = make_vae("sd3", size, scale=1.5305, shift=0.0609)
     clips = sized_clip(size, size.clip, True), sized_clip(size, size.clip_2, True)
-    texts = clips, make_tokenizer(), sized_t5(size), make_t5_tokenizer()
-    return sd3_parts(transformer, vae, *texts)
+    return flow_parts(transformer, vae, text_parts(*clips, sized_t5(size)))
 
 
 def make_flux(size: Size) -> dict[str, Any]:
@@ -108,8 +107,8 @@ def make_flux(size: Size) -> dict[str, Any]:
         axes_dims_rope=axes,
     )
     vae = make_vae("flux", size, scale=0.3611, shift=0.1159)
-    texts = sized_clip(size, size.clip), make_tokenizer(), sized_t5(size), make_t5_tokenizer()
-    return flux_parts(transformer, vae, *texts)
+    texts = text_parts(sized_clip(size, size.clip), sized_t5(size))
+    return flow_parts(transformer, vae, texts)
 
 
 def make_vae(family: str, size: Size, scale: float, shift: float | None = None) -> AutoencoderKL:
@@ -130,12 +129,15 @@ def make_vae(family: str, size: Size, scale: float, shift: float | None = None) 
     )
 
 
-def sized_clip(size: Size, shape: TextShape, has_projection: bool = False) -> CLIP:
-    return make_clip(shape, make_tokenizer(), size.vocabularies[0], has_projection)
+def sized_clip(
+    size: Size, shape: TextShape, has_projection: bool = False
+) -> tuple[CLIP, CLIPTokenizer]:
+    tokenizer = make_tokenizer()
+    return make_clip(shape, tokenizer, size.vocabularies[0], has_projection), tokenizer
 
 
-def sized_t5(size: Size) -> T5EncoderModel:
-    return make_t5(size.t5, size.vocabularies[1])
+def sized_t5(size: Size) -> tuple[T5EncoderModel, T5Tokenizer]:
+    return make_t5(size.t5, size.vocabularies[1]), make_t5_tokenizer()
 
 
 def make_tokenizer() -> CLIPTokenizer:

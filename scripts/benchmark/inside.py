@@ -98,6 +98,8 @@ def make_condition(family: str, size: Size, rows: int, device: torch.device) -> 
 class OneBatch:
     """The same micro-batch at each step, with the draws of that step."""
 
+    encoder = SimpleNamespace(trained_encoders=())
+
     def __init__(self, batch: dict, batch_slice: BatchSlice, device: torch.device) -> None:
         self.batch, self.batch_slice, self.device = batch, batch_slice, device
 
@@ -153,16 +155,16 @@ def time_ours(cell: Cell, size: Size, base: Path, steps: int) -> list[float]:
     denoiser = make_denoiser(name, size, device)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     family.condition = lambda text: text
-    task = DreamBooth(family, SimpleNamespace(trained_encoders=()), settings, accelerator)
     channels, height, width = latent_shape(name, size)
     batch = {
         "moments": torch.randn(cell.rows, 2 * channels, height, width, device=device),
         "text": make_condition(name, size, cell.rows, device),
         "weight": torch.full((cell.rows,), 1 / cell.rows, device=device),
     }
-    task.batches = OneBatch(batch, BatchSlice(0, cell.rows), device)
+    batches = OneBatch(batch, BatchSlice(0, cell.rows), device)
+    task = DreamBooth(family, batches, None, settings, accelerator)
     timer = StepTimer(device)
-    train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [timer])
+    train(task, batches, settings.train, 0, accelerator, lambda step: 1.0, [timer])
     return timer.milliseconds()
 
 

@@ -24,7 +24,6 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
@@ -90,11 +89,20 @@ def make_t5(
     )
 
 
+def text_parts(*encoders: tuple[CLIP | T5EncoderModel, Any]) -> dict[str, Any]:
+    """Text encoders with their tokenizers under the names that pipelines have for them."""
+    parts = {}
+    for number, (encoder, tokenizer) in enumerate(encoders, start=1):
+        suffix = "" if number == 1 else f"_{number}"
+        parts[f"text_encoder{suffix}"] = encoder
+        parts[f"tokenizer{suffix}"] = tokenizer
+    return parts
+
+
 def sd15_parts(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    clip: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
+    texts: dict[str, Any],
     prediction_type: str = "epsilon",
 ) -> dict[str, Any]:
     """The components of an SD1.5 pipeline, with the scheduler of the released one."""
@@ -107,55 +115,20 @@ def sd15_parts(
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    return {
-        "vae": vae,
-        "text_encoder": clip,
-        "tokenizer": tokenizer,
-        "unet": unet,
-        "scheduler": scheduler,
+    no_checker = {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+    return {"vae": vae, "unet": unet, "scheduler": scheduler} | texts | no_checker
 
 
-def sd3_parts(
-    transformer: SD3Transformer2DModel,
+def flow_parts(
+    transformer: SD3Transformer2DModel | FluxTransformer2DModel,
     vae: AutoencoderKL,
-    clips: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection],
-    tokenizer: CLIPTokenizer,
-    t5: T5EncoderModel,
-    t5_tokenizer: T5Tokenizer,
+    texts: dict[str, Any],
 ) -> dict[str, Any]:
-    """The components of an SD3 pipeline, with the scheduler of the released one."""
-    return {
-        "transformer": transformer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": vae,
-        "text_encoder": clips[0],
-        "tokenizer": tokenizer,
-        "text_encoder_2": clips[1],
-        "tokenizer_2": tokenizer,
-        "text_encoder_3": t5,
-        "tokenizer_3": t5_tokenizer,
-    }
-
-
-def flux_parts(
-    transformer: FluxTransformer2DModel,
-    vae: AutoencoderKL,
-    clip: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    t5: T5EncoderModel,
-    t5_tokenizer: T5Tokenizer,
-) -> dict[str, Any]:
-    """The components of a Flux.1 pipeline, with the scheduler of the released one."""
-    return {
-        "transformer": transformer,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        "vae": vae,
-        "text_encoder": clip,
-        "tokenizer": tokenizer,
-        "text_encoder_2": t5,
-        "tokenizer_2": t5_tokenizer,
-    }
+    """The components of an SD3 or Flux.1 pipeline, with the scheduler of the released one."""
+    is_flux = isinstance(transformer, FluxTransformer2DModel)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=is_flux)
+    return {"transformer": transformer, "scheduler": scheduler, "vae": vae} | texts

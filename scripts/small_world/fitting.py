@@ -31,13 +31,28 @@ from .world import (
 )
 
 LATENT_SPREAD = 4.0  # the latents' wanted standard deviation, so that scaling_factor matters
-JUDGE_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
-AUTOENCODER_OPTIMIZER = OptimizerConfig(
-    learning_rate=4e-3,
-    weight_decay=0,
-    betas=(0.9, 0.99),
-    lr_scheduler="cosine",
-    lr_warmup_steps=50,
+
+
+@dataclass(frozen=True)
+class Recipe:
+    optimizer: OptimizerConfig
+    steps: int
+    batch_size: int
+
+
+JUDGE = Recipe(
+    OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine"), steps=1600, batch_size=64
+)
+AUTOENCODER = Recipe(
+    OptimizerConfig(
+        learning_rate=4e-3,
+        weight_decay=0,
+        betas=(0.9, 0.99),
+        lr_scheduler="cosine",
+        lr_warmup_steps=50,
+    ),
+    steps=3000,
+    batch_size=8,
 )
 
 
@@ -77,15 +92,15 @@ def fit(
     module: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     drawings: Drawings,
-    config: OptimizerConfig,
-    steps: int,
-    batch_size: int,
+    recipe: Recipe,
 ) -> None:
     """Train a module on drawings, and leave the average of its weights in it, for evaluation."""
+    config = recipe.optimizer
     groups = [{"params": list(module.parameters()), "lr": config.learning_rate}]
     player = Player(module, make_optimizer(config, groups), EMA(module, 0.99))
-    task = FitTask(drawings, batch_size, player, loss)
-    rate, settings = make_lr_schedule(config, steps), TrainConfig(max_train_steps=steps)
+    task = FitTask(drawings, recipe.batch_size, player, loss)
+    rate = make_lr_schedule(config, recipe.steps)
+    settings = TrainConfig(max_train_steps=recipe.steps)
     train(task, task.batches, settings, 0, Accelerator(cpu=True), rate, [report])
     player.ema.swap()
     module.eval()
@@ -127,7 +142,7 @@ def make_judge(folder: Path) -> None:
         logits = judge(x)[0].values()
         return sum(F.cross_entropy(head, labels[:, i]) for i, head in enumerate(logits))
 
-    fit(judge, loss, drawings, JUDGE_OPTIMIZER, steps=1600, batch_size=64)
+    fit(judge, loss, drawings, JUDGE)
     with torch.no_grad():
         judge.centre.copy_(judge(to_pixels(drawings.pictures[:2000]))[1].mean(0))
         logits = judge(to_pixels(unseen.pictures))[0]
@@ -160,7 +175,7 @@ def make_autoencoder(folder: Path) -> None:
         return (x - y).abs().mean() + 0.5 * sharp + 3e-4 * divergence
 
     drawings = make_drawings(16000, 2, without_subject, 0.6)
-    fit(vae, loss, drawings, AUTOENCODER_OPTIMIZER, steps=3000, batch_size=8)
+    fit(vae, loss, drawings, AUTOENCODER)
     plain = plain_pixels()
     with torch.no_grad():
         spread = vae.encode(plain).latent_dist.mean.std().item()

@@ -1,6 +1,7 @@
 """The small world's three pipelines before their training, and its tokenizers."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from reference.models import (
     CLIP,
     PIPELINES,
     TextShape,
-    flux_parts,
+    flow_parts,
     make_clip,
     make_t5,
-    sd3_parts,
     sd15_parts,
+    text_parts,
 )
 
 from .fitting import plain_pixels
@@ -54,7 +55,6 @@ def make_sd15(vae: AutoencoderKL) -> dict[str, Any]:
     multiplied by 1 / sqrt(abar), up to 15. After 300 steps the error of x0 at t > 800 was 1.77
     against 0.44.
     """
-    tokenizer = make_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=SIZE // 2,
         block_out_channels=(32, 64, 96),
@@ -65,13 +65,12 @@ def make_sd15(vae: AutoencoderKL) -> dict[str, Any]:
         cross_attention_dim=64,
         attention_head_dim=2,
     )
-    clip = small_clip(tokenizer, 64)
-    return sd15_parts(unet, vae, clip, tokenizer, prediction_type="v_prediction")
+    texts = text_parts(small_clip(64))
+    return sd15_parts(unet, vae, texts, prediction_type="v_prediction")
 
 
 def make_sd3(vae: AutoencoderKL) -> dict[str, Any]:
     """Four joint blocks, the first with a second attention as in SD3.5-medium."""
-    tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=SIZE // 2,
         patch_size=2,
@@ -87,14 +86,12 @@ def make_sd3(vae: AutoencoderKL) -> dict[str, Any]:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    clips = small_clip(tokenizer, 24, True), small_clip(tokenizer, 24, True)
-    t5 = small_t5(t5_tokenizer, 48)
-    return sd3_parts(transformer, vae, clips, tokenizer, t5, t5_tokenizer)
+    texts = text_parts(small_clip(24, True), small_clip(24, True), small_t5(48))
+    return flow_parts(transformer, vae, texts)
 
 
 def make_flux(vae: AutoencoderKL) -> dict[str, Any]:
     """Two double and three single blocks, with a guidance embedding as Flux.1-dev."""
-    tokenizer, t5_tokenizer = make_tokenizer(), make_t5_tokenizer()
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -106,21 +103,22 @@ def make_flux(vae: AutoencoderKL) -> dict[str, Any]:
         guidance_embeds=True,
         axes_dims_rope=(4, 10, 10),
     )
-    clip = small_clip(tokenizer, 48)
-    t5 = small_t5(t5_tokenizer, 48)
-    return flux_parts(transformer, vae, clip, tokenizer, t5, t5_tokenizer)
+    return flow_parts(transformer, vae, text_parts(small_clip(48), small_t5(48)))
 
 
-def small_clip(tokenizer: CLIPTokenizer, width: int, has_projection: bool = False) -> CLIP:
+def small_clip(width: int, has_projection: bool = False) -> tuple[CLIP, CLIPTokenizer]:
     shape = TextShape(width, layers=2, heads=4, inner=2 * width)
-    return make_clip(shape, tokenizer, has_projection=has_projection)
+    tokenizer = make_tokenizer()
+    return make_clip(shape, tokenizer, has_projection=has_projection), tokenizer
 
 
-def small_t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+def small_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     shape = TextShape(width, layers=2, heads=4, inner=2 * width)
-    return make_t5(shape, len(tokenizer), buckets=16, max_distance=32)
+    tokenizer = make_t5_tokenizer()
+    return make_t5(shape, len(tokenizer), buckets=16, max_distance=32), tokenizer
 
 
+@cache
 def make_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer of CLIP's kind over the captions' words."""
     rng = np.random.default_rng(7)
