@@ -70,8 +70,12 @@ def load_presets(path: str, overrides: list[str]) -> dict[str, DreamBoothConfig]
     """The different configs that the presets of train.memory make of one, by the first's name.
 
     A preset that the config cannot be combined with is named and left out. Raises: UserError when
-    that is true of all of them, or when this is no DreamBooth run.
+    that is true of all of them, when the config is wrong without any, or when this is no DreamBooth
+    run.
     """
+    kind = load_config(path, overrides, needs_pictures=False).kind
+    if kind != "dreambooth":
+        raise UserError(f"{path} is a run of {kind}: only DreamBooth runs have a plan")
     configs, errors, same = {}, {}, []
     for name in MEMORY_PRESETS:
         options = [*overrides, f"train.memory={name}"]
@@ -80,9 +84,6 @@ def load_presets(path: str, overrides: list[str]) -> dict[str, DreamBoothConfig]
         except UserError as error:
             errors[name] = error
             continue
-        if config.kind != "dreambooth":
-            message = f"{path} is no DreamBooth run: small networks from scratch need no plan"
-            raise UserError(message)
         if any(settings(config) == settings(other) for other in configs.values()):
             same.append(name)
         else:

@@ -75,7 +75,17 @@ def test_a_plan_names_the_presets_that_the_config_excludes(bases, monkeypatch, c
     assert printed.splitlines()[-1] == "train.memory=low"
 
 
-def test_a_plan_of_what_no_preset_can_train_tells_why(bases, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    assert call("plan.py", "configs/quickstart_flux.yaml", "data.resolution=33") == 2
-    assert "data.resolution" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart_flux.yaml", "data.resolution=33"], "data.resolution: must be a multiple"),
+        (["gan_mnist.yaml"], "is a run of gan: only DreamBooth runs have a plan"),
+        (["unet_segment.yaml", "data.image_dir=."], "is a run of unet"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / "configs")
+    assert call("plan.py", *arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
