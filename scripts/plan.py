@@ -70,12 +70,8 @@ def load_presets(path: str, overrides: list[str]) -> dict[str, DreamBoothConfig]
     """The different configs that the presets of train.memory make of one, by the first's name.
 
     A preset that the config cannot be combined with is named and left out. Raises: UserError when
-    that is true of all of them, when the config is wrong without any, or when this is no DreamBooth
-    run.
+    that is true of all of them, or when this is no DreamBooth run.
     """
-    kind = load_config(path, overrides, needs_pictures=False).kind
-    if kind != "dreambooth":
-        raise UserError(f"{path} is a run of {kind}: only DreamBooth runs have a plan")
     configs, errors, same = {}, {}, []
     for name in MEMORY_PRESETS:
         options = [*overrides, f"train.memory={name}"]
@@ -89,6 +85,10 @@ def load_presets(path: str, overrides: list[str]) -> dict[str, DreamBoothConfig]
         else:
             configs[name] = config
     if not configs:
+        # what is wrong without any preset comes before what is wrong with them
+        kind = load_config(path, overrides, needs_pictures=False).kind
+        if kind != "dreambooth":
+            raise UserError(f"{path} is a run of {kind}: only DreamBooth runs have a plan")
         raise next(iter(errors.values()))
     for name, error in errors.items():
         print(f"train.memory={name} is left out. {error}")
