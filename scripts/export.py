@@ -95,7 +95,7 @@ def load_source(arguments: argparse.Namespace, family: Family) -> Lora:
 def default_path(arguments: argparse.Namespace) -> Path:
     """In the run folder, or beside any other source."""
     source, format = arguments.source, arguments.format
-    folder = source if (source / "config.yaml").is_file() else source.parent
+    folder = source if (source / run_folder.CONFIG_NAME).is_file() else source.parent
     stem = source.name if source.is_dir() else source.stem
     rank = f"_rank{arguments.rank}" if arguments.rank else ""
     suffix = "" if format == "merged" else load_format(format).SUFFIX

@@ -43,7 +43,7 @@ def main() -> None:
     from trainers.efficiency.apply import open_family
     from trainers.families.sampling import write_samples
     from trainers.lora.files import load_lora
-    from trainers.run_folder import WEIGHT_NAME
+    from trainers.run_folder import GRID_NAME, WEIGHT_NAME
 
     device = best_device()
     family = open_family(config.model, device, preferred_dtype(device))
@@ -53,7 +53,7 @@ def main() -> None:
         load_lora(family, file if file.is_file() else arguments.weights)
     family.apply_memory_options()
     write_samples(family, config, arguments.out)
-    print(arguments.out / "grid.png")
+    print(arguments.out / GRID_NAME)
 
 
 def apply_arguments(config: DreamBoothConfig, arguments: argparse.Namespace) -> DreamBoothConfig:

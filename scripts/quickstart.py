@@ -8,7 +8,6 @@ It prints a table, writes a picture, and exits with status 1 when the LoRA has n
 import sys
 
 from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
-from trainers.config.loading import load_config
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -20,12 +19,15 @@ def main() -> int:
     path, overrides = arguments.config, arguments.overrides
     if "=" in path:
         path, overrides = CONFIG, [path, *overrides]
+    from trainers.config.loading import load_config
+
     config = load_config(path, overrides)
     silence_libraries()
     from small_world.gate import before_after_grid, format_gate, gate
     from small_world.judge import load_judge
     from small_world.measure import load_pipeline, measure_samples
     from trainers.run import run
+    from trainers.run_folder import WEIGHT_NAME
 
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
@@ -37,7 +39,7 @@ def main() -> int:
     picture = config.output_dir / "before_after.png"
     before_after_grid(base, tuned).save(picture)
     print(f"\nbefore and after: {picture}")
-    print(f"the LoRA: {config.output_dir}/pytorch_lora_weights.safetensors")
+    print(f"the LoRA: {config.output_dir / WEIGHT_NAME}")
     return 0 if all(passed.values()) else 1
 
 

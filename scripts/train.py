@@ -7,13 +7,14 @@ python scripts/train.py configs/NAME.yaml                                     (o
 import sys
 
 from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
-from trainers.config.loading import load_config
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     add_config_arguments(parser)
     arguments = parser.parse_args()
+    from trainers.config.loading import load_config
+
     # before the slow imports, so that a mistake is reported at once
     config = load_config(arguments.config, arguments.overrides)
     silence_libraries()

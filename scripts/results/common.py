@@ -10,6 +10,7 @@ from pathlib import Path
 from trainers.cli import make_parser
 from trainers.config.loading import load_config
 from trainers.run import run
+from trainers.run_folder import FIGURES_NAME, read_metrics
 
 Metrics = dict[str, float]
 
@@ -26,15 +27,14 @@ def results_parser(description: str, data: str) -> argparse.ArgumentParser:
 def train(config: str, folder: Path, *overrides: str) -> tuple[Metrics, float]:
     """The metrics of a run, and the seconds of its training steps; a finished one is read again."""
     settings = load_config(f"configs/{config}.yaml", [f"output_dir={folder}", *overrides])
-    if not (folder / "figures.json").exists():
+    if not (folder / FIGURES_NAME).exists():
         run(settings)
     seconds, last = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_metrics(folder):
         batches_per_second = row["images_per_second"] / settings.train.train_batch_size
         seconds += (row["step"] - last) / batches_per_second
         last = row["step"]
-    return json.loads((folder / "figures.json").read_text()), seconds
+    return json.loads((folder / FIGURES_NAME).read_text()), seconds
 
 
 def read_or_compute(path: Path, compute: Callable[[], Metrics]) -> Metrics:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from trainers.cli import make_parser, run_main
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 
 HEIGHT = 320  # of a panel, in pixels
 TITLE_HEIGHT = 28
@@ -21,7 +22,7 @@ def main() -> None:
     help = "The folder of the runs."
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help=help)
     folder = parser.parse_args().out
-    codes = Image.open(folder / "reconstruct_seed0/samples/final/codes.png").convert("RGB")
+    codes = Image.open(folder / "reconstruct_seed0" / SAMPLES / FINAL / "codes.png").convert("RGB")
     digits, colors = read_grid(folder / "gan_seed0"), read_grid(folder / "colorize_regression")
     membranes = first_pictures(folder / "segment_fold0", 0, 1, 2)
     micrographs = first_pictures(folder / "pix2pix_adversary", 0, 1)
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def read_grid(run: Path) -> Image.Image:
-    return Image.open(run / "samples" / "final" / "grid.png").convert("RGB")
+    return Image.open(run / SAMPLES / FINAL / GRID_NAME).convert("RGB")
 
 
 def first_pictures(run: Path, *rows: int) -> list[Image.Image]:

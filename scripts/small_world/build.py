@@ -25,6 +25,7 @@ from trainers.cli import make_parser, run_main, silence_libraries
 from trainers.config.loading import load_config
 from trainers.families import FAMILIES
 from trainers.run import run
+from trainers.run_folder import PIPELINE
 
 WORK = Path("runs/small_world")
 STEPS = {"sd15": 8000, "sd3": 5000, "flux": 6000}
@@ -67,7 +68,7 @@ def make_base(family: str, assets: Path) -> None:
         overrides += FLOW
     settings = load_config("configs/small_world_base.yaml", overrides)
     run(settings)
-    trained = settings.output_dir / "pipeline"
+    trained = settings.output_dir / PIPELINE
     pipeline = FAMILIES[family].pipeline.from_pretrained(trained, dtype=torch.float16)
     pipeline.save_pretrained(assets / family)
     shutil.copytree(WORK / "judge", assets / "judge", dirs_exist_ok=True)
