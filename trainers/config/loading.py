@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.errors import UserError
 
+PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir")
+
 
 class ConfigLoader(yaml.SafeLoader):
     """Reads 1e-4 as a number, as YAML 1.2 does, and takes a repeated key for a mistake."""
@@ -56,15 +58,21 @@ def parse_yaml(text: str | bytes) -> Any:
         raise yaml.YAMLError(error) from None
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    needs_pictures: bool = True,
+) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
+    needs_pictures: whether it is a mistake that the folders with the pictures are not there.
     Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
     the most similar right one.
     """
     tree = read_tree(path)
     messages = [apply_override(tree, override) for override in overrides]
-    config, errors = validate(tree)
+    config, errors = validate(tree, needs_pictures)
     mistakes = [message for message in (*messages, *errors) if message]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -107,11 +115,12 @@ def apply_override(tree: dict, override: str) -> str | None:
     return None
 
 
-def validate(tree: dict) -> tuple[Config, list[str]]:
+def validate(tree: dict, needs_pictures: bool = True) -> tuple[Config, list[str]]:
     """The config and its mistakes, those against the rules between keys too."""
     config, messages = parse_tree(tree)
     for path, message in config.errors():
-        messages.setdefault(path, f"{path}: {message}")
+        if needs_pictures or path not in PICTURE_FOLDERS:
+            messages.setdefault(path, f"{path}: {message}")
     return config, list(messages.values())
 
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, is_bf16_available
 
 from trainers.config import Config
 from trainers.distributed import deepspeed
@@ -18,13 +18,23 @@ from trainers.run_folder import TRACKING
 
 
 def best_device() -> torch.device:
-    import torch
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
-    return (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+
+def preferred_dtype(device: torch.device) -> torch.dtype:
+    """The precision for what is not trained: float32 on a CPU, else the half precision.
+
+    That is bfloat16 where the accelerator computes in it, and float16 on older ones.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    has_bfloat16 = is_bf16_available()
+    if device.type == "cuda":
+        # older cards only emulate it, which is slow
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]:
