@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainers.config import UNetConfig
+from trainers.from_scratch.task import name_undefined
 from trainers.from_scratch.uses.segment import Segment
 from trainers.metrics.image_quality import (
     confusion_metrics,
@@ -89,6 +90,16 @@ def test_no_pictures_have_no_figures():
     none = torch.zeros(0, 1, 16, 16)
     assert math.isnan(psnr(none, none))
     assert math.isnan(ssim(none, none))
+
+
+def test_figures_that_are_no_number_are_named():
+    figures = {"psnr": math.inf, "ssim": math.nan, "dice": 0.5, "features": "some"}
+    assert name_undefined(figures) == {
+        "psnr": "infinite",
+        "ssim": "not defined on these pictures",
+        "dice": 0.5,
+        "features": "some",
+    }
 
 
 # Sets of pictures

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainers.config import UNetConfig
 from trainers.data.imaging import to_pil, write_grid
-from trainers.data.rng import SampleRng
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.adversarial import LOSSES, freeze
 from trainers.from_scratch.image_sets import ImageSet, picture_from_file
@@ -80,7 +80,8 @@ class UNetTask(FromScratchTask):
 
     def sample(self, folder: Path) -> None:
         images, sheet = self.test_images or self.train_images, {"shown": [], "made": [], "true": []}
-        for i in range(min(GRID_COLUMNS if self.config.data.resolution <= 64 else 3, len(images))):
+        columns = GRID_COLUMNS if self.config.data.resolution <= 64 else 3
+        for i in choose_rows(derive_seed(self.config.seed, "shown"), len(images), columns):
             x, generated, y = self.predict(images, range(i, i + 1))
             for row, picture in zip(
                 sheet.values(),

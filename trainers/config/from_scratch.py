@@ -27,8 +27,10 @@ class ImagesConfig(Section):
         "test", "dataset_name: split to evaluate on; null skips the evaluation."
     )
     image_column: str = field("image", "Column that holds the pictures.")
-    label_column: str | None = field(None, "Column that holds the classes, as numbers from 0.")
-    only_label: int | None = field(None, "Train on this class only.")
+    label_column: str | None = field(None, "Column that holds the classes: numbers or names.")
+    only_label: int | str | None = field(
+        None, "Train on this class only: its value in label_column, or its name."
+    )
     resolution: PositiveInt = field(28, "Side of the pictures in pixels; others are resized.")
     channels: Literal[1, 3] = field(1, "1 for gray, 3 for color.")
     in_memory: bool = field(

@@ -64,6 +64,16 @@ def sharpness(generated: Tensor, true: Tensor) -> float:
     return float(edges(generated) / edges(true))
 
 
+def auroc(is_positive: Tensor, score: Tensor) -> float:
+    """Area under the receiver operating characteristic of scores (N,); NaN where all are of one
+    kind."""
+    from sklearn.metrics import roc_auc_score
+
+    if len(is_positive.unique()) < 2:
+        return float("nan")
+    return float(roc_auc_score(is_positive.cpu(), score.cpu()))
+
+
 @torch.no_grad()
 def distribution_metrics(
     generated: Tensor, true: Tensor, net: Callable[[Tensor], Tensor]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.config import UNetConfig
-from trainers.data.rng import SampleRng
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import ImageSet
 from trainers.from_scratch.uses.base import Use
@@ -29,7 +29,7 @@ class Colorize(Use):
 
     def prepare(self, train: ImageSet, test: ImageSet | None = None, limit: int = 2000) -> None:
         """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to
-        `limit` pictures.
+        `limit` pictures, drawn by chance.
 
         Raises: UserError naming a grey picture.
         """
@@ -41,10 +41,8 @@ class Colorize(Use):
                 )
         if self.objective.rebalanced:
             rng = SampleRng(0, 0, [])
-            bins = [
-                nearest_bin(self.pair(train.take([i]), rng)[1])
-                for i in range(min(limit, len(train)))
-            ]
+            rows = choose_rows(derive_seed(self.config.seed, "colors"), len(train), limit)
+            bins = [nearest_bin(self.pair(train.take([i]), rng)[1]) for i in rows]
             p = torch.cat(bins).flatten().bincount(minlength=self.out_channels).float()
             p /= p.sum()
             weight = 1 / (p / 2 + 1 / (2 * self.out_channels))
