@@ -2,7 +2,7 @@
 
 python scripts/encode.py RUN PICTURE_OR_FOLDER ... [--out codes.npz]
 
-The file holds `name` (N,), `code_block` (N, D) and `score` (N,): of anomaly, or the squared error
+The file holds `name` (N,), `code` (N, D) and `score` (N,): of anomaly, or the squared error
 of pictures in 0..1.
 """
 

@@ -17,6 +17,7 @@ from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
+from trainers.from_scratch.checks import warn_of_squashing
 from trainers.from_scratch.codes import anomaly_score, corrupt, plot_codes
 from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sample, picture_from_file
 from trainers.from_scratch.networks import ConvAutoencoder
@@ -153,10 +154,9 @@ def encode_pictures(
     """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
     squared error."""
     model = ConvAutoencoder.from_pretrained(run / "model").to(best_device())
-    samples, decoder = (
-        [ImageSample(picture_from_file(path)) for path in paths],
-        partial(decode_sample, config=config.data, read_target=None),
-    )
+    samples = [ImageSample(picture_from_file(path)) for path in paths]
+    warn_of_squashing([sample.picture for sample in samples], config)
+    decoder = partial(decode_sample, config=config.data, read_target=None)
     images, codes, scores = ImageSet(samples, decoder, False, model.device), [], []
     for first in tqdm(range(0, len(images), 256), unit="batch"):
         x = to_float(images.take(range(first, min(first + 256, len(images)))))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from trainers.config import Config, DreamBoothConfig, ModelConfig
 from trainers.errors import Interrupted, UserError
@@ -57,14 +58,23 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def parse_picture_arguments(
-    description: str, kind: str, out: str, help: str
+    description: str,
+    kind: str,
+    out: str,
+    help: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, Config]:
     """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's
-    config."""
+    config.
+
+    flags: further options that are on or off, with their help.
+    """
     parser = make_parser(description)
     parser.add_argument("run", type=Path, help=f"the run folder of a {kind}")
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
     parser.add_argument("--out", type=Path, default=Path(out), help=help)
+    for flag, flag_help in flags.items():
+        parser.add_argument(flag, action="store_true", help=flag_help)
     arguments = parser.parse_args()
     config = load_run_config(arguments.run, kind)
     silence_libraries()

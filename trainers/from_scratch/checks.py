@@ -53,7 +53,9 @@ def warn_of_squashing(pictures: Sequence[Picture], config: ScratchConfig) -> Non
     squashed = [pair for pair in ratios if pair[0] > SQUARE_TOLERANCE]
     if squashed:
         ratio, name = max(squashed)
-        remedy = ", or set data.crop=true" if config.kind == "unet" else ""
+        remedy = (
+            ", or train with data.crop=true, which cuts squares" if config.kind == "unet" else ""
+        )
         warnings.warn(
             f"{len(squashed)} of {len(ratios)} pictures are not square and are squashed to {side} "
             f"x {side} pixels: of {name} one side is {ratio:.2f} times as long as the other. Crop "

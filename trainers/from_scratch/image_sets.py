@@ -103,11 +103,15 @@ def load_images(
     `only_label`, which is usual for those that are held out. Raises: UserError for a source that
     cannot be read or is empty, and for labels that are no classes.
     """
-    classes = find_classes(config) if config.dataset_name and config.label_column else None
+    classes = find_classes(config)
     samples = list_samples(config, held_out, read_target is not None, classes)
     if samples is None:
         return None
-    source = describe_source(config, held_out)
+    source = f"data: {config.image_dir or config.dataset_name}"
+    if config.image_dir is None:
+        source += f", split {config.test_split if held_out else config.train_split!r}"
+    elif config.folds is not None:
+        source += f", fold {config.fold} of {config.folds}"
     keep_every_class = held_out if every_class is None else every_class
     if config.only_label is not None and not keep_every_class:
         wanted = classes.index(config.only_label)
@@ -141,15 +145,6 @@ def list_samples(
     if config.folds is None:
         return samples
     return [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
-
-
-def describe_source(config: ImagesConfig, held_out: bool) -> str:
-    """What `list_samples` reads, for messages."""
-    if config.image_dir is None:
-        split = config.test_split if held_out else config.train_split
-        return f"data: {config.dataset_name}, split {split!r}"
-    fold = "" if config.folds is None else f", fold {config.fold} of {config.folds}"
-    return f"data: {config.image_dir}{fold}"
 
 
 def picture_from_file(path: Path) -> Picture:

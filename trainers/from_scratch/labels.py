@@ -91,12 +91,14 @@ def is_scalar(value: object) -> bool:
     return isinstance(value, Label)
 
 
-def find_classes(config: ImagesConfig) -> Classes:
+def find_classes(config: ImagesConfig) -> Classes | None:
     """The classes of the training split, in order, and behind them those that the test split alone
-    has.
+    has; None where there is no label column.
 
     Raises: UserError where the test split has such classes, unless one class alone is learned.
     """
+    if config.dataset_name is None or config.label_column is None:
+        return None
     columns = {"image_column": config.image_column, "label_column": config.label_column}
     found: list[dict[Label, str]] = []
     for split in filter(None, (config.train_split, config.test_split)):

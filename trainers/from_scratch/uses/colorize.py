@@ -12,7 +12,7 @@ from trainers.config import UNetConfig
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import ImageSet
-from trainers.from_scratch.uses.base import Use
+from trainers.from_scratch.uses.base import Use, resize
 from trainers.metrics.image_quality import colorfulness, psnr, ssim
 
 AB_SCALE = 110.0  # half the range of Lab's a and b
@@ -70,6 +70,11 @@ class Colorize(Use):
             torch.einsum("bqhw,qc->bchw", (prediction / 0.38).softmax(1), ab_bins().to(prediction))
             / AB_SCALE
         )
+
+    def render(self, pixels: Tensor, x: Tensor, prediction: Tensor) -> Tensor:
+        """Its colours are the prediction's; L is the picture's own, at its own size."""
+        ab = resize(self.postprocess(prediction), pixels.shape[2:])
+        return self.to_image(self.to_input(pixels), ab)
 
     def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         """Colours that no screen shows at their L are drawn towards grey until one can."""
