@@ -467,8 +467,8 @@ FAULTS = [  # file, what is wrong, the line's text, the text that replaces it
     (
         "autoencoder.py",
         "anomalies are the learnt class",
-        "roc_auc_score(~is_normal.cpu()",
-        "roc_auc_score(is_normal.cpu()",
+        "auroc(~is_normal",
+        "auroc(is_normal",
     ),
     (
         "from_scratch/adversarial.py",

@@ -21,6 +21,7 @@ from trainers.metrics.image_quality import (
     sharpness,
     ssim,
 )
+from trainers.metrics.lora_quality import nearest_photos
 
 
 def random(*shape, seed=0):
@@ -242,3 +243,14 @@ def test_a_batch_that_is_ignored_altogether_costs_nothing_and_teaches_nothing():
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert (prediction.grad == 0).all()
+
+
+# Near-copies of photos
+
+
+def test_a_photo_that_is_there_twice_hides_no_copy():
+    """A flag is: nearer than the two photos that are nearest to each other."""
+    photos = torch.eye(4)[[0, 1, 1]]
+    copy = torch.tensor([[1.0, 0.1, 0, 0]]) / 1.01**0.5
+    assert nearest_photos(copy, photos)[2].tolist() == [True]
+    assert nearest_photos(copy, photos[1:])[2].tolist() == [False]

@@ -214,7 +214,7 @@ def test_an_autoencoder_of_one_class_is_measured_on_that_class_and_for_anomalies
 )
 def test_figures_that_one_class_does_not_define_are_named_so(tmp_path, use, test, undefined):
     task = make_autoencoder(tmp_path, [1, 1, 2, 3], test, use=use, only_label=1)
-    task.finish()
+    task.finish(1)
     figures = json.loads((tmp_path / "run/figures.json").read_text())
     assert {name for name, value in figures.items() if isinstance(value, str)} == undefined
     card = (tmp_path / "run/README.md").read_text()
@@ -226,6 +226,23 @@ def test_figures_that_one_class_does_not_define_are_named_so(tmp_path, use, test
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_test_pictures_are_measured_and_need_no_plot(tmp_path, count):
     task = make_autoencoder(tmp_path, [0, 1] * 3, [0, 1, 0][:count])
-    task.finish()
+    task.finish(1)
     figures = json.loads((tmp_path / "run/figures.json").read_text())
     assert all(isinstance(figures[name], float) for name in ("psnr", "ssim", "linear_probe"))
+
+
+def test_one_file_is_not_both_what_is_learnt_from_and_what_is_held_out(tmp_path):
+    path = tmp_path / "config.yaml"
+    data = {"dataset_name": "some.parquet"}
+    path.write_text(json.dumps({"kind": "autoencoder", "data": data}))
+    with pytest.raises(UserError, match=r"data.test_split: a single .parquet file has one split"):
+        loading.load_config(path, [])
+    assert loading.load_config(path, ["data.test_split=null"]).data.test_split is None
+
+
+def test_held_out_pictures_that_are_trained_on_and_large_batches_are_warned_of(tmp_path, recwarn):
+    data = make_data(tmp_path, [0, 1], [0, 1])
+    Autoencoder(AutoencoderConfig(data=data, train={"train_batch_size": 3}), Accelerator(cpu=True))
+    messages = " ".join(str(warning.message) for warning in recwarn)
+    assert "2 of 2 held-out pictures are also training pictures" in messages
+    assert "train_batch_size: 3 is more than the 2 training pictures" in messages

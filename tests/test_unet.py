@@ -649,6 +649,20 @@ def test_a_grey_picture_teaches_no_colours(settings, coloured, tmp_path):
         run(settings("colorize", f"data.image_dir={folder}", "data.folds=null"))
 
 
+def test_grey_pictures_that_are_stored_in_colour_are_warned_of_and_refused_where_all_are(
+    settings, coloured, tmp_path
+):
+    folder = shutil.copytree(coloured, tmp_path / "some")
+    Image.new("RGB", (20, 20), (90, 90, 90)).save(folder / "0_image.png")
+    source = [f"data.image_dir={folder}", "data.folds=null"]
+    with pytest.warns(UserWarning, match=r"1 of 8 pictures .* have none, such as .*0_image.png"):
+        UNetTask.build(settings("colorize", *source), Accelerator(cpu=True))
+    for path in folder.iterdir():
+        Image.open(path).convert("L").convert("RGB").save(path)
+    with pytest.raises(UserError, match=r"8 of 8 pictures .* there is no colour to learn"):
+        UNetTask.build(settings("colorize", *source), Accelerator(cpu=True))
+
+
 def test_an_empty_split_is_named(settings, bars, tmp_path):
     rows = datasets.Dataset.from_parquet(str(bars / "train.parquet")).select([])
     (tmp_path / "empty").mkdir()

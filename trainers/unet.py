@@ -109,7 +109,7 @@ class UNetTask(FromScratchTask):
 
     def evaluate(self) -> dict[str, float | str]:
         """The use's figures over all pixels; of pictures that may be of several sizes, the means of
-        theirs."""
+        theirs, over those that define them."""
         count, size = len(self.test_images), 1 if self.config.data.resize_to is None else 100
         parts = [
             self.predict(self.test_images, range(i, min(i + size, count)))
@@ -121,7 +121,10 @@ class UNetTask(FromScratchTask):
         if size > 1:
             return self.use.metrics(*(torch.cat(part) for part in zip(*parts, strict=True)))
         metrics = [self.use.metrics(*part) for part in parts]
-        return {name: sum(figure[name] for figure in metrics) / count for name in metrics[0]}
+        return {
+            name: float(torch.tensor([figure[name] for figure in metrics]).nanmean())
+            for name in metrics[0]
+        }
 
 
 def list_targets(config: PairsConfig, held_out: bool) -> list[Picture]:

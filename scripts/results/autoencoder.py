@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from trainers.autoencoder import NUM_PROBE_PICTURES
 from trainers.cli import run_main, silence_libraries
 from trainers.config.loading import load_config
+from trainers.data.rng import choose_rows
 from trainers.from_scratch.image_sets import load_images
 
 NOISE = 0.3
@@ -105,14 +106,15 @@ def pictures(source: str) -> list[np.ndarray]:
 
 
 def probe(pca: PCA | None, flat, labels, test, truth) -> float:
-    """The same reader as for our codes, on as many pictures; the components from all. Raw pixels do
-    better unscaled."""
+    """The same reader as for our codes, on as many pictures drawn by chance; the components from
+    all. Raw pixels do better unscaled."""
     reader = LogisticRegression(max_iter=500)
     if pca is not None:
         pca.fit(flat)
-        flat, test = pca.transform(flat[:NUM_PROBE_PICTURES]), pca.transform(test)
+        flat, test = pca.transform(flat), pca.transform(test)
         reader = make_pipeline(StandardScaler(), reader)
-    return reader.fit(flat[:NUM_PROBE_PICTURES], labels[:NUM_PROBE_PICTURES]).score(test, truth)
+    rows = choose_rows(0, len(flat), NUM_PROBE_PICTURES)
+    return reader.fit(flat[rows], labels[rows]).score(test, truth)
 
 
 def reconstruct_by_pca(pca: PCA, x: np.ndarray) -> np.ndarray:

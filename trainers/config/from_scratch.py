@@ -75,6 +75,13 @@ class ScratchConfig(Config):
         if data.image_dir is None:
             special = SpecialKeys(["data.image_dir"], "data", ["folds", "fold"])
             yield from irrelevant_keys(self, "a data set", [special])
+        is_single_file = data.dataset_name is not None and data.dataset_name.endswith(".parquet")
+        if is_single_file and data.test_split is not None:
+            message = (
+                "a single .parquet file has one split: name a folder of SPLIT.parquet files "
+                "instead, or set data.test_split to null, which measures nothing"
+            )
+            yield "data.test_split", message
         if data.image_dir is not None and data.label_column is not None:
             yield (
                 "data.label_column",
