@@ -23,6 +23,7 @@ from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sampl
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.image_quality import auroc, psnr, ssim
+from trainers.run_folder import FINAL, GRID_NAME, MODEL, SAMPLES
 
 NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on, by chance
 NUM_PLOT_PICTURES = 2000  # test pictures in the plot of the codes
@@ -96,7 +97,7 @@ class Autoencoder(FromScratchTask):
             )
         rows += [("from one code to another", interpolation) for interpolation in interpolations]
         rows += [("from random codes", random_samples)] if self.config.model.variational else []
-        write_grid([(title, to_pil(x)) for title, x in rows], folder / "grid.png", tile=64)
+        write_grid([(title, to_pil(x)) for title, x in rows], folder / GRID_NAME, tile=64)
 
     def usage_example(self) -> str:
         return (
@@ -113,7 +114,7 @@ class Autoencoder(FromScratchTask):
         has_labels = self.config.data.label_column is not None
         if has_labels:
             rows = torch.tensor(self.choose_rows(images, NUM_PLOT_PICTURES), device=self.device)
-            path = self.config.output_dir / "samples" / "final" / "codes.png"
+            path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
             plot_codes(codes[rows], images.labels[rows], images.class_names, path)
         if self.config.use == "anomaly" and has_labels:
             is_normal = images.labels == self.train_images.labels[0]
@@ -153,7 +154,7 @@ def encode_pictures(
 ) -> dict[str, list | np.ndarray]:
     """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
     squared error."""
-    model = ConvAutoencoder.from_pretrained(run / "model").to(best_device())
+    model = ConvAutoencoder.from_pretrained(run / MODEL).to(best_device())
     samples = [ImageSample(picture_from_file(path)) for path in paths]
     warn_of_squashing([sample.picture for sample in samples], config)
     decoder = partial(decode_sample, config=config.data, read_target=None)

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainers.atomic import replacing_file
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 to [-1, 1]."""
@@ -33,6 +35,12 @@ def mirror_pad(x: Tensor, height: int, width: int) -> Tensor:
         x = torch.cat([x, x.flip(-2)[..., :down, :]], -2)
         x = torch.cat([x, x.flip(-1)[..., :right]], -1)
     return x
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's suffix; no half of it is ever found."""
+    with replacing_file(path) as temporary:
+        picture.save(temporary)
 
 
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
@@ -60,7 +68,7 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
             sheet.paste(cell, (gap + i * (side + gap) + left, y + top))
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
@@ -73,4 +81,5 @@ def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -
             tile = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (i % columns * side, i // columns * side))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)
+    with replacing_file(path) as temporary:
+        sheets[0].save(temporary, save_all=True, append_images=sheets[1:], duration=80, loop=0)
