@@ -113,6 +113,9 @@ class GanConfig(ScratchConfig):
             yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
         if self.model.conditional and data.label_column is None:
             yield "model.conditional", "requires class labels: set data.label_column"
+        if self.model.conditional and data.only_label is not None:
+            message = "cannot be combined with data.only_label: there is one class"
+            yield "model.conditional", message
         has_test_pictures = data.folds if data.image_dir else data.test_split
         is_classifier = self.validation.features == "classifier"
         if is_classifier and has_test_pictures and data.label_column is None:
