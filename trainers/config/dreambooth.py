@@ -12,6 +12,7 @@ from trainers.config import dreambooth_rules as rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
+from trainers.config.bounds import PathField
 from trainers.config.dreambooth_sections import (
     DataConfig,
     DreamBoothTrainConfig,
@@ -36,7 +37,7 @@ MEMORY_PRESETS = {
 
 class DreamBoothConfig(Config):
     kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
-    output_dir: Path = field(
+    output_dir: PathField = field(
         Path("runs/dreambooth"), "The run folder: everything that the run writes."
     )
     model: ModelConfig = ModelConfig()

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
-
-from pydantic import NonNegativeInt, PositiveInt
 
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
 from trainers.config.base_sections import Section, field
+from trainers.config.bounds import Name, PathField, Pixels
 
 
 class ImagesConfig(Section):
-    image_dir: Path | None = field(None, "Folder with pictures.")
+    image_dir: PathField | None = field(None, "Folder with pictures.")
     folds: int | None = field(
-        None, "image_dir: every folds-th picture is held out for evaluation; null: none.", ge=2
+        None,
+        "image_dir: every folds-th picture is held out for evaluation; null: none.",
+        ge=2,
+        le=10_000,
     )
-    fold: NonNegativeInt = field(0, "image_dir: picture i is held out when i modulo folds is this.")
-    dataset_name: str | None = field(
+    fold: int = field(
+        0, "image_dir: picture i is held out when i modulo folds is this.", ge=0, lt=10_000
+    )
+    dataset_name: Name | None = field(
         None, "Instead: a `datasets` Hub name, or a local folder of SPLIT.parquet files."
     )
-    train_split: str = field("train", "dataset_name: split to train on.")
-    test_split: str | None = field(
+    train_split: Name = field("train", "dataset_name: split to train on.")
+    test_split: Name | None = field(
         "test", "dataset_name: split to evaluate on; null skips the evaluation."
     )
-    image_column: str = field("image", "Column that holds the pictures.")
-    label_column: str | None = field(None, "Column that holds the classes, as numbers from 0.")
-    only_label: int | None = field(None, "Train on this class only.")
-    resolution: PositiveInt = field(28, "Side of the pictures in pixels; others are resized.")
+    image_column: Name = field("image", "Column that holds the pictures.")
+    label_column: Name | None = field(None, "Column that holds the classes, as numbers from 0.")
+    only_label: int | None = field(None, "Train on this class only.", ge=0, le=1_000_000)
+    resolution: Pixels = field(28, "Side of the pictures in pixels; others are resized.")
     channels: Literal[1, 3] = field(1, "1 for gray, 3 for color.")
     in_memory: bool = field(
         True, "Decode all once and keep them on the device; false decodes at each step."
@@ -41,6 +44,7 @@ class ImagesConfig(Section):
         0.0,
         "Elastic deformation by a smooth random field of this standard deviation in pixels.",
         ge=0,
+        le=1000,
     )
 
     @property
