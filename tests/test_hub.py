@@ -30,6 +30,7 @@ from trainers.lora.export import make_metadata
 from trainers.publishing import hub as publishing_hub
 from trainers.publishing.markdown import escape_markdown, unescape_markdown
 from trainers.publishing.model_card import add_metrics, write_dreambooth_card
+from trainers.publishing.public import public_text
 from trainers.run import TASKS, run
 
 HUB_NAME = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -265,7 +266,8 @@ def clone(name="me/mine", **options):
 
 
 def files(config):
-    return {name: (config.output_dir / name).read_bytes() for name in PUBLIC}
+    found = {name: (config.output_dir / name).read_bytes() for name in PUBLIC}
+    return found | {"config.yaml": public_text(config).encode()}
 
 
 def lora(config):
@@ -511,6 +513,9 @@ def test_a_pushed_lora_loads_from_the_hub_and_makes_the_runs_own_picture(hub, se
     run(config)
     (code,) = re.findall(r"```python\n(.*?)```", clone()["README.md"].decode(), re.DOTALL)
     scope = {}
+    assert "PRETRAINED_MODEL_NAME_OR_PATH" in code, "the path of a local base is not published"
+    base = config.model.pretrained_model_name_or_path
+    code = code.replace("PRETRAINED_MODEL_NAME_OR_PATH", base)
     exec(code.replace("PATH_OR_REPO", "me/mine"), scope)
     final = Image.open(config.output_dir / "samples/final/00-0.png")
     assert scope["image"].tobytes() == final.tobytes()

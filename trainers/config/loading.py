@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -194,11 +194,10 @@ def remove_path(tree: Any, location: list[str]) -> None:
     tree.pop(location[-1], None)
 
 
-def dump_config(config: Config) -> str:
-    """YAML text that loads again to an equal config."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True
-    )
+def dump_config(config: Config, leave_out: Sequence[str] = ()) -> str:
+    """YAML text that loads again to an equal config, apart from sections that are left out."""
+    tree = config.model_dump(mode="json", exclude=set(leave_out))
+    return yaml.dump(tree, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:

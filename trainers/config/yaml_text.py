@@ -16,6 +16,7 @@ MAX_DEPTH = 20
 MAX_NODES = 20_000  # with what aliases stand for
 
 TEXT_TAG = "tag:yaml.org,2002:str"
+RARE_LINE_BREAKS = "\r\x85\u2028\u2029"
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 # What plain words mean in YAML 1.2. In 1.1, `no` is false, 010 is 8, 1:30 is 90 and 1e-4 is text.
@@ -93,6 +94,14 @@ class ConfigLoader(yaml.SafeLoader):
 class ConfigDumper(yaml.SafeDumper):
     """Quotes the strings that YAML 1.1 or `ConfigLoader` would take for something else."""
 
+
+def represent_text(dumper: ConfigDumper, text: str) -> yaml.Node:
+    """In double quotes where PyYAML would read another line break back than it wrote."""
+    has_rare_breaks = any(letter in text for letter in RARE_LINE_BREAKS)
+    return dumper.represent_scalar(TEXT_TAG, text, style='"' if has_rare_breaks else None)
+
+
+ConfigDumper.add_representer(str, represent_text)
 
 for name, (pattern, first_letters) in CORE_SCHEMA.items():
     resolver = (f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), list(first_letters))

@@ -25,6 +25,7 @@ from trainers.publishing.embedding import (
 )
 from trainers.publishing.html import environment, is_finite_number, parts
 from trainers.publishing.markdown import unescape_markdown
+from trainers.publishing.public import public_config, public_text
 from trainers.run_folder import parse_json_line
 
 COST_METRICS = ("images_per_second", "peak_memory_gib")
@@ -38,8 +39,8 @@ def write_report(run: Path, pictures: bool = True) -> Path:
     """Write what a run folder contains, finished or not, as one HTML file, and return its path.
 
     pictures: show the training pictures. `report.html` has them and is for its owner; without them
-    the file is `report_public.html`, which may be uploaded. Raises: UserError when `run` is not a
-    run folder.
+    the file is `report_public.html`, which may be uploaded and names no place on this machine.
+    Raises: UserError when `run` is not a run folder.
     """
     try:
         text = (run / "config.yaml").read_text("utf-8")
@@ -52,8 +53,12 @@ def write_report(run: Path, pictures: bool = True) -> Path:
         raise UserError(message)
     # the data may be gone since, which is no reason not to show the run
     config, _ = validate(tree)
+    title = run.resolve().name
+    if not pictures:
+        config = public_config(config)
+        text, title = public_text(config), config.output_dir.name
     page = environment.get_template("report.html.jinja").render(
-        title=run.resolve().name,
+        title=title,
         kind=config.kind,
         lead=describe_run(config),
         sections=build_sections(run, config, pictures),
