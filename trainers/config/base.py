@@ -76,7 +76,8 @@ class Config(Section):
 
     def errors(self) -> rules.Errors:
         """Rules that one field's type cannot state, as (path, message)."""
-        yield from rules.warmup_errors(self.optimizer, self.train)
+        yield from rules.output_errors(self.output_dir)
+        yield from rules.optimizer_errors(self)
         yield from rules.package_errors(self)
         if not self.can_accumulate:
             yield from rules.accumulation_errors(self.train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from trainers.config.bounds import Fraction, LearningRate, Name, Steps
 
@@ -39,6 +39,19 @@ def field(default: Any, help: str, **limits: Any) -> Any:
     return Field(default, description=help, **limits)
 
 
+ADAM_KEYS = ("betas", "eps", "weight_decay")
+# The settings that each optimizer takes beside its rate.
+OPTIMIZER_KEYS = {
+    "adamw": ADAM_KEYS,
+    "adamw_8bit": ADAM_KEYS,
+    "paged_adamw_8bit": ADAM_KEYS,
+    "adafactor": ("weight_decay",),
+    "prodigy": ADAM_KEYS,
+}
+# Prodigy finds the rate itself and multiplies it with this.
+PRODIGY_RATE = 1.0
+
+
 class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field(
         "adamw", "Optimizer."
@@ -57,6 +70,14 @@ class OptimizerConfig(Section):
     lr_warmup_steps: int = field(0, "Steps of linear warm-up.", ge=0, le=10_000_000)
     lr_num_cycles: int = field(1, "Restarts of cosine_with_restarts.", ge=1, le=10_000)
     lr_power: float = field(1.0, "Power of polynomial.", gt=0, le=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def apply_prodigy_rate(cls, tree: Any) -> Any:
+        """Prodigy's own default rate, where the config names none."""
+        if isinstance(tree, dict) and tree.get("name") == "prodigy":
+            return {"learning_rate": PRODIGY_RATE} | tree
+        return tree
 
 
 class TrainConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from trainers.config.base import Config
-from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import OptimizerConfig
 from trainers.config.dreambooth_sections import (
     DataConfig,
@@ -28,9 +28,7 @@ def picture_errors(data: DataConfig) -> Errors:
         )
         yield "data.dataset_name", message
     for key in ("instance_data_dir", "held_out_dir"):
-        folder = getattr(data, key)
-        if folder is not None and not folder.is_dir():
-            yield f"data.{key}", f"no such folder: {folder}"
+        yield from folder_errors(f"data.{key}", getattr(data, key))
     if data.class_data_dir is not None and not data.uses_prior:
         message = (
             "data.num_class_images is 0, so these class pictures would not be used: set how many "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from trainers.config.base import Config
-from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import Section, field
 from trainers.config.bounds import Name, PathField, Pixels
 
@@ -70,8 +70,7 @@ class ScratchConfig(Config):
         if (data.image_dir is None) == (data.dataset_name is None):
             message = "set exactly one source of pictures, either this or data.image_dir"
             yield "data.dataset_name", message
-        if data.image_dir is not None and not data.image_dir.is_dir():
-            yield "data.image_dir", f"no such folder: {data.image_dir}"
+        yield from folder_errors("data.image_dir", data.image_dir)
         if data.folds is not None and data.fold >= data.folds:
             yield "data.fold", f"must be less than data.folds, {data.folds}"
         if data.image_dir is None:

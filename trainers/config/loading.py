@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import reduce
@@ -19,6 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
+from trainers.config.base_rules import reduce_warmup
 from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
 
@@ -37,6 +39,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     mistakes = [message for message in (*messages, *errors) if message]
     if mistakes:
         raise UserError("\n".join(mistakes))
+    config, notes = reduce_warmup(config)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return config
 
 
