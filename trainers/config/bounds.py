@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 MAX_PATH_LENGTH = 4096  # bytes, as on Linux
 MAX_SEED = 2**32 - 1  # what both numpy and torch take
@@ -51,6 +51,14 @@ NoiseLevel = Annotated[float, Field(ge=0, le=10)]
 # beyond it pictures are burnt; 1 to 10 is usual
 Guidance = Annotated[float, Field(ge=0, le=100)]
 
+
+def expand_home(name: str) -> str:
+    """A name on the Hub as it is, and a path with ~ written out."""
+    return str(parse_path(name)) if name.startswith("~") else name
+
+
 Name = Annotated[str, Field(max_length=1000)]  # of a model, column, branch or layer
 Prompt = Annotated[str, Field(max_length=10_000)]
+# a name on the Hub, or a path
+NameOrPath = Annotated[str, Field(max_length=1000), AfterValidator(expand_home)]
 PathField = Annotated[Path, BeforeValidator(parse_path)]

@@ -145,10 +145,11 @@ class DreamBoothConfig(Config):
 
     def errors(self) -> Errors:
         yield from super().errors()
+        yield from rules.base_errors(self.model)
         yield from rules.picture_errors(self.data)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
-            yield from rules.lora_errors(self.lora, self.train)
+            yield from rules.lora_errors(self.lora, self.train, self.model.family)

@@ -12,6 +12,7 @@ from trainers.config.bounds import (
     Guidance,
     LossWeight,
     Name,
+    NameOrPath,
     PathField,
     Pixels,
     Probability,
@@ -42,7 +43,7 @@ def t5_tokens() -> str:
 
 class ModelConfig(Section):
     family: FamilyName = field(default_family(), "Which architecture the base model has.")
-    pretrained_model_name_or_path: Name = field(
+    pretrained_model_name_or_path: NameOrPath = field(
         family_facts(default_family()).default_base,
         "Hub repository or local folder in the diffusers layout.",
     )
@@ -121,7 +122,7 @@ class DataConfig(Section):
     held_out_dir: PathField | None = field(
         None, "Other pictures of the subject, used for evaluation only: held_out_loss."
     )
-    dataset_name: Name | None = field(
+    dataset_name: NameOrPath | None = field(
         None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
     )
     dataset_split: Name = field("train", "Split of dataset_name.")

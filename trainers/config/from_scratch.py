@@ -8,7 +8,7 @@ from typing import Literal
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import Section, field
-from trainers.config.bounds import Name, PathField, Pixels
+from trainers.config.bounds import Name, NameOrPath, PathField, Pixels
 
 
 class ImagesConfig(Section):
@@ -22,7 +22,7 @@ class ImagesConfig(Section):
     fold: int = field(
         0, "image_dir: picture i is held out when i modulo folds is this.", ge=0, lt=10_000
     )
-    dataset_name: Name | None = field(
+    dataset_name: NameOrPath | None = field(
         None, "Instead: a `datasets` Hub name, or a local folder of SPLIT.parquet files."
     )
     train_split: Name = field("train", "dataset_name: split to train on.")

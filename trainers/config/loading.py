@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.config.base_rules import reduce_warmup
+from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
 from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
 
@@ -166,11 +167,15 @@ def invalid_choice(value: Any, choices: Iterable[str]) -> str:
 def suggest_path(location: list[str], model: type[Config]) -> str:
     """The hint '; did you mean ...?' with the most similar path; empty where none is similar.
 
-    A key of the same section comes before one of another section.
+    What other trainers call a key comes first, then one of the same section.
     """
     *section, key = location
     key, paths = key[:MAX_SHOWN], known_paths(model)
     siblings = [path for path in paths if path.split(".")[:-1] == section]
+    if key in LAUNCHER_FLAGS:
+        return f"; accelerate launch says it: {LAUNCHER_FLAGS[key]}"
+    if PATHS_BY_NAME.get(key) in paths:
+        return f"; did you mean {PATHS_BY_NAME[key]}?"
     for pool, cutoff in ((siblings, 0.6), (paths, 0.7)):
         # reversed, so that of two equal names the first path counts
         names = {path.rpartition(".")[2]: path for path in reversed(pool)}
