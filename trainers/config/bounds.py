@@ -1,7 +1,7 @@
 """The limits of what a config may hold: every number, text, list and path has some.
 
 They keep out what can only be a slip (a learning rate of 1e300) and leave in what anybody has had
-a use for. `tests/test_config_bounds.py` sees to it that no key is without.
+a use for. `tests/config/test_bounds.py` sees to it that no key is without.
 """
 
 from __future__ import annotations

@@ -41,11 +41,12 @@ def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_dreambooth_card(
-    config: DreamBoothConfig, difference: float, pictures: Sequence[str]
+    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
 ) -> None:
     """Write README.md of the run folder.
 
-    difference: the reload proof's relative difference; pictures: digests of the training pictures.
+    steps: how many were trained; difference: the reload proof's relative difference;
+    pictures: digests of the training pictures.
     """
     shared = public_config(config)
     prompt = card_prompt(shared)
@@ -58,7 +59,7 @@ def write_dreambooth_card(
         python=python_values(shared),
         weight_file=lora_file(shared),
         readers=config.facts.readers,
-        facts=markdown_table(dreambooth_facts(shared, difference, pictures)),
+        facts=markdown_table(dreambooth_facts(shared, steps, difference, pictures)),
     )
     card.save(config.output_dir / "README.md")
 
@@ -116,7 +117,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
 
 
 def dreambooth_facts(
-    config: DreamBoothConfig, difference: float, pictures: Sequence[str]
+    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
 ) -> dict[str, object]:
     """What was trained on what, for the card's table."""
     data, lora = config.data, config.lora
@@ -134,18 +135,18 @@ def dreambooth_facts(
         "Trained": trained,
         "Pictures": f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}",
         "Prior pictures": prior,
-        **training_facts(config),
+        **training_facts(config, steps),
         "Reload proof": proof,
         "Versions": versions_line(),
     }
 
 
-def training_facts(config: Config) -> dict[str, object]:
+def training_facts(config: Config, steps: int) -> dict[str, object]:
     """How a run of any kind trained, for the card's table."""
     train, optimizer = config.train, config.optimizer
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
     return {
-        "Steps": f"{train.max_train_steps} of {batch} pictures",
+        "Steps": f"{steps} of {batch} pictures",
         "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
         "Seed": config.seed,
     }
@@ -168,8 +169,9 @@ def format_metrics(metrics: Mapping[str, float | str]) -> dict[str, str]:
     return formatted
 
 
-def write_scratch_card(
+def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     config: ScratchConfig,
+    steps: int,
     tag: str,
     usage: Sequence[str],
     pictures: int,
@@ -192,7 +194,7 @@ def write_scratch_card(
     facts = {
         "Trained": f"{config.kind}, {model}",
         "Pictures": f"{pictures}, {data.resolution} pixels, {color}",
-        **training_facts(config),
+        **training_facts(config, steps),
         **{f"Held out: {name}": value for name, value in format_metrics(metrics).items()},
         "Versions": versions_line(),
     }
