@@ -148,6 +148,7 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
     return {
         "Steps": f"{steps} of {batch} pictures",
+        "Precision": {"no": "float32"}.get(train.mixed_precision, train.mixed_precision),
         "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
         "Seed": config.seed,
     }
