@@ -1,4 +1,4 @@
-"""Which precision a run has: the launcher's, else the config's, else the device's; it is recorded."""
+"""A run's precision is the launcher's, else the config's, else the device's, and is recorded."""
 
 import json
 
