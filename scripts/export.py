@@ -47,7 +47,7 @@ def main() -> None:
 
     from trainers.families import FAMILIES
     from trainers.lora import base_layers, low_rank
-    from trainers.lora.export import make_metadata, save_pipeline
+    from trainers.lora.export import base_architecture, make_metadata, save_pipeline
     from trainers.lora.files import read_lora
     from trainers.lora.update import max_relative_difference
 
@@ -88,7 +88,7 @@ def main() -> None:
             f"the updates"
         )
         return
-    load_format(arguments.format).write(lora, family, out, make_metadata(config))
+    load_format(arguments.format).write(lora, family, out, make_metadata(config, base_architecture(family)))
     difference = max_relative_difference(lora, read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 
