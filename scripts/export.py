@@ -88,7 +88,9 @@ def main() -> None:
             f"the updates"
         )
         return
-    load_format(arguments.format).write(lora, family, out, make_metadata(config, base_architecture(family)))
+    load_format(arguments.format).write(
+        lora, family, out, make_metadata(config, base_architecture(family))
+    )
     difference = max_relative_difference(lora, read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 

@@ -30,7 +30,7 @@ from trainers.families import FAMILIES
 from trainers.lora import diffusers_format, kohya, peft_format
 from trainers.lora.base_layers import adaptable_layers, adaptable_shapes, text_prefix
 from trainers.lora.files import load_lora, read_lora
-from trainers.lora.formats import FORMATS, READ_FORMATS, load_format
+from trainers.lora.formats import READ_FORMATS
 from trainers.lora.kohya import to_kohya
 from trainers.lora.low_rank import lora_from_difference, reduce_rank
 from trainers.lora.names import released_rows, swapped_layers, underscored

@@ -30,7 +30,7 @@ def name_prefix(component: str, module: nn.Module) -> str:
 
 
 def adaptable_shapes(family: Family) -> dict[str, torch.Size]:
-    """Every layer of the base that LoRA can be on, and its weight's shape; no weights are loaded."""
+    """Every layer of the base that LoRA can be on, and its weight's shape; nothing is loaded."""
     parts = (family.denoiser_name, *family.clip_encoders)
     weights = adaptable_weights({part: family.meta_model(part) for part in parts})
     return {name: weight.shape for name, weight in weights.items()}
@@ -88,7 +88,9 @@ def extract_lora(base: Family, tuned: Family, rank: int) -> tuple[Lora, float]:
     Raises: UserError where the two are not one model, or do not differ.
     """
     shapes = [adaptable_shapes(family) for family in (base, tuned)]
-    different = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    different = [
+        name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)
+    ]
     if different:
         name = different[0]
         sizes = [list(shape[name]) if name in shape else "absent" for shape in shapes]
@@ -103,5 +105,7 @@ def extract_lora(base: Family, tuned: Family, rank: int) -> tuple[Lora, float]:
                 raise UserError(f"{family.folder}: {name} has numbers that are NaN or infinite")
     lora, lost = lora_from_difference(loaded_weights(base), loaded_weights(tuned), rank)
     if not lora:
-        raise UserError(f"{tuned.folder} has the same weights as {base.folder}: nothing was trained")
+        raise UserError(
+            f"{tuned.folder} has the same weights as {base.folder}: nothing was trained"
+        )
     return lora, lost

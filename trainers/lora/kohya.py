@@ -55,8 +55,8 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
     if is_dora(lora):
         raise UserError(
             "this is DoRA, which kohya's format cannot hold: programs divide its dora_scale by "
-            "other norms (ComfyUI by that of the base's rows, LyCORIS by that of the changed ones), "
-            "so no number is right for all. Write it with --format merged, diffusers or peft"
+            "other norms (ComfyUI by that of the base's rows, LyCORIS by that of the changed "
+            "ones), so no number is right for all. Write it with --format merged, diffusers or peft"
         )
     kohya = family.facts.kohya
     layers = adaptable_layers(family)

@@ -117,7 +117,9 @@ def check_shapes(
     if not wrong:
         return
     # inputs of a known width tell more than others
-    layer, found, expected, side = max(wrong, key=lambda row: (row[3] == "inputs", row[1] in WIDTHS))
+    layer, found, expected, side = max(
+        wrong, key=lambda row: (row[3] == "inputs", row[1] in WIDTHS)
+    )
     if found == expected:
         width = "its kernel is another one"
     elif side == "inputs":
@@ -181,18 +183,18 @@ def check_pair(file: TensorFile, layer: LayerTensors) -> None:
                 f"{file.path}: {keys[kind]} is of type {tensors[keys[kind]].dtype}; only floating "
                 "point can be read"
             )
-    if ALPHA in keys and math.prod(tensors[keys[ALPHA]].shape) != 1:
-        raise UserError(
-            f"{file.path}: {keys[ALPHA]} has the shape {list(tensors[keys[ALPHA]].shape)}; alpha is "
-            "one number"
-        )
-    if MAGNITUDE in keys and math.prod(tensors[keys[MAGNITUDE]].shape) != b.shape[0]:
-        raise UserError(
-            f"{file.path}: {keys[MAGNITUDE]} has the shape {list(tensors[keys[MAGNITUDE]].shape)}; "
-            f"DoRA has a magnitude for each of the layer's {b.shape[0]} outputs"
-        )
+    check_size(file, keys.get(ALPHA), 1, "alpha is one number")
+    what = f"DoRA has a magnitude for each of the layer's {b.shape[0]} outputs"
+    check_size(file, keys.get(MAGNITUDE), b.shape[0], what)
     if MAGNITUDE in keys and len(layer.rows.layers) > 1:
         raise UserError(f"{file.path}: {keys[MAGNITUDE]} is of several layers: DoRA is not read so")
+
+
+def check_size(file: TensorFile, key: str | None, size: int, what: str) -> None:
+    """Raises: UserError where the tensor, if there is one, has another number of elements."""
+    shape = file.tensors[key].shape if key else ()
+    if key and math.prod(shape) != size:
+        raise UserError(f"{file.path}: {key} has the shape {list(shape)}; {what}")
 
 
 def check_overlaps(file: TensorFile, layers: Sequence[LayerTensors]) -> None:

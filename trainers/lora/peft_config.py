@@ -72,7 +72,9 @@ def parse_scale(config: Mapping[str, object], where: str) -> PeftScale:
         )
     unsupported = [name for name in UNSUPPORTED if config.get(name)]
     if unsupported:
-        raise UserError(f"{where}: {', '.join(unsupported)} cannot be read, only plain LoRA or DoRA")
+        raise UserError(
+            f"{where}: {', '.join(unsupported)} cannot be read, only plain LoRA or DoRA"
+        )
     alpha = config.get("lora_alpha")
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
