@@ -97,20 +97,24 @@ def split_update(update: LoraUpdate, outputs: Sequence[int]) -> list[LoraUpdate 
         return [update]
     blocks = update.b.split(list(outputs))
     used = torch.stack([block.flatten(1).abs().sum(0) > 0 for block in blocks])
-    counts = used.sum(0)
-    untrained = [i for i, columns in enumerate(used) if not columns.any()]
-    # in a shared `a` several layers use a column, and one that uses none shares it too
-    if (counts > 1).any():
-        spare = [torch.ones_like(counts, dtype=torch.bool).nonzero()[:, 0]] * len(untrained)
-    else:
-        spare = (counts == 0).nonzero()[:, 0].tensor_split(max(len(untrained), 1))
     columns = [own.nonzero()[:, 0] for own in used]
-    for i, own in zip(untrained, spare, strict=False):
+    for i, own in untrained_columns(used).items():
         columns[i] = own
     parts = []
     for block, own in zip(blocks, columns, strict=True):
         parts.append(LoraUpdate(update.a[own], block[:, own]) if len(own) else None)
     return parts
+
+
+def untrained_columns(used: Tensor) -> dict[int, Tensor]:
+    """The columns of each layer that uses none, from `used` (layers, r): who uses which."""
+    untrained = [i for i, columns in enumerate(used) if not columns.any()]
+    counts = used.sum(0)
+    # in a shared `a` several layers use a column, and one that uses none shares it too
+    if (counts > 1).any() or not counts.any():
+        return dict.fromkeys(untrained, torch.arange(len(counts)))
+    spare = (counts == 0).nonzero()[:, 0]
+    return dict(zip(untrained, spare.tensor_split(max(len(untrained), 1)), strict=False))
 
 
 def max_relative_difference(a: Lora, b: Lora) -> float:

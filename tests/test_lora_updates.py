@@ -1,0 +1,266 @@
+"""Updates of layers: stacked and split exactly, compared without their products, and DoRA's."""
+
+import sys
+
+import export as script
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from trainers import dreambooth
+from trainers.config import ModelConfig
+from trainers.errors import UserError
+from trainers.families import FAMILIES
+from trainers.lora import kohya
+from trainers.lora.base_layers import adaptable_shapes, extract_lora, merge_lora
+from trainers.lora.files import load_lora, read_lora
+from trainers.lora.low_rank import reduce_rank
+from trainers.lora.update import (
+    LoraUpdate,
+    max_relative_difference,
+    relative_difference,
+    split_update,
+    stack_updates,
+)
+from trainers.run import run
+from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+
+
+def update(outputs=5, rank=2, inputs=(7,), seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    b = torch.randn(outputs, rank, *[1] * (len(inputs) - 1), generator=rng)
+    return LoraUpdate(torch.randn(rank, *inputs, generator=rng), b)
+
+
+def family_of(bases, name):
+    return FAMILIES[name](ModelConfig(family=name, pretrained_model_name_or_path=str(bases[name])))
+
+
+# The distance
+
+
+@pytest.mark.parametrize("inputs", [(7,), (3, 3, 3)])
+@pytest.mark.parametrize("ranks", [(2, 2), (1, 4), (6, 3)])
+def test_the_distance_is_that_of_the_products(inputs, ranks):
+    a, b = (update(rank=rank, inputs=inputs, seed=i) for i, rank in enumerate(ranks))
+    products = [x.delta_weight().double() for x in (a, b)]
+    expected = float((products[0] - products[1]).norm() / products[0].norm())
+    assert relative_difference(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_near_updates_are_near_whatever_their_factors():
+    a = update(20, 4, (30,))
+    mixer = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
+    assert 0 < relative_difference(a, LoraUpdate(mixer @ a.a, a.b @ mixer.T)) < 1e-5
+    assert relative_difference(a, LoraUpdate(a.a * 1.001, a.b)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_product_is_never_made(monkeypatch):
+    def refuse(self):
+        raise AssertionError("a product of a wide layer is a gigabyte")
+
+    monkeypatch.setattr(LoraUpdate, "delta_weight", refuse)
+    a, b = update(200_000, 1, (200_000,)), update(200_000, 1, (200_000,), seed=1)
+    assert relative_difference(a, b) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_a_layer_without_an_update_is_one_that_adds_zero():
+    zero = LoraUpdate(torch.ones(2, 7), torch.zeros(5, 2))
+    assert max_relative_difference({"x": zero}, {}) == 0
+    assert max_relative_difference({}, {"x": zero}) == 0
+    assert max_relative_difference({"x": update()}, {}) == pytest.approx(1)
+    assert max_relative_difference({}, {"x": update()}) == float("inf")
+    assert max_relative_difference({"x": zero}, {"x": update()}) == float("inf")
+
+
+# Layers that are rows of another
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("zero", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_a_layer_that_never_trained_is_there_again(shared, zero):
+    outputs = [4, 5, 6]
+    updates = [update(rows, seed=i) for i, rows in enumerate(outputs)]
+    for i in range(3):
+        a = updates[0].a if shared else updates[i].a
+        b = updates[i].b * 0 if i in zero else updates[i].b
+        updates[i] = LoraUpdate(a, b)
+    back = split_update(stack_updates(updates, outputs), outputs)
+    # where one layer uses all of a shared `a` alone, the others may as well be absent
+    if shared and len(zero) == 2:
+        back = [part or old for part, old in zip(back, updates, strict=True)]
+    for old, new in zip(updates, back, strict=True):
+        assert torch.equal(new.delta_weight(), old.delta_weight())
+
+
+def test_a_layer_that_has_no_update_has_none_again():
+    outputs = [4, 5, 6]
+    stacked = stack_updates([update(4), None, update(6, seed=1)], outputs)
+    first, none, last = split_update(stacked, outputs)
+    assert none is None
+    assert torch.equal(first.b, update(4).b)
+    assert torch.equal(last.b, update(6, seed=1).b)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_kohya_file_with_layers_that_never_trained_is_the_same_lora(bases, tmp_path, name):
+    family, lora = family_of(bases, name), {}
+    for i, (layer, (outputs, *inputs)) in enumerate(adaptable_shapes(family).items()):
+        made = update(outputs, 2, inputs, seed=i)
+        lora[layer] = LoraUpdate(made.a, made.b * (i % 3 > 0))
+    kohya.write(lora, family, tmp_path / KOHYA_NAME, {})
+    back = read_lora(tmp_path / KOHYA_NAME, family)
+    assert back.keys() == lora.keys()
+    assert max_relative_difference(lora, back) == 0
+
+
+def test_a_run_of_sd3_with_a_kohya_file_ends(settings):
+    """The queries of its last block's text never have a gradient."""
+    config = settings("lora.kohya=true", "train.max_train_steps=1", family="sd3")
+    run(config)
+    state = load_file(config.output_dir / WEIGHT_NAME)
+    untrained = [key for key, b in state.items() if ".lora_B." in key and not b.any()]
+    assert untrained == ["transformer.transformer_blocks.1.attn.add_q_proj.lora_B.weight"]
+    assert (config.output_dir / KOHYA_NAME).is_file()
+
+
+# DoRA
+
+
+@pytest.fixture(scope="module", params=["sd15", "flux"])
+def dora(request, bases, photos, tmp_path_factory):
+    """A family's name, and the folder of a saved task with DoRA whose magnitudes have changed."""
+    from conftest import settings
+
+    name = request.param
+    folder = tmp_path_factory.mktemp(f"dora_{name}")
+    config = settings.__wrapped__(bases, photos, folder)(
+        "lora.use_dora=true", "lora.alpha=5", "lora.target_modules=all-linear", family=name
+    )
+    task, _, _ = dreambooth.build(config, Accelerator(cpu=True))
+    torch.manual_seed(0)
+    for layer in task.family.denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            nn.init.normal_(layer.lora_B["default"].weight)
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            magnitude.data.mul_(1 + torch.rand_like(magnitude))
+    config.output_dir.mkdir(exist_ok=True)
+    task.save(config.output_dir)
+    return name, config.output_dir
+
+
+def merged_by_diffusers(bases, name, folder):
+    """The denoiser's weights with the DoRA, as diffusers and PEFT merge it."""
+    pipe = DiffusionPipeline.from_pretrained(bases[name])
+    pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
+    return merged_weights(getattr(pipe, FAMILIES[name].denoiser_name))
+
+
+def merged_weights(module):
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            found[name] = layer.base_layer.weight.detach()
+    return found
+
+
+def check_weights(found, expected):
+    assert expected
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight)
+
+
+def test_dora_is_merged_as_peft_merges_it(bases, dora):
+    name, folder = dora
+    family = family_of(bases, name)
+    family.load(family.denoiser_name, *family.clip_encoders)
+    merge_lora(family, read_lora(folder / WEIGHT_NAME, family))
+    found = {}
+    for key, weight in family.denoiser.state_dict().items():
+        found[key.removesuffix(".weight")] = weight
+    check_weights(found, merged_by_diffusers(bases, name, folder))
+
+
+def test_a_dora_run_is_written_for_peft_and_for_diffusers_again(bases, dora, tmp_path, monkeypatch):
+    name, folder = dora
+    family = family_of(bases, name)
+    lora = read_lora(folder / WEIGHT_NAME, family)
+    for form, out in (("peft", tmp_path / "peft"), ("diffusers", tmp_path / WEIGHT_NAME)):
+        arguments = ["export.py", str(folder), "--format", form, "--out", str(out)]
+        (folder / "config.yaml").write_text((folder.parent / "config.yaml").read_text())
+        monkeypatch.setattr(sys, "argv", arguments)
+        script.main()
+        assert max_relative_difference(lora, read_lora(out, family)) == 0
+    expected = merged_by_diffusers(bases, name, folder)
+    check_weights(merged_by_diffusers(bases, name, tmp_path), expected)
+    module = getattr(DiffusionPipeline.from_pretrained(bases[name]), family.denoiser_name)
+    peft = PeftModel.from_pretrained(module, tmp_path / "peft" / family.denoiser_name)
+    check_weights(merged_weights(peft.base_model.model), expected)
+
+
+def test_a_dora_on_a_pipeline_is_what_diffusers_loads(bases, dora):
+    name, folder = dora
+    family = family_of(bases, name)
+    family.load(family.denoiser_name, *family.clip_encoders)
+    load_lora(family, folder / WEIGHT_NAME)
+    check_weights(merged_weights(family.denoiser), merged_by_diffusers(bases, name, folder))
+
+
+def test_what_cannot_hold_dora_says_why(bases, dora, tmp_path):
+    name, folder = dora
+    family = family_of(bases, name)
+    lora = read_lora(folder / WEIGHT_NAME, family)
+    with pytest.raises(UserError, match=r"dora_scale by.* --format merged, diffusers or peft"):
+        kohya.write(lora, family, tmp_path / KOHYA_NAME, {})
+    with pytest.raises(UserError, match=r"--format merged, then"):
+        reduce_rank(lora, 1)
+    assert not (tmp_path / KOHYA_NAME).exists()
+
+
+def test_a_magnitude_counts_in_the_distance(bases, dora):
+    name, folder = dora
+    lora = read_lora(folder / WEIGHT_NAME, family_of(bases, name))
+    changed = {k: LoraUpdate(x.a, x.b, x.magnitude * 1.5) for k, x in lora.items()}
+    plain = {k: LoraUpdate(x.a, x.b) for k, x in lora.items()}
+    assert max_relative_difference(lora, changed) == pytest.approx(0.5)
+    assert max_relative_difference(lora, plain) == float("inf")
+    assert max_relative_difference(plain, lora) == float("inf")
+
+
+# Merging and extracting
+
+
+def test_a_lora_that_adds_nothing_is_merged_and_loses_nothing(bases):
+    family = family_of(bases, "sd15")
+    family.load(family.denoiser_name, *family.clip_encoders)
+    layer = "unet.mid_block.attentions.0.proj_in"
+    shape = adaptable_shapes(family)[layer]
+    zero = LoraUpdate(torch.ones(1, *shape[1:]), torch.zeros(shape[0], 1, 1, 1))
+    assert merge_lora(family, {layer: zero}) == 0
+
+
+def test_a_sum_that_float16_cannot_hold_is_refused(bases):
+    family = family_of(bases, "sd15")
+    family.dtype = torch.float16
+    family.load(family.denoiser_name, *family.clip_encoders)
+    layer = "unet.mid_block.attentions.0.proj_in"
+    shape = adaptable_shapes(family)[layer]
+    large = LoraUpdate(torch.ones(1, *shape[1:]), torch.full((shape[0], 1, 1, 1), 1e5))
+    with pytest.raises(UserError, match=r"proj_in.*float16 cannot hold"):
+        merge_lora(family, {layer: large})
+
+
+def test_a_difference_is_of_two_pipelines_of_one_model_that_differ(bases, tmp_path):
+    with pytest.raises(UserError, match="nothing was trained"):
+        extract_lora(family_of(bases, "sd15"), family_of(bases, "sd15"), 2)
+    pipe = DiffusionPipeline.from_pretrained(bases["sd15"])
+    pipe.unet.conv_out.weight.data[0] = float("nan")
+    pipe.save_pretrained(tmp_path / "sd15")
+    with pytest.raises(UserError, match=r"conv_out has numbers that are NaN"):
+        extract_lora(family_of(bases, "sd15"), family_of({"sd15": tmp_path / "sd15"}, "sd15"), 2)
