@@ -113,5 +113,7 @@ def base_architecture(family: Family) -> str:
 def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
     """The whole pipeline with the trained weights, in the diffusers layout."""
     trained = {name: getattr(family.pipe, name) for name in (family.denoiser_name, *text_encoders)}
-    pipe = family.pipeline.from_pretrained(family.folder, variant=family.variant, **trained)
+    pipe = family.pipeline.from_pretrained(
+        family.folder, variant=family.variant, use_safetensors=True, **trained
+    )
     pipe.save_pretrained(folder)

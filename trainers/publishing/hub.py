@@ -18,6 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
+from trainers.publishing.model_card import name_repository
 
 if TYPE_CHECKING:
     from trainers.training.loop import StepMetrics, Task
@@ -111,6 +112,7 @@ def push_run(config: Config, repo: str) -> str:
     folder, hub = config.output_dir, config.hub
     if not (folder / "README.md").exists():
         raise UserError(f"{folder} is not finished: it has no README.md, which a run writes last")
+    name_repository(folder, repo)
     delays = (
         [] if hub.create_pr else list(RETRY_DELAYS)
     )  # another try could open another pull request
