@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from trainers.config import ModelConfig
 from trainers.errors import UserError
 from trainers.families import FAMILIES
+from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.files import read_lora
+from trainers.lora.update import LoraUpdate
 
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 QUERY = f"{ATTENTION}.attn1.to_q"  # 8 to 8
@@ -42,3 +44,23 @@ def pair(name=QUERY, rank=2, inputs=8, outputs=8):
         f"{name}.lora_A.weight": torch.ones(rank, inputs),
         f"{name}.lora_B.weight": torch.ones(outputs, rank),
     }
+
+
+def random_lora(family, rank=2, start="", seed=0):
+    """A LoRA on every layer whose name begins with `start`."""
+    rng, lora = torch.Generator().manual_seed(seed), {}
+    for name, (outputs, *inputs) in adaptable_shapes(family).items():
+        if name.startswith(start):
+            a = torch.randn(rank, *inputs, generator=rng)
+            kernel = [1] * (len(inputs) - 1)
+            lora[name] = LoraUpdate(a, torch.randn(outputs, rank, *kernel, generator=rng))
+    return lora
+
+
+def read_state(state, family, folder):
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "x.safetensors")
+    return read_lora(folder / "x.safetensors", family)
+
+
+def family_of(bases, name):
+    return FAMILIES[name](ModelConfig(family=name, pretrained_model_name_or_path=str(bases[name])))

@@ -1,24 +1,22 @@
 """The LoRA files of every program are read exactly: the same updates as by diffusers' own reader
 where it has one, and at the models' true sizes."""
 
-import re
 from importlib import import_module
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import (
     _convert_fal_kontext_lora_to_diffusers,
     _convert_kohya_flux_lora_to_diffusers,
     _convert_xlabs_flux_lora_to_diffusers,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from lora_fixtures import random_lora, read_state
+from safetensors.torch import load_file
 from true_sizes import SD35_LARGE, true_size_base
 
-from trainers.config import ModelConfig
-from trainers.families import FAMILIES
-from trainers.lora.base_layers import adaptable_shapes, text_prefix
+from trainers.lora import released_unet
+from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.export import base_architecture
 from trainers.lora.files import read_lora
 from trainers.lora.formats import FORMATS, READ_FORMATS, all_layer_names, load_format
@@ -32,17 +30,6 @@ FAMILY_NAMES = ("sd15", "sd3", "flux")
 def true_bases(tmp_path_factory):
     """Family name -> the family of a base of true size, without a weight."""
     return {name: true_size_base(tmp_path_factory.mktemp(name), name) for name in FAMILY_NAMES}
-
-
-def random_lora(family, rank=2, start="", seed=0):
-    """A LoRA on every layer whose name begins with `start`."""
-    rng, lora = torch.Generator().manual_seed(seed), {}
-    for name, (outputs, *inputs) in adaptable_shapes(family).items():
-        if name.startswith(start):
-            a = torch.randn(rank, *inputs, generator=rng)
-            kernel = [1] * (len(inputs) - 1)
-            lora[name] = LoraUpdate(a, torch.randn(outputs, rank, *kernel, generator=rng))
-    return lora
 
 
 def from_diffusers(state):
@@ -93,11 +80,6 @@ def released_state(lora, family, folder, prefix):
         stem, _, kind = key.partition(".")
         state[f"{names[stem]}.{kind}"] = value
     return state
-
-
-def read_state(state, family, folder):
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "x.safetensors")
-    return read_lora(folder / "x.safetensors", family)
 
 
 def test_comfyuis_flux_files_are_what_diffusers_makes_of_them(true_bases, tmp_path):
@@ -173,96 +155,36 @@ def test_onetrainers_flux_files_are_what_diffusers_makes_of_them(true_bases, tmp
     assert max_relative_difference(theirs, ours) < 1e-5
 
 
-# SD1.5 and SD3.5 as diffusers itself loads them
+# SD1.5 from other programs
 
 
-def family_of(bases, name):
-    return FAMILIES[name](ModelConfig(family=name, pretrained_model_name_or_path=str(bases[name])))
+def test_the_released_names_of_sd15_are_those_of_diffusers_converter(true_bases):
+    """It converts a released checkpoint; each weight here is the released name of its layer."""
+    family = true_bases["sd15"]
+    names = {}
+    for name, rows in released_unet.layer_names(family).items():
+        if name.startswith("diffusion_model."):
+            names[name] = rows.layers[0]
+    checkpoint = {f"model.{name}.weight": name for name in names}
+    checkpoint |= {f"model.{name}.bias": "" for name in names}
+    converted = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
+    found = {}
+    for key, name in converted.items():
+        # of biases, and of what is not there, it has entries too
+        if name:
+            found[name] = f"unet.{key.removesuffix('.weight')}"
+    assert found == names
+    assert set(names.values()) == {n for n in adaptable_shapes(family) if n.startswith("unet.")}
 
 
-def loaded_by_diffusers(folder_of_base, family, file):
-    """The products B A of each layer, as a user of diffusers gets them."""
-    pipe, found = DiffusionPipeline.from_pretrained(folder_of_base), {}
-    pipe.load_lora_weights(file.parent, weight_name=file.name)
-    for part in (family.denoiser_name, *family.clip_encoders):
-        module = getattr(pipe, part)
-        for name, layer in module.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                (adapter,) = layer.active_adapters
-                delta = layer.get_delta_weight(adapter).detach().flatten(1)
-                found[f"{part}.{text_prefix(module)}{name}"] = delta
-    return found
-
-
-def check_like_diffusers(bases, name, state, folder):
-    family = family_of(bases, name)
-    ours = read_state(state, family, folder)
-    theirs = loaded_by_diffusers(bases[name], family, folder / "x.safetensors")
-    assert ours.keys() == theirs.keys()
-    for layer, product in theirs.items():
-        torch.testing.assert_close(ours[layer].delta_weight(), product)
-    return ours
-
-
-SPELLINGS = {
-    "lora.down": ("{}.lora.down.weight", "{}.lora.up.weight"),
-    "lora_linear_layer": ("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
-    "processor": ("{}_lora.down.weight", "{}_lora.up.weight"),
-}
-
-
-@pytest.mark.parametrize("unet", ["lora.down", "processor"])
-@pytest.mark.parametrize("text", ["lora_linear_layer", "processor"])
-def test_old_sd15_files_of_diffusers_are_what_it_makes_of_them(bases, tmp_path, unet, text):
-    state = {}
-    for name, update in random_lora(family_of(bases, "sd15")).items():
-        is_text = name.startswith("text_encoder.")
-        if not re.search(r"\.to_(q|k|v|out\.0)$" if not is_text else r"self_attn", name):
-            continue
-        stem, style = name, text if is_text else unet
-        if style == "processor" and is_text:
-            stem = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", name)
-        elif style == "processor":
-            stem = name.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
-        down, up = SPELLINGS[style]
-        state[down.format(stem)], state[up.format(stem)] = update.a, update.b
-    ours = check_like_diffusers(bases, "sd15", state, tmp_path)
-    assert len(ours) == len(state) // 2 > 20
-
-
-@pytest.mark.parametrize("text", ["lora_te_", "lora_te1_"])
-def test_both_spellings_of_kohyas_text_encoder_are_read(bases, tmp_path, text):
-    family = family_of(bases, "sd15")
-    load_format("kohya").write(random_lora(family), family, tmp_path / "k.safetensors", {})
-    state = load_file(tmp_path / "k.safetensors")
-    state = {key.replace("lora_te_", text): value for key, value in state.items()}
-    assert len(check_like_diffusers(bases, "sd15", state, tmp_path)) == len(state) // 3
-
-
-def test_comfyuis_text_encoders_of_sd3_are_read(bases, tmp_path):
-    family, state = family_of(bases, "sd3"), {}
-    lora = random_lora(family, start="text_encoder")
-    for name, update in lora.items():
-        component, _, layer = name.partition(".")
-        clip = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component]
-        stem = f"text_encoders.{clip}.transformer.{layer}"
-        state[f"{stem}.lora_A.weight"], state[f"{stem}.lora_B.weight"] = update.a, update.b
+def test_comfyuis_names_of_sd15_are_of_every_layer(true_bases, tmp_path):
+    family = true_bases["sd15"]
+    lora, state = random_lora(family, start="unet."), {}
+    for name, rows in released_unet.layer_names(family).items():
+        if name.startswith("diffusion_model."):
+            update = lora[rows.layers[0]]
+            state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = update.a, update.b
     assert max_relative_difference(lora, read_state(state, family, tmp_path)) == 0
-
-
-@pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_diffusers_loads_what_we_write_in_its_format_with_several_ranks(bases, tmp_path, name):
-    """Also where the name of a layer is the end of others' names."""
-    family = family_of(bases, name)
-    small, large = random_lora(family), random_lora(family, rank=3)
-    mixed = {key: (large if i % 3 else small)[key] for i, key in enumerate(small)}
-    mixed |= {key: large[key] for key in small if key.count(".") == 1}
-    file = tmp_path / "out.safetensors"
-    load_format("diffusers").write(mixed, family, file, {})
-    found = loaded_by_diffusers(bases[name], family, file)
-    assert found.keys() == mixed.keys()
-    for layer, product in found.items():
-        torch.testing.assert_close(product, mixed[layer].delta_weight())
 
 
 # What the base is

@@ -44,6 +44,7 @@ FORMATS = {
 READ_FORMATS = {
     "old_diffusers": "trainers.lora.old_diffusers",
     "comfyui": "trainers.lora.comfyui",
+    "released_unet": "trainers.lora.released_unet",
     "onetrainer": "trainers.lora.onetrainer",
     "xlabs": "trainers.lora.xlabs",
 }

@@ -76,7 +76,7 @@ def card_prompt(config: DreamBoothConfig) -> str:
 
 
 def lora_readers(config: DreamBoothConfig) -> str:
-    """Which file is for which program besides diffusers; empty for a run that trained all weights."""
+    """Which file is for which program besides diffusers; empty where all weights were trained."""
     facts, lora = config.facts, config.lora
     if lora is None:
         return ""
