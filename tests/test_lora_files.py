@@ -107,6 +107,11 @@ def test_tensors_that_do_not_go_together_are_refused(refused, changes, meaning):
     assert "unet" in message
 
 
+def test_a_file_of_dora_has_a_magnitude_for_each_layer(refused):
+    state = pair() | pair(KEY, inputs=16) | {f"{QUERY}.lora_magnitude_vector": torch.ones(8)}
+    assert "1 of 2 layers of unet have no magnitude" in refused(state)
+
+
 def test_tensors_of_no_layer_are_counted_and_named(refused):
     state = pair() | pair("unet.nowhere") | {"note": torch.ones(1)}
     message = refused(state)

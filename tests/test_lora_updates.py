@@ -1,6 +1,9 @@
 """Updates of layers: stacked and split exactly, compared without their products, and DoRA's."""
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import export as script
 import pytest
@@ -19,6 +22,7 @@ from trainers.families import FAMILIES
 from trainers.lora import kohya
 from trainers.lora.base_layers import adaptable_shapes, extract_lora, merge_lora
 from trainers.lora.files import load_lora, read_lora
+from trainers.lora.formats import load_format
 from trainers.lora.low_rank import reduce_rank
 from trainers.lora.update import (
     LoraUpdate,
@@ -29,6 +33,8 @@ from trainers.lora.update import (
 )
 from trainers.run import run
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+
+ROOT = Path(__file__).parent.parent
 
 
 def update(outputs=5, rank=2, inputs=(7,), seed=0):
@@ -69,6 +75,15 @@ def test_the_product_is_never_made(monkeypatch):
     assert relative_difference(a, b) == pytest.approx(2**0.5, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_a_lora_of_flux_is_written_and_compared_within_4_gib(form):
+    command = [sys.executable, "tests/export_memory.py", form]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "difference 0.0e+00" in done.stdout
+    assert float(re.search(r"peak ([\d.]+) GiB", done.stdout)[1]) < 4
+
+
 def test_a_layer_without_an_update_is_one_that_adds_zero():
     zero = LoraUpdate(torch.ones(2, 7), torch.zeros(5, 2))
     assert max_relative_difference({"x": zero}, {}) == 0
@@ -76,6 +91,25 @@ def test_a_layer_without_an_update_is_one_that_adds_zero():
     assert max_relative_difference({"x": update()}, {}) == pytest.approx(1)
     assert max_relative_difference({}, {"x": update()}) == float("inf")
     assert max_relative_difference({"x": zero}, {"x": update()}) == float("inf")
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_a_file_is_replaced_by_a_whole_one_only(bases, tmp_path, monkeypatch, form):
+    family, file = family_of(bases, "sd15"), tmp_path / WEIGHT_NAME
+    layer = "unet.mid_block.attentions.0.proj_in"
+    outputs, *inputs = adaptable_shapes(family)[layer]
+    load_format(form).write({layer: update(outputs, 2, inputs)}, family, file, {})
+    before = file.read_bytes()
+
+    def fill_disk(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("trainers.lora.tensor_file.save_file", fill_disk)
+    with pytest.raises(OSError, match="no space left"):
+        load_format(form).write({layer: update(outputs, 1, inputs)}, family, file, {})
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHT_NAME]
 
 
 # Layers that are rows of another

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, text_prefix
 from trainers.lora.names import TEXT_LEVEL
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
 from trainers.lora.peft_format import components, to_peft
-from trainers.lora.tensor_file import TensorFile
+from trainers.lora.tensor_file import TensorFile, write_tensors
 from trainers.lora.update import Lora, Rows
 
 SUFFIX = ".safetensors"
@@ -37,7 +35,7 @@ def layer_names(family: Family) -> dict[str, Rows]:
 
 def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
     header = metadata | {"format": "pt", METADATA_KEY: adapter_metadata(lora, family)}
-    save_file(to_peft(lora), path, header)
+    write_tensors(to_peft(lora), path, header)
 
 
 def adapter_metadata(lora: Lora, family: Family) -> str:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from trainers.errors import UserError
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
 from trainers.lora.names import released_rows, text_encoder_layers, underscored
+from trainers.lora.tensor_file import write_tensors
 from trainers.lora.update import Layers, Lora, Rows, is_dora, stack_updates, swap_halves
 
 SUFFIX = ".safetensors"
@@ -78,7 +79,7 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
     own["sshs_legacy_hash"] = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
     # the copy is as large as the file
     del content
-    save_file(state, path, metadata | own)
+    write_tensors(state, path, metadata | own)
 
 
 def to_kohya(lora: Lora, layers: Layers, names: Mapping[str, Rows]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig as PeftConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainers.errors import UserError
@@ -14,6 +13,7 @@ from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, name_prefix
 from trainers.lora.names import component_layers
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
+from trainers.lora.tensor_file import write_tensors
 from trainers.lora.update import Lora, LoraUpdate, Rows
 
 SUFFIX = ""
@@ -84,7 +84,7 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
                 own[name.removeprefix(prefix)] = update
         PeftConfig(**make_config(own)).save_pretrained(path / component)
         state = {MODEL_PREFIX + key: value for key, value in to_peft(own).items()}
-        save_file(state, path / component / TENSORS_NAME, {"format": "pt"})
+        write_tensors(state, path / component / TENSORS_NAME, {"format": "pt"})
 
 
 def from_peft(state: Mapping[str, Tensor]) -> Lora:

@@ -1,16 +1,17 @@
-"""A safetensors file from elsewhere: what its header says, before a tensor of it is read."""
+"""A safetensors file: written whole, and one from elsewhere, whose header is checked first."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainers.errors import UserError
@@ -70,6 +71,19 @@ def read_header(path: Path) -> TensorFile:
     if not tensors:
         raise UserError(f"{path}: there is no tensor in it")
     return TensorFile(path, metadata, tensors)
+
+
+def write_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the file aside and then rename it.
+
+    So no half of it is ever found, and tensors that were read from this very path stay readable.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        save_file(dict(state), aside, dict(metadata))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
