@@ -73,7 +73,7 @@ def main() -> None:
             )
     stem = source.name if source.is_dir() else source.stem
     stem += f"_rank{arguments.rank}" if arguments.rank else ""
-    folder = source if (source / "config.yaml").is_file() else source.parent
+    folder = source if (source / run_folder.CONFIG_NAME).is_file() else source.parent
     is_merged = arguments.format == "merged"
     ending = "" if is_merged else load_format(arguments.format).SUFFIX
     out = arguments.out or folder / f"{stem}_{arguments.format}{ending}"

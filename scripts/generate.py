@@ -41,7 +41,7 @@ def main() -> None:
     from trainers.efficiency.apply import open_family
     from trainers.families.sampling import write_samples
     from trainers.lora.files import load_lora
-    from trainers.run_folder import WEIGHT_NAME
+    from trainers.run_folder import GRID_NAME, WEIGHT_NAME
 
     config = load_weights_config(arguments.weights, arguments.base)
     overrides = {
@@ -67,7 +67,7 @@ def main() -> None:
         load_lora(family, weights / WEIGHT_NAME if (weights / WEIGHT_NAME).is_file() else weights)
     family.apply_memory_options()
     write_samples(family, config, arguments.out)
-    print(arguments.out / "grid.png")
+    print(arguments.out / GRID_NAME)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from trainers.cli import make_parser, run_main
-from trainers.run_folder import load_run_config
+from trainers.run_folder import PUBLIC_REPORT_NAME, load_run_config
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     hub = config.hub.model_copy(update={"push_to_hub": True} | overrides)
     config = config.model_copy(update={"output_dir": arguments.run, "hub": hub})
     repo = check_access(config)
-    if not (arguments.run / "report_public.html").is_file():
+    if not (arguments.run / PUBLIC_REPORT_NAME).is_file():
         write_report(arguments.run, pictures=False)
     print(push_run(config, repo))
 

@@ -8,10 +8,11 @@ configs/quickstart.yaml)
 import sys
 
 from trainers.cli import run_main, silence_libraries
-from trainers.config.loading import load_config
 
 
 def main() -> int:
+    from trainers.config.loading import load_config
+
     path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
     config = load_config(path, sys.argv[1:])
     silence_libraries()
@@ -24,6 +25,7 @@ def main() -> int:
         measure_samples,
     )
     from trainers.run import run
+    from trainers.run_folder import WEIGHT_NAME
 
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
@@ -34,10 +36,7 @@ def main() -> int:
     print(format_gate(base.metrics, tuned.metrics, passed))
     picture = config.output_dir / "before_after.png"
     before_after_grid(base, tuned).save(picture)
-    print(
-        f"\nbefore and after: {picture}\nthe LoRA: "
-        f"{config.output_dir}/pytorch_lora_weights.safetensors"
-    )
+    print(f"\nbefore and after: {picture}\nthe LoRA: {config.output_dir / WEIGHT_NAME}")
     return 0 if all(passed.values()) else 1
 
 

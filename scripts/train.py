@@ -7,7 +7,6 @@ python scripts/train.py configs/NAME.yaml                                     (o
 import sys
 
 from trainers.cli import make_parser, run_main, silence_libraries
-from trainers.config.loading import load_config
 
 
 def main() -> None:
@@ -17,6 +16,8 @@ def main() -> None:
         "overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4"
     )
     arguments = parser.parse_args()
+    from trainers.config.loading import load_config
+
     config = load_config(arguments.config, arguments.overrides)  # before the slow imports
     silence_libraries()
     from trainers.run import run

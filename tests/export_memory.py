@@ -12,9 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from true_sizes import true_size_base
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
+from tests.shared.true_sizes import true_size_base
 from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.files import read_lora
 from trainers.lora.formats import FORMATS, load_format

@@ -22,6 +22,7 @@ from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sampl
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.image_quality import psnr, ssim
+from trainers.run_folder import FINAL, GRID_NAME, MODEL, SAMPLES
 
 NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on
 NUM_PLOT_PICTURES = 2000  # test pictures in the plot of the codes
@@ -89,7 +90,7 @@ class Autoencoder(FromScratchTask):
             )
         rows += [("from one code to another", interpolation) for interpolation in interpolations]
         rows += [("from random codes", random_samples)] if self.config.model.variational else []
-        write_grid([(title, to_pil(x)) for title, x in rows], folder / "grid.png", tile=64)
+        write_grid([(title, to_pil(x)) for title, x in rows], folder / GRID_NAME, tile=64)
 
     def usage_example(self) -> str:
         return (
@@ -107,7 +108,7 @@ class Autoencoder(FromScratchTask):
             plot_codes(
                 codes[:NUM_PLOT_PICTURES],
                 truth[:NUM_PLOT_PICTURES],
-                self.config.output_dir / "samples" / "final" / "codes.png",
+                self.config.output_dir / SAMPLES / FINAL / "codes.png",
             )
         if self.config.use == "anomaly" and has_labels:
             from sklearn.metrics import roc_auc_score
@@ -145,7 +146,7 @@ def encode_pictures(
 ) -> dict[str, list | np.ndarray]:
     """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
     squared error."""
-    model = ConvAutoencoder.from_pretrained(run / "model").to(best_device())
+    model = ConvAutoencoder.from_pretrained(run / MODEL).to(best_device())
     samples, decoder = (
         [ImageSample(picture_from_file(path)) for path in paths],
         partial(decode_sample, config=config.data, read_target=None),

@@ -15,8 +15,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
+from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
+from trainers.run_folder import BASE_DIGESTS_NAME
 
 
 class MemoryOptions(Protocol):
@@ -66,7 +68,7 @@ class LoadedBase:
         self.meta_model = lru_cache(self.new_meta_model)
         self.component_digest = lru_cache(self.compute_digest)
         self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
-        self.needs_autocast = True
+        self.needs_autocast, self.file_digests = True, FileDigests()
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
             raise UserError(
@@ -153,27 +155,32 @@ class LoadedBase:
         """The pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
+    def digests(self, cache_folder: Path) -> dict[str, str]:
+        """The digest of the files of each part that decides what the base computes.
+
+        Precision and place do not count, nor do other formats beside the weights that are loaded.
+        cache_folder: where the digests of files are remembered, so that they are read once.
+        """
+        self.file_digests.load(cache_folder / BASE_DIGESTS_NAME)
+        tokenizers = map(tokenizer_name, self.text_encoder_names)
+        parts = (self.denoiser_name, "vae", *self.text_encoder_names, *tokenizers, "scheduler")
+        digests = {part: self.part_digest(part) for part in parts}
+        self.file_digests.save()
+        return digests
+
+    def part_digest(self, part: str) -> str:
+        return part_digest(self.folder / part, self.variant, self.file_digests)
+
     def tokenizer_digest(self, text_encoder: str) -> str:
         return self.component_digest(tokenizer_name(text_encoder))
 
     def compute_digest(self, part: str) -> str:
-        """A digest of a component's files and the precision that it runs in.
+        """A digest of a component and the precision that it runs in.
 
         `component_digest` computes it once.
         """
         precision = "float32" if part == "vae" else self.dtype
-        digest = hashlib.sha256(f"{self.variant} {precision}".encode())
-        for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
-            digest.update(path.name.encode())
-            # the Hub's cache names large files by their SHA-256
-            blob = path.resolve()
-            if len(blob.name) == 64:
-                digest.update(blob.name.encode())
-                continue
-            with open(path, "rb") as file:
-                while piece := file.read(2**24):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return hashlib.sha256(f"{precision} {self.part_digest(part)}".encode()).hexdigest()
 
 
 def tokenizer_name(text_encoder: str) -> str:

@@ -1,40 +1,86 @@
-"""What the scripts share: exit statuses, the config of a finished run, quiet libraries."""
+"""What the scripts share: exit statuses, the config of a finished run, quiet libraries.
+
+Nothing slow is imported at the top, so that signals are bound within the first moments.
+"""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from signal import SIGINT, SIGTERM
+from typing import TYPE_CHECKING
 
-from trainers.config import Config, DreamBoothConfig, ModelConfig
 from trainers.errors import Interrupted, UserError
-from trainers.run_folder import load_run_config
+from trainers.training.process_state import ignore_signals, is_first_process, stop_request
+
+if TYPE_CHECKING:
+    from trainers.config import Config, DreamBoothConfig
+
+# a launcher ends the other processes of a machine within this time after the first has ended
+LAUNCHER_SECONDS = 2.0
 
 
 def run_main(main: Callable[[], int | None]) -> int:
     """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 +
-    a signal."""
+    a signal.
+
+    The signals stay bound: one that comes while the interpreter ends makes no traceback.
+    """
+    # registered before all else, so called after all else
+    atexit.register(ignore_signals)
+    stop_request.listen(ends_process=True)
     try:
         return main() or 0
     except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+        return report_error(error)
+    except KeyboardInterrupt:  # where a library has bound SIGINT anew
+        return report_stop(Interrupted(SIGINT))
     except Interrupted as stop:
-        print(
-            f"stopped by signal {stop.signal_number}; the same command goes on from the checkpoint",
-            file=sys.stderr,
-        )
-        return 128 + stop.signal_number
+        return report_stop(stop)
+    except Exception:
+        # what the launcher took with it, such as a connection, failed before its end was noticed
+        if stop_request.launcher_is_gone() and not stop_request.signal_number:
+            return report_stop(Interrupted(SIGTERM))
+        raise
+
+
+def report_error(error: UserError) -> int:
+    """Tell what went wrong, a mistake that all processes of a machine make by the first alone."""
+    if error.status == UserError.status and os.environ.get("LOCAL_RANK", "0") != "0":
+        stop_request.is_reported = True
+        time.sleep(LAUNCHER_SECONDS)
+    return report(str(error), error.status)
+
+
+def report_stop(stop: Interrupted) -> int:
+    """Tell that a signal has stopped the run, in the first of its processes."""
+    return report(str(stop) if is_first_process() else "", 128 + stop.signal_number)
+
+
+def report(message: str, status: int) -> int:
+    stop_request.is_reported = True
+    if message:
+        with suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr, flush=True)
+    return status
 
 
 def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     """A run's own config, or the defaults for a LoRA file, a PEFT folder or a tuned pipeline on
     `base`."""
-    if (weights / "config.yaml").is_file():
+    from trainers.config import DreamBoothConfig, ModelConfig
+    from trainers.run_folder import CONFIG_NAME, PIPELINE, load_run_config
+
+    if (weights / CONFIG_NAME).is_file():
         config = load_run_config(weights, "dreambooth")
-        base = base or (None if config.lora else str(weights / "pipeline"))
+        base = base or (None if config.lora else str(weights / PIPELINE))
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
     ):
@@ -66,6 +112,8 @@ def parse_picture_arguments(
     parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
     parser.add_argument("--out", type=Path, default=Path(out), help=help)
     arguments = parser.parse_args()
+    from trainers.run_folder import load_run_config
+
     config = load_run_config(arguments.run, kind)
     silence_libraries()
     from trainers.data.pictures import collect_image_files

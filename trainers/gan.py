@@ -24,6 +24,7 @@ from trainers.from_scratch.networks import Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.feature_networks import inception_features, mobilenet_features
 from trainers.metrics.image_quality import distribution_metrics
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 from trainers.training.loop import StepMetrics, averaged_weights
 
 NUM_METRIC_PICTURES = 10000  # generated for the metrics
@@ -140,12 +141,12 @@ class Gan(FromScratchTask):
             ("", to_pil(self.generate(range(first, first + GRID_COLUMNS))))
             for first in range(0, GRID_COLUMNS * GRID_COLUMNS, GRID_COLUMNS)
         ]
-        write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
+        write_grid([("made", rows[0][1]), *rows[1:]], folder / GRID_NAME, tile=64)
 
     def finish(self, steps: int) -> None:
         super().finish(steps)
         with averaged_weights(self):
-            write_gif(self.interpolate(), self.config.output_dir / "samples" / "final" / "walk.gif")
+            write_gif(self.interpolate(), self.config.output_dir / SAMPLES / FINAL / "walk.gif")
 
     @torch.no_grad()
     def interpolate(

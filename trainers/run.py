@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 
 from trainers import dreambooth
+from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
 from trainers.config import Config, loading
 from trainers.distributed.accelerator import make_accelerator
@@ -19,10 +20,11 @@ from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_erro
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
 from trainers.publishing.report import write_report
-from trainers.run_folder import lock_run_folder, write_atomic
+from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
-from trainers.training.checkpoint import RunState, resume, resume_facts, save_checkpoint
+from trainers.training.checkpoint import RunState, resume, save_checkpoint
+from trainers.training.facts import Facts, resume_facts
 from trainers.training.failures import friendly_errors
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
@@ -58,11 +60,11 @@ def train_and_export(
     for preset, values in settings.applied_presets.items():
         accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
     processes = ProcessGroup(accelerator)
-    task, batches, data_digest = build_task(settings, accelerator, shard)
-    facts = resume_facts(settings, accelerator.num_processes, data_digest)
+    task, batches, inputs = build_task(settings, accelerator, shard)
+    facts = resume_facts(settings, accelerator, inputs)
     state = resume_together(settings, task, processes, facts)
     if accelerator.is_main_process:
-        write_atomic(settings.output_dir / "config.yaml", loading.dump_config(settings))
+        write_atomic(settings.output_dir / CONFIG_NAME, loading.dump_config(settings))
     with warn_on_error("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
     if settings.train.auto_micro_batch:
@@ -84,13 +86,15 @@ def train_and_export(
 
 def build_task(
     settings: Config, accelerator: Accelerator, shard: ShardFunction | None
-) -> tuple[Task, Batches, str]:
-    """The task, its batches and a digest of its data."""
+) -> tuple[Task, Batches, Facts]:
+    """The task, its batches and the facts of its pictures and base."""
     build = TASKS[settings.kind]
     return build(settings, accelerator, shard) if shard else build(settings, accelerator)
 
 
-def resume_together(settings: Config, task: Task, processes: ProcessGroup, facts: dict) -> RunState:
+def resume_together(
+    settings: Config, task: Task, processes: ProcessGroup, facts: Facts
+) -> RunState:
     """The state of the newest checkpoint. Raises: UserError if processes find different ones."""
     state = resume(settings, task, processes.accelerator, facts)
     newest, minus_oldest = processes.all_max(state.step, -state.step)
@@ -124,7 +128,8 @@ class Training:
                 state = self.roll_back(error, state)
                 continue
             if reason.signal_number:
-                raise Interrupted(reason.signal_number)
+                advice = "the same command goes on from the checkpoint"
+                raise Interrupted(reason.signal_number, advice)
             return reason.step
         return state.step
 
@@ -151,7 +156,7 @@ class Training:
             reason = train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
-            checkpoints.save_end(reason)
+            reason = checkpoints.save_end(reason)
         return reason
 
     def roll_back(self, error: DivergenceError, state: RunState) -> RunState:

@@ -24,6 +24,7 @@ from trainers.from_scratch.tiling import predict_tiled
 from trainers.from_scratch.uses import USES
 from trainers.from_scratch.uses.colorize import Colorize
 from trainers.from_scratch.uses.segment import Segment
+from trainers.run_folder import GRID_NAME, MODEL
 
 
 class UNetTask(FromScratchTask):
@@ -88,7 +89,7 @@ class UNetTask(FromScratchTask):
                 strict=True,
             ):
                 row += to_pil(picture)
-        write_grid(list(sheet.items()), folder / "grid.png")
+        write_grid(list(sheet.items()), folder / GRID_NAME)
 
     def usage_example(self) -> str:
         noise = ", the last one noise from N(0, 1)" if self.use.num_noise_channels else ""
@@ -123,7 +124,7 @@ class Translator:
 
     def __init__(self, config: UNetConfig, run: Path) -> None:
         self.use, self.tile = USES[config.use](config), config.data.resolution
-        self.model = UNet.from_pretrained(run / "model").to(best_device())
+        self.model = UNet.from_pretrained(run / MODEL).to(best_device())
         self.mode = "L" if config.data.channels == 1 else "RGB"
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from trainers.cli import make_parser
 from trainers.config.loading import load_config
 from trainers.run import run
+from trainers.run_folder import FIGURES_NAME, read_metrics
 
 
 def parse_arguments(description: str, data: str, **more: dict) -> argparse.Namespace:
@@ -29,14 +30,14 @@ def parse_arguments(description: str, data: str, **more: dict) -> argparse.Names
 def train(config: str, folder: Path, *overrides: str) -> tuple[dict, float]:
     """Figures of a run, and the seconds of its training steps; a finished one is read again."""
     settings = load_config(f"configs/{config}.yaml", [f"output_dir={folder}", *overrides])
-    if not (folder / "figures.json").exists():
+    if not (folder / FIGURES_NAME).exists():
         run(settings)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     steps = torch.tensor([row["step"] for row in rows]).diff(prepend=torch.zeros(1))
     rate = (
         torch.tensor([row["images_per_second"] for row in rows]) / settings.train.train_batch_size
     )
-    return json.loads((folder / "figures.json").read_text()), float((steps / rate).sum())
+    return json.loads((folder / FIGURES_NAME).read_text()), float((steps / rate).sum())
 
 
 def print_table(header: list[str], rows: list[list]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from trainers.cli import make_parser
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 
 HEIGHT = 320
 
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def grid(run: Path) -> Image.Image:
-    return Image.open(run / "samples" / "final" / "grid.png").convert("RGB")
+    return Image.open(run / SAMPLES / FINAL / GRID_NAME).convert("RGB")
 
 
 def first(run: Path, *rows: int) -> list[Image.Image]:

@@ -60,6 +60,7 @@ from trainers.config.loading import load_config
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.families import FAMILIES
 from trainers.run import run
+from trainers.run_folder import PIPELINE
 from trainers.training.loop import Player, train
 from trainers.training.optimizers import EMA, make_lr_schedule, make_optimizer
 
@@ -442,7 +443,7 @@ def make_base(family: str, work: Path, assets: Path) -> None:
     settings = load_config("configs/small_world_base.yaml", [*places, *overrides])
     run(settings)
     pipeline = FAMILIES[family].pipeline.from_pretrained(
-        settings.output_dir / "pipeline", dtype=torch.float16
+        settings.output_dir / PIPELINE, dtype=torch.float16
     )
     pipeline.save_pretrained(assets / family)
     judge = work / "judge"

@@ -62,6 +62,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
     the most similar right one.
     """
+    tree = read_tree(path)
+    messages = [apply_override(tree, override) for override in overrides]
+    config, errors = validate(tree)
+    mistakes = [message for message in (*messages, *errors) if message]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return config
+
+
+def read_tree(path: str | Path) -> dict:
+    """The sections in a YAML file, not validated. Raises: UserError."""
     try:
         tree = parse_yaml(Path(path).read_bytes()) or {}
     except OSError as error:
@@ -73,12 +84,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(
             f"{path} must contain sections such as 'model:' and 'data:', but it is a {kind}"
         )
-    messages = [apply_override(tree, override) for override in overrides]
-    config, errors = validate(tree)
-    mistakes = [message for message in (*messages, *errors) if message]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    return config
+    return tree
 
 
 def apply_override(tree: dict, override: str) -> str | None:
@@ -102,7 +108,15 @@ def apply_override(tree: dict, override: str) -> str | None:
 
 
 def validate(tree: dict) -> tuple[Config, list[str]]:
-    """The config and its mistakes.
+    """The config and its mistakes, those against the rules between keys too."""
+    config, messages = parse_tree(tree)
+    for path, message in config.errors():
+        messages.setdefault(path, f"{path}: {message}")
+    return config, list(messages.values())
+
+
+def parse_tree(tree: dict) -> tuple[Config, dict[str, str]]:
+    """The config, and the mistakes in names and values by their paths.
 
     A wrong value is reported and removed, so that the rest can still be checked.
     """
@@ -122,9 +136,7 @@ def validate(tree: dict) -> tuple[Config, list[str]]:
                 location = [str(part) for part in problem["loc"][:2]]
                 messages.setdefault(".".join(location), describe_error(problem, location, model))
                 remove_path(tree, location)
-    for path, message in config.errors():
-        messages.setdefault(path, f"{path}: {message}")
-    return config, list(messages.values())
+    return config, messages
 
 
 def describe_error(problem: Any, location: list[str], model: type[Config]) -> str:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainers.atomic import replacing_file
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 to [-1, 1]."""
@@ -35,6 +37,12 @@ def mirror_pad(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's suffix; no half of it is ever found."""
+    with replacing_file(path) as temporary:
+        picture.save(temporary)
+
+
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
     """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing."""
     font, gap, columns = ImageFont.load_default(14), 6, max(len(pictures) for _, pictures in rows)
@@ -55,7 +63,7 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
             )
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
@@ -68,4 +76,5 @@ def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -
             tile = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (i % columns * side, i // columns * side))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)
+    with replacing_file(path) as temporary:
+        sheets[0].save(temporary, save_all=True, append_images=sheets[1:], duration=80, loop=0)

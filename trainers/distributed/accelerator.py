@@ -14,6 +14,7 @@ from trainers.distributed import deepspeed
 from trainers.distributed.collectives import TIMEOUT
 from trainers.distributed.fsdp import ShardFunction, make_shard_function
 from trainers.errors import UserError
+from trainers.run_folder import TRACKING
 
 
 def best_device() -> torch.device:
@@ -51,7 +52,7 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
         kwargs_handlers=[process_group],
         **deepspeed_options,
         log_with=config.tracking.report_to or None,
-        project_config=ProjectConfiguration(str(folder), str(folder / "tracking")),
+        project_config=ProjectConfiguration(str(folder), str(folder / TRACKING)),
     )
     check_num_processes(accelerator)
     if use_deepspeed:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.atomic import replacing_file
 from trainers.config import AutoencoderConfig
 from trainers.data.rng import SampleRng
 from trainers.from_scratch.networks import ConvAutoencoder
@@ -68,4 +69,5 @@ def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
     axes.legend(title="class", markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xticks=[], yticks=[], title="codes of test pictures")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -23,6 +23,7 @@ from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
+from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
 
@@ -75,13 +76,15 @@ class ImageSet:
             return self.pixels[torch.tensor(rows, device=self.device)]
         return torch.stack([self[row] for row in rows])
 
-    @property
-    def digest(self) -> str:
-        """Of the files' contents."""
-        parts = [
-            part for sample in self.samples for part in (sample.picture, sample.target) if part
-        ]
-        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    def describe(self) -> Facts:
+        """The pictures, with their targets and labels, as a resumed run compares them."""
+        entries = []
+        for sample in self.samples:
+            content = sample.picture.digest
+            if sample.target:
+                content = hashlib.sha256((content + sample.target.digest).encode()).hexdigest()
+            entries.append((sample.picture.name, content, str(sample.label)))
+        return describe_pictures(entries)
 
 
 def load_images(

@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from trainers.atomic import replacing_folder, write_atomic
 from trainers.config import ScratchConfig
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
+from trainers.run_folder import FIGURES_NAME, FINAL, MODEL, SAMPLES
+from trainers.training.facts import Facts
 from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
 GRID_COLUMNS = 10  # pictures in a row of a grid
@@ -47,8 +50,8 @@ class FromScratchTask(ABC):
     @classmethod
     def build(
         cls, config: ScratchConfig, accelerator: Accelerator
-    ) -> tuple[FromScratchTask, ImageBatches, str]:
-        """The task, its batches and a digest of its data."""
+    ) -> tuple[FromScratchTask, ImageBatches, Facts]:
+        """The task, its batches and the facts of its pictures."""
         task, batch_slice = (
             cls(config, accelerator),
             BatchSlice.from_config(config.seed, config.train, accelerator),
@@ -56,7 +59,7 @@ class FromScratchTask(ABC):
         return (
             task,
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
-            task.train_images.digest,
+            {"pictures": {"training": task.train_images.describe()}},
         )
 
     def add_player(
@@ -97,24 +100,25 @@ class FromScratchTask(ABC):
         """A line of Python that uses the `model`."""
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder / "model")
+        with replacing_folder(folder / MODEL) as temporary:
+            self.model.save_pretrained(temporary)
 
     def finish(self, steps: int) -> None:
         """Save, show, measure, write the card."""
         folder, metrics = self.config.output_dir, {}
         with averaged_weights(self):
             self.save(folder)
-            self.sample(folder / "samples" / "final")
+            self.sample(folder / SAMPLES / FINAL)
             if self.test_images is not None:
                 metrics = self.evaluate()
-                (folder / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")
+                write_atomic(folder / FIGURES_NAME, json.dumps(metrics, indent=2) + "\n")
                 self.accelerator.print(
                     "  ".join(f"{k} {v}" for k, v in model_card.format_metrics(metrics).items())
                 )
         kind = type(self.model).__name__
         usage = [
             f"from trainers.from_scratch.networks import {kind}",
-            f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="model")',
+            f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="{MODEL}")',
             self.usage_example(),
         ]
         model_card.write_scratch_card(

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainers.atomic import replacing_folder, working_folder
 from trainers.config import DreamBoothConfig
 from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
@@ -67,14 +67,14 @@ def save_lora(
         packed[f"{name}_lora_layers"] = own
         packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
         state |= {f"{name}.{key}": value for key, value in own.items()}
-    with TemporaryDirectory(dir=folder) as temporary:
-        file = Path(temporary) / WEIGHT_NAME
+    with working_folder(folder) as temporary:
+        file = temporary / WEIGHT_NAME
         family.pipeline.save_lora_weights(temporary, **packed)
         # diffusers writes its own header alone; ours is added to it
         save_file(load_file(file), file, read_header(file).metadata | metadata)
         file.replace(folder / WEIGHT_NAME)
         if config.writes_kohya:
-            file = Path(temporary) / KOHYA_NAME
+            file = temporary / KOHYA_NAME
             load_format("kohya").write(from_peft(state), family, file, metadata)
             file.replace(folder / KOHYA_NAME)
 
@@ -116,4 +116,5 @@ def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) ->
     pipe = family.pipeline.from_pretrained(
         family.folder, variant=family.variant, use_safetensors=True, **trained
     )
-    pipe.save_pretrained(folder)
+    with replacing_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)

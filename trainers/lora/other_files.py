@@ -80,10 +80,11 @@ MAX_EMBEDDINGS = 4  # tensors of a textual inversion, which has one for each tex
 # Names that one model alone has.
 OTHER_MODELS = (
     (r"lora_te3_|text_encoder_3|t5xxl|SelfAttention", "a T5 text encoder"),
-    (r"add_embedding|input_blocks_[78]_|transformer_blocks[._][2-9][._]attn1|lora_te2_", "SDXL"),
+    (r"add_embedding|input_blocks_[78]_|transformer_blocks[._][2-9][._]attn1", "SDXL"),
     (r"double_blocks|single_transformer_blocks|single_blocks", "Flux.1"),
     (r"joint_blocks", "SD3 or SD3.5"),
     (r"transformer_blocks[._]\d+[._]attn[._]", "SD3, SD3.5 or Flux.1"),
+    (r"lora_te2_|text_encoder_2", "SDXL, SD3 or SD3.5"),
     (r"down_blocks|up_blocks|input_blocks", "a U-Net (SD1.x, SD2.x or SDXL)"),
 )
 

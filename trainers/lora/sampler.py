@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder
-from trainers.data.imaging import to_pil, write_grid
+from trainers.data.imaging import to_pil, write_grid, write_picture
 from trainers.distributed.trained_weights import trainable_state
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
@@ -26,7 +26,14 @@ from trainers.lora.export import save_lora
 from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
-from trainers.run_folder import WEIGHT_NAME, list_checkpoints
+from trainers.run_folder import (
+    CACHE,
+    CHECKPOINTS,
+    FINAL,
+    GRID_NAME,
+    WEIGHT_NAME,
+    list_checkpoints,
+)
 from trainers.training.checkpoint import read_checkpoint
 
 # rows of pictures, each by its prompt and the seed of its noise
@@ -50,7 +57,7 @@ class LoraSampler:
         family = open_family(config.model, accelerator.device, half)
         text_encoders = trained_encoders(family, config)
         self.encoder = CachedEncoder(
-            family, config.data.cache_dir or run / "cache", config.data.cache, text_encoders
+            family, config.data.cache_dir or run / CACHE, config.data.cache, text_encoders
         )
         if config.data.cache:
             self.encoder.fill(
@@ -62,7 +69,7 @@ class LoraSampler:
                 if export_folder
                 else {}
             ),
-            "final": run,
+            FINAL: run,
         }
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
@@ -117,7 +124,7 @@ def export_checkpoints(
     module = TrainableDenoiser(family, text_encoders)
     add_lora(family, config.lora, text_encoders)
     trained, folders = trainable_state(module), {}
-    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
+    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
         if (state := read_checkpoint(checkpoint)) is None:
             warnings.warn(f"{checkpoint} is damaged and is passed over", stacklevel=2)
             continue
@@ -134,8 +141,8 @@ def export_checkpoints(
 def save_pictures(rows: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write rows of pictures as ROW-I.png, and all of them as grid.png; they are returned."""
     images = {row: to_pil(x) for row, x in rows.items()}
-    write_grid(list(images.items()), folder / "grid.png")
+    write_grid(list(images.items()), folder / GRID_NAME)
     for row, line in images.items():
         for i, image in enumerate(line):
-            image.save(folder / f"{row}-{i:02d}.png")
+            write_picture(image, folder / f"{row}-{i:02d}.png")
     return rows

@@ -11,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
-from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME, write_atomic
+from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -67,7 +68,7 @@ def write_dreambooth_card(
         readers=lora_readers(config),
         facts=markdown_table(dreambooth_facts(config, steps, difference, pictures)),
     )
-    card.save(config.output_dir / "README.md")
+    write_atomic(config.output_dir / CARD_NAME, str(card))
 
 
 def card_prompt(config: DreamBoothConfig) -> str:
@@ -101,7 +102,7 @@ def lora_readers(config: DreamBoothConfig) -> str:
 
 def name_repository(folder: Path, repo: str) -> None:
     """Put the repository's name into the code of a run's card, in place of an earlier one."""
-    file = folder / "README.md"
+    file = folder / CARD_NAME
     text = file.read_text("utf-8")
     for pattern in REPOSITORY_LINES:
         text = re.sub(pattern, lambda found: f'{found[1]}"{repo}"{found[2]}', text)
@@ -138,7 +139,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     validation = config.validation
     base = config.model.pretrained_model_name_or_path
     return {
-        "base": repr(base if config.lora else "PATH_OR_REPO/pipeline"),
+        "base": repr(base if config.lora else f"PATH_OR_REPO/{PIPELINE}"),
         "prompt": repr(card_prompt(config)),
         "size": config.data.resolution,
         "max_sequence_length": config.model.max_sequence_length,
@@ -186,12 +187,12 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
 
 def add_metrics(folder: Path, metrics: Mapping[str, float | str]) -> None:
     """Put the results of an evaluation at the end of a run's card, in place of earlier ones."""
-    file = folder / "README.md"
+    file = folder / CARD_NAME
     text = file.read_text("utf-8")
     for heading in KNOWN_METRICS_HEADINGS:
         text = text.partition(f"\n{heading}\n")[0]
     table = markdown_table(format_metrics(metrics))
-    file.write_text(f"{text.rstrip()}\n\n{METRICS_HEADING}\n\n{table}\n", "utf-8")
+    write_atomic(file, f"{text.rstrip()}\n\n{METRICS_HEADING}\n\n{table}\n")
 
 
 def format_metrics(metrics: Mapping[str, float | str]) -> dict[str, str]:
@@ -237,7 +238,7 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
         usage="\n".join(usage),
         facts=markdown_table(facts),
     )
-    card.save(config.output_dir / "README.md")
+    write_atomic(config.output_dir / CARD_NAME, str(card))
 
 
 def package_versions() -> dict[str, str]:
