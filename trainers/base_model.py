@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
+from trainers.config.dreambooth_rules import base_problem
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
@@ -207,6 +208,8 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
 def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     """The local folder of the base model, which is downloaded if need be. Raises: UserError."""
     name = model.pretrained_model_name_or_path
+    if problem := base_problem(name):
+        raise UserError(f"model.pretrained_model_name_or_path: {problem}")
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(

@@ -11,10 +11,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from trainers.errors import Interrupted, UserError
@@ -27,6 +29,22 @@ if TYPE_CHECKING:
 LAUNCHER_SECONDS = 2.0
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is printed as one line, without the source line that raised it."""
+
+    def plain_line(message: Warning | str, *_: object) -> str:
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = plain_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@plain_warnings()
 def run_main(main: Callable[[], int | None]) -> int:
     """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 +
     a signal.
@@ -84,7 +102,9 @@ def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
     ):
-        from trainers.families import detect_family  # and so torch, which takes seconds
+        # only now, because it imports torch, which takes seconds
+        silence_libraries()
+        from trainers.families import detect_family
 
         config = DreamBoothConfig(model=ModelConfig(family=detect_family(base)))
     else:
@@ -103,14 +123,24 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def parse_picture_arguments(
-    description: str, kind: str, out: str, help: str
+    description: str,
+    kind: str,
+    out: str,
+    help: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, Config]:
     """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's
-    config."""
+    config.
+
+    flags: further options that are on or off, with their help.
+    """
     parser = make_parser(description)
-    parser.add_argument("run", type=Path, help=f"the run folder of a {kind}")
-    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
+    parser.add_argument("run", type=Path, help=f"The run folder of a finished {kind}.")
+    help_pictures = "Pictures, or folders with pictures."
+    parser.add_argument("pictures", type=Path, nargs="+", help=help_pictures)
     parser.add_argument("--out", type=Path, default=Path(out), help=help)
+    for flag, flag_help in flags.items():
+        parser.add_argument(flag, action="store_true", help=flag_help)
     arguments = parser.parse_args()
     from trainers.run_folder import load_run_config
 
@@ -135,11 +165,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add CONFIG and section.key=value ...; CONFIG may be left out if there is a default."""
+    usual = "such as configs/quickstart.yaml" if default is None else f"by default {default}"
+    nargs = None if default is None else "?"
+    parser.add_argument("config", nargs=nargs, default=default, help=f"A YAML file, {usual}.")
+    help = "Values that replace those in the file, such as optimizer.learning_rate=1e-4."
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help)
+
+
 def silence_libraries() -> None:
-    """Keep the libraries' notices out of the progress line."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on a CPU it advises a kernel that nothing here needs
+    """Keep the libraries' notices out of the progress line; to be called before they are used."""
+    # on a CPU it advises a kernel that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers
     import transformers
 

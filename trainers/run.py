@@ -19,6 +19,7 @@ from trainers.efficiency.attention import attention_kernel
 from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
+from trainers.publishing.public import TRACKER_OPTIONS
 from trainers.publishing.report import write_report
 from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
@@ -66,7 +67,7 @@ def train_and_export(
     if accelerator.is_main_process:
         write_atomic(settings.output_dir / CONFIG_NAME, loading.dump_config(settings))
     with warn_on_error("the tracker"):
-        accelerator.init_trackers(settings.tracking.project_name)
+        accelerator.init_trackers(settings.tracking.project_name, init_kwargs=TRACKER_OPTIONS)
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)

@@ -11,9 +11,9 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_xlabs_flux_lora_to_diffusers,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from tests.shared.lora_files import random_lora, read_state
 from safetensors.torch import load_file
 
+from tests.shared.lora_files import random_lora, read_state
 from tests.shared.true_sizes import SD35_LARGE, true_size_base
 from trainers.lora import released_unet
 from trainers.lora.base_layers import adaptable_shapes

@@ -19,7 +19,11 @@ from trainers.lora.formats import load_format
 from trainers.lora.peft_format import from_peft
 from trainers.lora.tensor_file import read_header
 from trainers.publishing.model_card import package_versions
+from trainers.publishing.public import PRIVATE_SECTIONS, public_config
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+
+# where the libraries note what a model or tokenizer was loaded from
+ORIGIN_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
 
 def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") -> dict[str, Tensor]:
@@ -45,6 +49,8 @@ def lora_metadata(module: nn.Module) -> dict:
     config["lora_alpha"] = config["r"]
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0
+    # it may be a path on this machine, and diffusers does not read it
+    config["base_model_name_or_path"] = None
     for key, value in config.items():
         # sets have no order and no JSON
         if isinstance(value, set):
@@ -85,17 +91,16 @@ def make_metadata(config: DreamBoothConfig, architecture: str) -> dict[str, str]
     That is modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat the run.
     architecture: modelspec's id of the base model.
     """
-    size = config.data.resolution
-    private = {"hub", "tracking", "checkpoint"}
+    size, shared = config.data.resolution, public_config(config)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": config.output_dir.name,
+        "modelspec.title": shared.output_dir.name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
-        "diffusion_trainers.config": config.model_dump_json(exclude=private),
+        "diffusion_trainers.config": shared.model_dump_json(exclude=set(PRIVATE_SECTIONS)),
         "diffusion_trainers.versions": json.dumps(package_versions()),
     }
 
@@ -118,3 +123,13 @@ def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) ->
     )
     with replacing_folder(folder) as temporary:
         pipe.save_pretrained(temporary)
+        remove_origin(temporary)
+
+
+def remove_origin(folder: Path) -> None:
+    """Remove from a saved pipeline's configs where its parts were loaded from: a path, often."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, dict) and ORIGIN_KEYS & content.keys():
+            kept = {key: value for key, value in content.items() if key not in ORIGIN_KEYS}
+            path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")

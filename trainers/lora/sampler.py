@@ -17,6 +17,7 @@ from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import to_pil, write_grid, write_picture
+from trainers.distributed.accelerator import preferred_dtype
 from trainers.distributed.trained_weights import trainable_state
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
@@ -53,8 +54,8 @@ class LoraSampler:
     ) -> None:
         """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-        family = open_family(config.model, accelerator.device, half)
+        device = accelerator.device
+        family = open_family(config.model, device, preferred_dtype(device))
         text_encoders = trained_encoders(family, config)
         self.encoder = CachedEncoder(
             family, config.data.cache_dir or run / CACHE, config.data.cache, text_encoders

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainers.atomic import replacing_file
 from trainers.errors import UserError
 
 # safetensors' own bound on a header, in bytes
@@ -74,16 +75,9 @@ def read_header(path: Path) -> TensorFile:
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the file aside and then rename it.
-
-    So no half of it is ever found, and tensors that were read from this very path stay readable.
-    """
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        save_file(dict(state), aside, dict(metadata))
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a file, which is the new one or, as on a full disk, the old one."""
+    with replacing_file(path) as temporary:
+        save_file(dict(state), temporary, dict(metadata))
 
 
 @contextmanager

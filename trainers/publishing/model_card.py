@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
+from trainers.publishing.public import is_local, public_config
 from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -55,18 +56,18 @@ def write_dreambooth_card(
     steps: how many were trained; difference: the reload proof's relative difference;
     pictures: digests of the training pictures.
     """
-    validation = config.validation
-    prompt = card_prompt(config)
+    shared = public_config(config)
+    prompt = card_prompt(shared)
     card = ModelCard.from_template(
         dreambooth_metadata(config),
         template_path=str(TEMPLATES / "dreambooth_card.md.jinja"),
-        title=escape_markdown(config.output_dir.name),
+        title=escape_markdown(shared.output_dir.name),
         prompt_code=code_span(prompt) if prompt else "",
-        has_samples=bool(validation.prompts),
-        python=python_values(config),
+        has_samples=bool(shared.validation.prompts),
+        python=python_values(shared),
         is_lora=config.lora is not None,
-        readers=lora_readers(config),
-        facts=markdown_table(dreambooth_facts(config, steps, difference, pictures)),
+        readers=lora_readers(shared),
+        facts=markdown_table(dreambooth_facts(shared, steps, difference, pictures)),
     )
     write_atomic(config.output_dir / CARD_NAME, str(card))
 
@@ -114,7 +115,7 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
     base = config.model.pretrained_model_name_or_path
     relation = {}
     # The path of a local base says nothing on the Hub, and it is the user's own affair.
-    if not Path(base).exists():
+    if not is_local(base):
         relation["base_model"] = base
         relation["base_model_relation"] = "adapter" if config.lora else "finetune"
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
@@ -215,7 +216,7 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     tag: the Hub's name of its task; usage: lines of code that load the model and call it.
     """
     data = config.data
-    is_on_hub = data.dataset_name and not Path(data.dataset_name).exists()
+    is_on_hub = data.dataset_name and not is_local(data.dataset_name)
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag=tag,
@@ -234,7 +235,7 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATES / "scratch_card.md.jinja"),
-        title=escape_markdown(config.output_dir.name),
+        title=escape_markdown(public_config(config).output_dir.name),
         usage="\n".join(usage),
         facts=markdown_table(facts),
     )
