@@ -12,7 +12,7 @@ from trainers import dreambooth
 from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
 from trainers.config import Config, loading
-from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.accelerator import make_accelerator, record_precision
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
 from trainers.efficiency.attention import attention_kernel
@@ -49,6 +49,7 @@ def run(settings: Config) -> None:
     with ExitStack() as stack:
         stack.enter_context(restored_process())
         accelerator, shard = make_accelerator(settings)
+        settings = record_precision(settings, accelerator)
         stack.enter_context(friendly_errors(settings, accelerator.num_processes))
         repo = run_on_main(accelerator, lambda: check_access(settings))
         run_on_main(accelerator, lambda: stack.enter_context(lock_run_folder(settings.output_dir)))

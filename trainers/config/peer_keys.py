@@ -50,6 +50,7 @@ NAMES_BY_PATH = {
     "train.max_train_steps": "steps num_train_epochs max_train_epochs epochs",
     "train.train_batch_size": "batch_size",
     "train.gradient_accumulation_steps": "gradient_accumulation",
+    "train.mixed_precision": "train_dtype dtype full_bf16 full_fp16",
     "train.max_grad_norm": "clip_grad_norm gradient_clip_val",
     "train.ema_decay": "ema use_ema ema_config",
     "train.memory": "low_vram lowram highvram",
@@ -73,10 +74,6 @@ NAMES_BY_PATH = {
 
 # What `accelerate launch` is told, by a flag or by its own YAML file.
 LAUNCHER_FLAGS = {
-    "mixed_precision": "--mixed_precision bf16",
-    "train_dtype": "--mixed_precision bf16",
-    "dtype": "--mixed_precision bf16",
-    "full_bf16": "--mixed_precision bf16",
     "num_processes": "--num_processes N",
     "num_machines": "--num_machines N",
     "gpu_ids": "--gpu_ids 0,1",

@@ -28,6 +28,8 @@ LAUNCHER_CHOICES = {
     "ACCELERATE_USE_MEGATRON_LM": (("false", ""), "use FSDP2 or DeepSpeed instead"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (("false", ""), "use FSDP2 or DeepSpeed instead"),
 }
+# as accelerate calls them
+PRECISION_NAMES = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Variables that say what a key of `train` says too.
 CONFIG_OWNED_VARIABLES = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
@@ -67,10 +69,12 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
     use_deepspeed, use_cpu = deepspeed.requested(), not torch.accelerator.is_available()
     if use_deepspeed and use_fsdp:
         raise UserError("FSDP and DeepSpeed were both asked for: choose one")
-    process_group, deepspeed_options = InitProcessGroupKwargs(timeout=TIMEOUT), {}
+    process_group, deepspeed_plugin = InitProcessGroupKwargs(timeout=TIMEOUT), None
+    mixed_precision = choose_mixed_precision(config, os.environ)
     if use_deepspeed:
-        plugin = deepspeed.make_plugin(config)
-        deepspeed_options = {"deepspeed_plugin": plugin, "mixed_precision": "no"}
+        # `deepspeed.compute_dtype` reads it from there
+        os.environ["ACCELERATE_MIXED_PRECISION"] = mixed_precision
+        deepspeed_plugin, mixed_precision = deepspeed.make_plugin(config), "no"
         if use_cpu:  # unless it is told the backend each process believes that it is alone
             process_group = InitProcessGroupKwargs(timeout=TIMEOUT, backend="gloo")
     folder = config.output_dir
@@ -79,7 +83,8 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
         cpu=use_cpu and not use_deepspeed,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         kwargs_handlers=[process_group],
-        **deepspeed_options,
+        deepspeed_plugin=deepspeed_plugin,
+        mixed_precision=mixed_precision,
         log_with=config.tracking.report_to or None,
         project_config=ProjectConfiguration(str(folder), str(folder / TRACKING)),
     )
@@ -94,6 +99,24 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
             "fsdp_offload_params: true keeps the parts in the CPU's memory"
         )
     return accelerator, make_shard_function(config, accelerator) if use_fsdp else None
+
+
+def choose_mixed_precision(config: Config, environment: Mapping[str, str]) -> str:
+    """The launcher's choice where it made one, else that of `train.mixed_precision`."""
+    # the launcher says no also when it was told nothing
+    launcher = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launcher != "no":
+        return launcher
+    if config.train.mixed_precision != "auto":
+        return config.train.mixed_precision
+    return PRECISION_NAMES[preferred_dtype(best_device())]
+
+
+def record_precision(config: Config, accelerator: Accelerator) -> Config:
+    """The config with the precision that the run has."""
+    name = PRECISION_NAMES[deepspeed.compute_dtype(accelerator)]
+    train = config.train.model_copy(update={"mixed_precision": name})
+    return config.model_copy(update={"train": train})
 
 
 def check_environment(config: Config, environment: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
+from trainers.publishing.model_card import name_repository
 from trainers.publishing.public import public_text
 from trainers.run_folder import (
     CARD_NAME,
@@ -128,6 +129,7 @@ def push_run(config: Config, repo: str) -> str:
     folder, hub = config.output_dir, config.hub
     if not (folder / CARD_NAME).exists():
         raise UserError(f"{folder} is not finished: it has no {CARD_NAME}, which a run writes last")
+    name_repository(folder, repo)
     delays = (
         [] if hub.create_pr else list(RETRY_DELAYS)
     )  # another try could open another pull request
