@@ -226,6 +226,7 @@ def test_what_is_missing_is_reported_before_a_picture_is_generated(settings, pho
     assert "is not held out" in capsys.readouterr().err
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("lora: {rank: 2}", "lora: null"))
+    (folder / "pipeline").mkdir()
     assert call("evaluate.py", folder, *dino) == 2
     assert "trained all weights" in capsys.readouterr().err
     assert not (folder / "evaluation").exists()
