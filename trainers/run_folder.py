@@ -105,13 +105,27 @@ def read_run_config(run: Path) -> Config:
 
 
 def load_run_config(run: Path, kind: str = "") -> Config:
-    """The config of a finished run. Raises: UserError when it is none of that kind, if given."""
+    """The config of a finished run.
+
+    Raises: UserError when the folder is no run of that kind, if one is given, or is not finished.
+    """
     config = read_run_config(run)
     if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
-    if config.kind != "dreambooth" and not (run / MODEL).is_dir():
-        raise UserError(f"{run} is not finished: it has no model")
+    result = MODEL
+    if config.kind == "dreambooth":
+        result = WEIGHT_NAME if config.lora else PIPELINE
+    if not (run / result).exists():
+        raise UserError(f"{run} is not finished: it has no {result}. {continue_hint(run)}")
     return config
+
+
+def continue_hint(run: Path) -> str:
+    """How training goes on in the folder of a run that was stopped."""
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    if not checkpoints:
+        return "It has no checkpoint either: the same command starts from step 0"
+    return f"The same command goes on from its checkpoint {checkpoints[0].name}"
 
 
 def append_line(path: Path, line: str) -> None:

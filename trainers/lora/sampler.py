@@ -17,12 +17,14 @@ from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import to_pil, write_grid, write_picture
+from trainers.distributed.accelerator import preferred_dtype
 from trainers.distributed.trained_weights import trainable_state
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
 from trainers.families.sampling import sample_picture
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora.export import save_lora
+from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
 from trainers.run_folder import (
@@ -52,8 +54,8 @@ class LoraSampler:
     ) -> None:
         """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-        family = open_family(config.model, accelerator.device, half)
+        device = accelerator.device
+        family = open_family(config.model, device, preferred_dtype(device))
         text_encoders = trained_encoders(family, config)
         self.encoder = CachedEncoder(
             family, config.data.cache_dir or run / CACHE, config.data.cache, text_encoders
@@ -72,6 +74,8 @@ class LoraSampler:
         }
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
+            # diffusers would load a file that is not finite, or not whole
+            read_lora(folder / WEIGHT_NAME, family)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
                 family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)

@@ -24,6 +24,7 @@ from trainers.publishing.embedding import (
 )
 from trainers.publishing.html import environment, is_finite_number, parts
 from trainers.publishing.markdown import unescape_markdown
+from trainers.publishing.public import public_config, public_text
 from trainers.run_folder import (
     CARD_NAME,
     CHECKPOINTS,
@@ -53,18 +54,23 @@ def write_report(run: Path, pictures: bool = True, config: Config | None = None)
     """Write what a run folder contains, finished or not, as one HTML file, and return its path.
 
     pictures: show the training pictures. `report.html` has them and is for its owner; without them
-    the file is `report_public.html`, which may be uploaded. config: the run's, where it is known.
-    Raises: UserError when `run` is not a run folder, or has mistakes in its config.
+    the file is `report_public.html`, which may be uploaded and names no place on this machine.
+    config: the run's, where it is known. Raises: UserError when `run` is not a run folder, or has
+    mistakes in its config.
     """
     if config is None:
         check_kind(run)
         config = read_run_config(run)
+    text, title = read_if_present(run / CONFIG_NAME), run.resolve().name
+    if not pictures:
+        config = public_config(config)
+        text, title = public_text(config), config.output_dir.name
     page = environment.get_template("report.html.jinja").render(
-        title=run.resolve().name,
+        title=title,
         kind=config.kind,
         lead=describe_run(config),
         sections=build_sections(run, config, pictures),
-        config=read_if_present(run / CONFIG_NAME),
+        config=text,
     )
     out = run / (REPORT_NAME if pictures else PUBLIC_REPORT_NAME)
     write_atomic(out, page)

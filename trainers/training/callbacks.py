@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from trainers.atomic import write_atomic
 from trainers.config import Config
 from trainers.distributed.collectives import ProcessGroup
-from trainers.errors import Interrupted, warn_on_error
+from trainers.errors import warn_on_error
 from trainers.run_folder import (
     GRID_NAME,
     METRICS_NAME,
@@ -34,7 +34,7 @@ from trainers.run_folder import (
 )
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
-from trainers.training.process_state import STOP_SIGNALS
+from trainers.training.process_state import stop_request
 
 
 class LogMetrics:
@@ -153,16 +153,9 @@ class SaveCheckpoints:
         self, task: Task, config: Config, processes: ProcessGroup, state: RunState
     ) -> None:
         self.task, self.config, self.processes, self.state = task, config, processes, state
-        self.signal_number, self.last_saved = 0, time.monotonic()
-        self.is_done = state.step >= config.train.max_train_steps
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.request_stop)
-
-    def request_stop(self, number: int, frame: object) -> None:
-        # a second signal does not wait, nor is there another step to wait for
-        if self.signal_number or self.is_done:
-            raise Interrupted(number)
-        self.signal_number = number
+        self.last_saved = time.monotonic()
+        stop_request.bind()
+        stop_request.waits_for_step = state.step < config.train.max_train_steps
 
     def __call__(self, step: int, metrics: StepMetrics) -> StopReason | None:
         settings, is_last = self.config.checkpoint, step == self.config.train.max_train_steps
@@ -170,14 +163,13 @@ class SaveCheckpoints:
             settings.every_minutes is not None
             and time.monotonic() - self.last_saved > 60 * settings.every_minutes
         )
-        number, is_late = self.processes.all_max(self.signal_number, is_late)
+        number, is_late = self.processes.all_max(stop_request.signal_number, is_late)
         if step % settings.checkpointing_steps == 0 or is_last or is_late or number:
             # after a skipped step the older ones may be needed yet
             self.save(step, prune=not metrics["skipped"])
-        if is_last:
-            # no later step would see a signal that came while this one was saved
-            self.is_done = True
-            (number,) = self.processes.all_max(self.signal_number)
+            stop_request.waits_for_step = not is_last
+            # a signal that came while this one was saved has its checkpoint already
+            (number,) = self.processes.all_max(stop_request.signal_number)
         return StopReason(signal.strsignal(number) or "signal", step, number) if number else None
 
     def save(self, step: int, prune: bool = True) -> None:
@@ -185,11 +177,16 @@ class SaveCheckpoints:
         save_checkpoint(self.config, self.task, self.processes.accelerator, state, prune)
         self.last_saved = time.monotonic()
 
-    def save_end(self, reason: StopReason) -> None:
-        """Save that the training is over: a run that is resumed does not train on."""
-        self.is_done = True
+    def save_end(self, reason: StopReason) -> StopReason:
+        """Save that the training is over: a run that is resumed does not train on.
+
+        Returns the reason, with the number of a signal that came at the same step.
+        """
         self.state = replace(self.state, end=reason.message)
         self.save(reason.step)
+        stop_request.waits_for_step = False
+        (number,) = self.processes.all_max(stop_request.signal_number)
+        return replace(reason, signal_number=number)
 
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:

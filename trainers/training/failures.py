@@ -13,6 +13,7 @@ from trainers.config import Config
 from trainers.errors import RunFailedError
 from trainers.run_folder import CHECKPOINTS
 from trainers.training.manifest import complete_checkpoints
+from trainers.training.process_state import stop_request
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -39,7 +40,9 @@ LOST_PEER_MESSAGES = (
 
 @contextmanager
 def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
-    """Failures that lie outside of the code become a `RunFailedError` that tells what to do."""
+    """Failures that lie outside of the code become a `RunFailedError` that tells what to do, and a
+    run that is stopped before it has saved tells what there is."""
+    stop_request.advice = lambda: lower_first(resume_hint(config))
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -78,6 +81,10 @@ def is_disk_full(error: Exception) -> bool:
         or "No space left" in str(error)
         or "StorageFull" in str(error)
     )
+
+
+def lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def resume_hint(config: Config) -> str:
