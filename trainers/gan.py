@@ -14,20 +14,20 @@ from torch import Tensor
 
 from trainers.config import GanConfig
 from trainers.data.imaging import to_float, to_pil, write_gif, write_grid
-from trainers.data.rng import SampleRng
-from trainers.errors import UserError
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.from_scratch.adversarial import LOSSES, freeze
 from trainers.from_scratch.augment import differentiable_augment
 from trainers.from_scratch.balance import WatchBalance, class_balance
+from trainers.from_scratch.checks import check_gan_measurable
 from trainers.from_scratch.classifier import classifier_features, train_classifier
 from trainers.from_scratch.networks import Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
-from trainers.metrics.feature_networks import inception_features, mobilenet_features
+from trainers.metrics.feature_networks import FEATURE_NETWORKS, dino_features
 from trainers.metrics.image_quality import distribution_metrics
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 from trainers.training.loop import StepMetrics, averaged_weights
 
 NUM_METRIC_PICTURES = 10000  # generated for the metrics
-MIN_HELD_OUT = 10  # held-out pictures
 
 
 class Gan(FromScratchTask):
@@ -37,19 +37,21 @@ class Gan(FromScratchTask):
 
     def __init__(self, config: GanConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        if self.test_images is not None and len(self.test_images) < MIN_HELD_OUT:
-            raise UserError(
-                f"{len(self.test_images)} pictures are held out, {MIN_HELD_OUT} are the fewest to "
-                f"measure with"
-            )
+        if self.test_images is not None:
+            by_classifier = config.validation.features == "classifier"
+            check_gan_measurable(self.train_images, self.test_images, by_classifier)
+            if config.validation.features == "dino":
+                # better missed now than after the training
+                dino_features(torch.device("cpu"))
         data, model = config.data, config.model
         classes = int(self.train_images.labels.max()) + 1 if model.conditional else 0
         shape = {
             "architecture": model.architecture,
             "channels": data.channels,
             "size": data.resolution,
+            "width": model.width,
+            "classes": classes,
         }
-        shape |= {"width": model.width, "classes": classes}
         self.add_player("generator", Generator(**shape, latent_dim=model.latent_dim))
         critic = Discriminator(**shape, spectral=model.spectral_norm)
         self.add_player("discriminator", critic, config.optimizer.discriminator_lr, use_ema=False)
@@ -57,53 +59,46 @@ class Gan(FromScratchTask):
         self.callbacks = [WatchBalance(self)]
 
     def losses(self, batch: dict[str, Tensor], rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
-        objective, generator, discriminator = (
-            self.config.objective,
-            *(self.players[n].module for n in self.players),
-        )
+        objective = self.config.objective
         critic_loss, generator_loss = LOSSES[objective.loss]
+        generator, discriminator = (player.module for player in self.players.values())
         x, label = to_float(batch["pixels"]), batch["label"]
-        generated = generator(
-            rng.normal((len(x), self.config.model.latent_dim)), label
-        )  # (B, C, S, S)
-        real_augmented, generated_augmented = (
-            differentiable_augment(part, objective.augment, rng) for part in (x, generated)
-        )
-        both = discriminator(
-            torch.cat([real_augmented, generated_augmented.detach()]), label.repeat(2)
-        )
-        real_score, generated_score = both.chunk(2)  # (B,)
+        z = rng.normal((len(x), self.config.model.latent_dim))
+        generated = generator(z, label)  # (B, C, S, S)
+        real_augmented = differentiable_augment(x, objective.augment, rng)
+        generated_augmented = differentiable_augment(generated, objective.augment, rng)
+        # both at once, so that their batch statistics are the same
+        both = torch.cat([real_augmented, generated_augmented.detach()])
+        real_score, generated_score = discriminator(both, label.repeat(2)).chunk(2)  # (B,)
         self.balance_metrics = {
             "order": (real_score > generated_score).float().mean().detach(),
             "gap": (real_score - generated_score).mean().detach(),
             "diversity": (generated.std(0).mean() / (x.std(0).mean() + 1e-6)).detach(),
         }
-        yield (
-            "discriminator",
-            critic_loss(real_score, generated_score)
-            + self.lazy_regularization(real_augmented, generated_augmented, label, rng),
-        )
+        penalty = self.lazy_regularization(real_augmented, generated_augmented, label, rng)
+        yield "discriminator", critic_loss(real_score, generated_score) + penalty
         if rng.step % objective.generator_every == 0:
             critic = self.accelerator.unwrap_model(discriminator)
             with freeze(critic):
-                real_score, generated_score = critic(
-                    torch.cat([real_augmented, generated_augmented]), label.repeat(2)
-                ).chunk(2)
+                both = torch.cat([real_augmented, generated_augmented])
+                real_score, generated_score = critic(both, label.repeat(2)).chunk(2)
                 yield "generator", generator_loss(real_score, generated_score)
 
     def lazy_regularization(
         self, x: Tensor, generated: Tensor, label: Tensor, rng: SampleRng
     ) -> Tensor | float:
         """Lazy (Karras et al. 2020): every so many steps, as many times as heavy."""
-        objective, total = self.config.objective, 0.0
+        objective = self.config.objective
+        total = 0.0
         if rng.step % objective.penalty_every:
             return total
         between = torch.lerp(x, generated, rng.uniform()[:, None, None, None])
-        for weight, where, target_norm in (
+        penalties = [
             (objective.r1 / 2, x, 0),
             (objective.r2 / 2, generated, 0),
             (objective.gradient_penalty, between, 1),
-        ):
+        ]
+        for weight, where, target_norm in penalties:
             if weight:
                 total = total + weight * self.gradient_penalty(where.detach(), label, target_norm)
         return objective.penalty_every * total
@@ -140,12 +135,12 @@ class Gan(FromScratchTask):
             ("", to_pil(self.generate(range(first, first + GRID_COLUMNS))))
             for first in range(0, GRID_COLUMNS * GRID_COLUMNS, GRID_COLUMNS)
         ]
-        write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
+        write_grid([("made", rows[0][1]), *rows[1:]], folder / GRID_NAME, tile=64)
 
     def finish(self, steps: int) -> None:
         super().finish(steps)
         with averaged_weights(self):
-            write_gif(self.interpolate(), self.config.output_dir / "samples" / "final" / "walk.gif")
+            write_gif(self.interpolate(), self.config.output_dir / SAMPLES / FINAL / "walk.gif")
 
     @torch.no_grad()
     def interpolate(
@@ -159,35 +154,33 @@ class Gan(FromScratchTask):
                 yield to_pil(self.model(a * angle.cos() + b * angle.sin(), label))
 
     def usage_example(self) -> str:
-        label = (
-            f", torch.arange(10) % {self.model.config.classes}"
-            if self.config.model.conditional
-            else ""
-        )
+        label, legend = "", ""
+        if self.config.model.conditional:
+            label = f", torch.arange(10) % {self.model.config.classes}"
+            names = enumerate(self.train_images.class_names)
+            legend = "; labels: " + ", ".join(f"{index} is {name!r}" for index, name in names)
         return (
             f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # "
-            f"{describe_input(self.config)}"
+            f"{describe_input(self.config)}{legend}"
         )
 
     def evaluate(self) -> dict[str, float | str]:
-        """Made pictures against as many test pictures: see `metrics.distances`; and, of a
-        classifier, `balance`."""
-        kind = self.config.validation.features
-        classifier = (
-            train_classifier(self.train_images, self.config.data) if kind == "classifier" else None
-        )
-        load = mobilenet_features if kind == "mobilenet" else inception_features
-        name, features = (
-            classifier_features(classifier, self.test_images) if classifier else load(self.device)
-        )
-        count = min(NUM_METRIC_PICTURES, len(self.test_images))
-        generated = torch.cat(
-            [self.generate(range(i, min(i + 500, count))) for i in range(0, count, 500)]
-        )
+        """Compare generated pictures with as many test pictures, see `distribution_metrics`.
+
+        With a classifier, also how the classes are balanced, see `class_balance`.
+        """
+        kind, classifier = self.config.validation.features, None
+        if kind == "classifier":
+            classifier = train_classifier(self.train_images, self.config.data)
+            name, features = classifier_features(classifier, self.test_images)
+        else:
+            name, features = FEATURE_NETWORKS[kind](self.device)
+        seed = derive_seed(self.config.seed, "measured")
+        rows = choose_rows(seed, len(self.test_images), NUM_METRIC_PICTURES)
+        starts = range(0, len(rows), 500)
+        generated = torch.cat([self.generate(range(i, min(i + 500, len(rows)))) for i in starts])
         metrics = {
             "features": name,
-            **distribution_metrics(
-                generated, to_float(self.test_images.take(range(count))), features
-            ),
+            **distribution_metrics(generated, to_float(self.test_images.take(rows)), features),
         }
         return metrics | (class_balance(generated, classifier) if classifier else {})

@@ -34,7 +34,7 @@ def one_line(action, *arguments):
         ("train.batch_size", "train.train_batch_size"),
         ("objective.min_snr_gamma", "objective.snr_gamma"),
         ("validation.validation_prompt", "validation.prompts"),
-        ("train.mixed_precision", "--mixed_precision bf16"),
+        ("train.num_processes", "--num_processes N"),
         ("network", "lora"),
     ],
 )

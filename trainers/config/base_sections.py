@@ -80,6 +80,13 @@ class OptimizerConfig(Section):
         return tree
 
 
+MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
+PRECISION_HELP = (
+    "What is computed in half precision: bf16, fp16 or no; auto: bf16 where the accelerator has "
+    "it, fp16 on older ones, no on a CPU. The launcher's --mixed_precision wins."
+)
+
+
 class TrainConfig(Section):
     max_train_steps: Steps = field(800, "Optimizer steps.")
     train_batch_size: int = field(
@@ -90,6 +97,9 @@ class TrainConfig(Section):
     )
     gradient_accumulation_steps: int = field(
         1, "Micro-batches per optimizer step.", ge=1, le=65_536
+    )
+    mixed_precision: MixedPrecision = field(
+        "no", f"{PRECISION_HELP} The small networks have no measurement of it on a GPU yet."
     )
     max_grad_norm: float = field(1.0, "Gradients are clipped to this norm.", gt=0, le=1e6)
     max_skipped_steps: int = field(

@@ -57,7 +57,8 @@ class DreamBoothConfig(Config):
     def apply_preset(cls, tree: Any) -> Any:
         """Write out what `train.memory` stands for, without what the run cannot have.
 
-        A key that the config sets itself keeps its value.
+        A key that the config sets itself keeps its value, and what cannot be combined with it is
+        left out.
         """
         if not isinstance(tree, dict):
             return tree
@@ -66,14 +67,22 @@ class DreamBoothConfig(Config):
             return tree
         # the tree is not validated yet: what is wrong in it is found afterwards
         preset = MEMORY_PRESETS.get(str(parts["train"].get("memory")), {})
+        model, train = parts["model"], parts["train"]
         is_frozen = tree.get("lora", {}) is not None
-        family = parts["model"].get("family", ModelConfig().family)
-        can_cache_modulation = (
-            is_frozen
-            and family in families_with("model", "modulation_cache")
-            and not parts["train"].get("train_text_encoder")
-        )
-        possible = {"modulation_cache": can_cache_modulation, "quantization": is_frozen}
+        family = model.get("family", ModelConfig().family)
+        obstacles = {
+            "modulation_cache": (
+                family not in families_with("model", "modulation_cache"),
+                train.get("train_text_encoder"),
+                model.get("quantization") in ("nf4", "int8"),
+            ),
+            "quantization": (
+                model.get("modulation_cache"),
+                model.get("offload"),
+                train.get("compile"),
+            ),
+        }
+        possible = {key: is_frozen and not any(found) for key, found in obstacles.items()}
         for section, values in preset.items():
             suitable = {key: value for key, value in values.items() if possible.get(key, True)}
             parts[section] = suitable | parts[section]

@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trainers.config.base_sections import Section, TrainConfig, ValidationConfig, field
+from trainers.config.base_sections import (
+    PRECISION_HELP,
+    MixedPrecision,
+    Section,
+    TrainConfig,
+    ValidationConfig,
+    field,
+)
 from trainers.config.bounds import (
     Fraction,
     Guidance,
@@ -235,6 +242,7 @@ class ObjectiveConfig(Section):
 
 
 class DreamBoothTrainConfig(TrainConfig):
+    mixed_precision: MixedPrecision = field("auto", PRECISION_HELP)
     memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
         None,
         "Preset for modulation_cache, gradient_checkpointing and quantization; scripts/plan.py "

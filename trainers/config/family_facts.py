@@ -40,6 +40,13 @@ class KohyaBlock(Facts):
     # the rest of a release's name: the rest of one or several diffusers names
     layers: dict[str, str]
 
+    def rows(self) -> dict[str, list[str]]:
+        """Each full name, and the full names of the diffusers layers that are its rows."""
+        rows = {}
+        for name, parts in self.layers.items():
+            rows[self.release + name] = [self.diffusers + part for part in parts.split()]
+        return rows
+
 
 class KohyaFacts(Facts):
     """How sd-scripts, A1111 and ComfyUI name a family's layers in their LoRA files."""
@@ -58,14 +65,6 @@ class KohyaFacts(Facts):
         """The component whose layers have the release's names; it is the first of the prefixes."""
         return next(iter(self.prefixes))
 
-    def released_layers(self) -> dict[str, list[str]]:
-        """Each layer of the first release, and the diffusers layers that are its rows."""
-        layers = {}
-        for block in self.blocks:
-            for name, rows in block.layers.items():
-                layers[block.release + name] = [block.diffusers + row for row in rows.split()]
-        return layers
-
 
 class FamilyFacts(Facts):
     """All of a family's facts file."""
@@ -82,11 +81,15 @@ class FamilyFacts(Facts):
     refused: dict[str, str] = {}
     # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
     adaptive_norms: list[str] = []
-    architecture: str  # modelspec's id of the base model
+    # modelspec's ids of the base models: the settings of the denoiser that tell one from others
+    architecture: dict[str, dict[str, str | int | bool | None]]
     default_base: str = ""  # what a config that names no model trains; one family has it
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
+    # the names that XLabs' trainer gives to layers, beside those of the release
+    xlabs: list[KohyaBlock] = []
+    names_elsewhere: list[str] = []  # what other trainers' configs call it, in lower case
 
     def is_in_block(self, layer: str) -> bool:
         """Whether a layer of the denoiser, by its full name, lies in one of its blocks."""
@@ -126,3 +129,12 @@ def families_with(section: str, key: str) -> list[str]:
     """The families that understand a key which not every family does; none if it is for all."""
     names = family_names()
     return [name for name in names if key in family_facts(name).config_keys.get(section, ())]
+
+
+def family_named(name: object) -> str | None:
+    """The family that another trainer's config calls so; None if none is."""
+    wanted = str(name).strip().lower()
+    for family in family_names():
+        if wanted in (family, *family_facts(family).names_elsewhere):
+            return family
+    return None

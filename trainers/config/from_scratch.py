@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
@@ -30,8 +32,10 @@ class ImagesConfig(Section):
         "test", "dataset_name: split to evaluate on; null skips the evaluation."
     )
     image_column: Name = field("image", "Column that holds the pictures.")
-    label_column: Name | None = field(None, "Column that holds the classes, as numbers from 0.")
-    only_label: int | None = field(None, "Train on this class only.", ge=0, le=1_000_000)
+    label_column: Name | None = field(None, "Column that holds the classes: numbers or names.")
+    only_label: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] | Name | None = field(
+        None, "Train on this class only: its value in label_column, or its name."
+    )
     resolution: Pixels = field(28, "Side of the pictures in pixels; others are resized.")
     channels: Literal[1, 3] = field(1, "1 for gray, 3 for color.")
     in_memory: bool = field(
@@ -76,6 +80,13 @@ class ScratchConfig(Config):
         if data.image_dir is None:
             special = SpecialKeys(["data.image_dir"], "data", ["folds", "fold"])
             yield from irrelevant_keys(self, "a data set", [special])
+        is_single_file = data.dataset_name is not None and data.dataset_name.endswith(".parquet")
+        if is_single_file and data.test_split is not None:
+            message = (
+                "a single .parquet file has one split: name a folder of SPLIT.parquet files "
+                "instead, or set data.test_split to null, which measures nothing"
+            )
+            yield "data.test_split", message
         if data.image_dir is not None and data.label_column is not None:
             yield (
                 "data.label_column",

@@ -26,17 +26,24 @@ from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_
 from trainers.errors import UserError
 
 MAX_SHOWN = 120  # characters of a value in a message
+PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir")
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    needs_pictures: bool = True,
+) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
+    needs_pictures: whether it is a mistake that the folders with the pictures are not there.
     Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
     the most similar right one.
     """
     tree = read_tree(Path(path))
     messages = [apply_override(tree, override) for override in overrides]
-    config, errors = validate(tree)
+    config, errors = validate(tree, needs_pictures)
     mistakes = [message for message in (*messages, *errors) if message]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -89,8 +96,17 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def validate(tree: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The config and its mistakes.
+def validate(tree: dict[str, Any], needs_pictures: bool = True) -> tuple[Config, list[str]]:
+    """The config and its mistakes, those against the rules between keys too."""
+    config, messages = parse_tree(tree)
+    for path, message in config.errors():
+        if needs_pictures or path not in PICTURE_FOLDERS:
+            messages.setdefault(path, f"{path}: {message}")
+    return config, list(messages.values())
+
+
+def parse_tree(tree: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The config, and the mistakes in names and values by their paths.
 
     A wrong value is reported and removed, so that the rest can still be checked.
     """
@@ -115,9 +131,7 @@ def validate(tree: dict[str, Any]) -> tuple[Config, list[str]]:
             message = f"cannot be used ({type(error).__name__}: {shorten(str(error))})"
             messages.setdefault(".".join(location), f"{'.'.join(location)}: {message}")
             remove_path(tree, location)
-    for path, message in config.errors():
-        messages.setdefault(path, f"{path}: {message}")
-    return config, list(messages.values())
+    return config, messages
 
 
 def find_unusable(tree: dict[str, Any], model: type[Config]) -> list[str]:

@@ -14,12 +14,11 @@ NAMES_BY_PATH = {
     "model.max_sequence_length": "t5xxl_max_token_length tokenizer_max_length",
     "model.quantization": "base_model_precision fp8_base quantize weight_dtype",
     "model.offload": "blocks_to_swap layer_offload_fraction",
-    "model.guidance_scale": "flux_guidance_value",
     "lora": "network adapter peft",
     "lora.rank": "network_dim lora_rank linear dim r",
     "lora.alpha": "network_alpha lora_alpha linear_alpha",
     "lora.dropout": "network_dropout lora_dropout",
-    "lora.target_modules": "lora_layers layer_filter only_if_contains flux_lora_target",
+    "lora.target_modules": "lora_layers layer_filter only_if_contains",
     "lora.use_dora": "lora_decompose weight_decompose dora",
     "data": "datasets dataset concepts",
     "data.instance_data_dir": "train_data_dir folder_path instance_data_root concept_file_name "
@@ -51,6 +50,7 @@ NAMES_BY_PATH = {
     "train.max_train_steps": "steps num_train_epochs max_train_epochs epochs",
     "train.train_batch_size": "batch_size",
     "train.gradient_accumulation_steps": "gradient_accumulation",
+    "train.mixed_precision": "train_dtype dtype full_bf16 full_fp16",
     "train.max_grad_norm": "clip_grad_norm gradient_clip_val",
     "train.ema_decay": "ema use_ema ema_config",
     "train.memory": "low_vram lowram highvram",
@@ -74,10 +74,6 @@ NAMES_BY_PATH = {
 
 # What `accelerate launch` is told, by a flag or by its own YAML file.
 LAUNCHER_FLAGS = {
-    "mixed_precision": "--mixed_precision bf16",
-    "train_dtype": "--mixed_precision bf16",
-    "dtype": "--mixed_precision bf16",
-    "full_bf16": "--mixed_precision bf16",
     "num_processes": "--num_processes N",
     "num_machines": "--num_machines N",
     "gpu_ids": "--gpu_ids 0,1",

@@ -118,6 +118,8 @@ class UNetConfig(ScratchConfig):
         multiple = self.model.patch_size * 2 ** (self.model.levels - 1)
         if data.resolution % multiple:
             yield "data.resolution", f"must be a multiple of {multiple} for this model"
+        if data.resolution % self.objective.downscale:
+            yield "objective.downscale", f"must divide data.resolution, {data.resolution}"
         lacks_column = data.dataset_name is not None and data.target_column is None
         if self.use in PAIRED_USES and lacks_column:
             message = f"{self.use} requires the column with the target pictures or masks"

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -85,11 +85,17 @@ def load_held_out_pictures(config: DataConfig) -> list[Picture]:
     return keep_readable(pictures, config.skip_corrupt, str(config.held_out_dir))
 
 
-def load_class_pictures(folder: Path, config: DataConfig) -> list[Picture]:
+def load_class_pictures(
+    folder: Path, config: DataConfig, names: Container[str] | None = None
+) -> list[Picture]:
     """The first `num_class_images` pictures of the class folder; without captions of their own they
-    have the prompt."""
+    have the prompt.
+
+    names: the file names of those that may be taken, if not all.
+    """
     pictures = pictures_from_folder(folder, config.class_prompts[0])
-    return keep_readable(pictures[: config.num_class_images], config.skip_corrupt, str(folder))
+    allowed = [p for p in pictures if names is None or Path(p.name).name in names]
+    return keep_readable(allowed[: config.num_class_images], config.skip_corrupt, str(folder))
 
 
 def list_image_files(folder: Path) -> list[Path]:

@@ -17,18 +17,29 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
+from trainers.publishing.model_card import name_repository
 from trainers.publishing.public import public_text
+from trainers.run_folder import (
+    CARD_NAME,
+    CONFIG_NAME,
+    EVALUATION_NAME,
+    FIGURES_NAME,
+    FINAL,
+    MODEL,
+    PIPELINE,
+    PUBLIC_REPORT_NAME,
+    PUSH,
+    SAMPLES,
+)
 
 if TYPE_CHECKING:
     from trainers.training.loop import StepMetrics, Task
 
 
-CONFIG_NAME = "config.yaml"
-
 # within a run folder, * stopping at a slash; never checkpoints, caches or class pictures
 UPLOAD_PATTERNS = (
-    *("README.md", CONFIG_NAME, "figures.json", "evaluation.json", "report_public.html"),
-    *("*.safetensors", "pipeline/**/*", "model/**/*", "samples/final/*"),
+    *(CARD_NAME, CONFIG_NAME, FIGURES_NAME, EVALUATION_NAME, PUBLIC_REPORT_NAME),
+    *("[!.]*.safetensors", f"{PIPELINE}/**/*", f"{MODEL}/**/*", f"{SAMPLES}/{FINAL}/*"),
 )
 
 
@@ -116,8 +127,9 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
 def push_run(config: Config, repo: str) -> str:
     """Upload a finished run; says what came of it. repo: from `check_access`. Raises: PushError."""
     folder, hub = config.output_dir, config.hub
-    if not (folder / "README.md").exists():
-        raise UserError(f"{folder} is not finished: it has no README.md, which a run writes last")
+    if not (folder / CARD_NAME).exists():
+        raise UserError(f"{folder} is not finished: it has no {CARD_NAME}, which a run writes last")
+    name_repository(folder, repo)
     delays = (
         [] if hub.create_pr else list(RETRY_DELAYS)
     )  # another try could open another pull request
@@ -194,7 +206,7 @@ class PushToHub:
 
     def __init__(self, task: Task, config: Config, repo: str | None) -> None:
         self.task, self.config, self.repo = task, config, repo
-        self.folder = config.output_dir / ".push"
+        self.folder = config.output_dir / PUSH
         self.api = HfApi()
         self.job: Future[None] | None = None
         self.has_warned = False
@@ -211,7 +223,7 @@ class PushToHub:
         self.folder.mkdir()
         with averaged_weights(self.task):
             self.task.save(self.folder)
-        shutil.copy(self.config.output_dir / "config.yaml", self.folder)
+        shutil.copy(self.config.output_dir / CONFIG_NAME, self.folder)
         self.job = self.api.run_as_future(self.upload_weights, step)
 
     def upload_weights(self, step: int) -> None:
