@@ -55,7 +55,7 @@ def main() -> None:
     silence_libraries()
 
     from trainers.families import FAMILIES
-    from trainers.lora.export import make_metadata
+    from trainers.lora.export import base_architecture, make_metadata
     from trainers.lora.files import read_lora
     from trainers.lora.update import max_relative_difference
 
@@ -66,7 +66,9 @@ def main() -> None:
     if arguments.format == "merged":
         write_merged(family, lora, arguments.dtype, out)
         return
-    load_format(arguments.format).write(lora, family, out, make_metadata(config))
+    load_format(arguments.format).write(
+        lora, family, out, make_metadata(config, base_architecture(family))
+    )
     difference = max_relative_difference(lora, read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
+from trainers.config.dreambooth_rules import base_problem
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
@@ -84,6 +85,8 @@ class LoadedBase:
                 self.components[name] = value
         encoders = [name for name in self.components if name.startswith("text_encoder")]
         self.text_encoder_names = sorted(encoders)
+        for part in self.components:
+            check_weight_files(self.folder / part, self.variant)
         self.unload()
 
     def set_autocast(self, needed: bool) -> None:
@@ -101,7 +104,11 @@ class LoadedBase:
         if self.memory.loads_denoiser and self.denoiser_name in names:
             components[self.denoiser_name] = self.memory.load_denoiser(self)
         self.pipe = self.pipeline.from_pretrained(
-            self.folder, dtype=self.dtype, variant=self.variant, **components
+            self.folder,
+            dtype=self.dtype,
+            variant=self.variant,
+            use_safetensors=True,
+            **components,
         )
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
@@ -181,9 +188,28 @@ def tokenizer_name(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
+def check_weight_files(folder: Path, variant: str | None) -> None:
+    """Raises: UserError where a component's weights are there as pickles alone."""
+    found = {"safetensors": False, "bin": False}
+    for path in folder.glob("*"):
+        # NAME.safetensors, NAME.VARIANT.safetensors; diffusers also takes the first for a variant
+        stem, _, ending = path.name.rpartition(".")
+        if ending in found and (variant or "." not in stem):
+            found[ending] = True
+    if found["bin"] and not found["safetensors"]:
+        raise UserError(
+            f"model.pretrained_model_name_or_path: the weights in {folder} are .bin files alone. "
+            "Such a pickle can run programs when it is read, so it is not loaded: choose a base "
+            "(or a model.variant) with safetensors, or convert it with diffusers' "
+            "save_pretrained on a machine that you can spare"
+        )
+
+
 def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     """The local folder of the base model, which is downloaded if need be. Raises: UserError."""
     name = model.pretrained_model_name_or_path
+    if problem := base_problem(name):
+        raise UserError(f"model.pretrained_model_name_or_path: {problem}")
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(
@@ -192,7 +218,8 @@ def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Pa
             )
         return Path(name)
     try:
-        return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
+        source = {"revision": model.revision, "variant": model.variant}
+        return Path(pipeline.download(name, use_safetensors=True, **source))
     except Exception as error:
         raise UserError(
             f"model.pretrained_model_name_or_path: {name!r} cannot be downloaded from the Hub "

@@ -12,10 +12,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from trainers.errors import Interrupted, UserError
@@ -122,15 +123,24 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def parse_picture_arguments(
-    description: str, kind: str, out: str, help: str
+    description: str,
+    kind: str,
+    out: str,
+    help: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, Config]:
     """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's
-    config."""
+    config.
+
+    flags: further options that are on or off, with their help.
+    """
     parser = make_parser(description)
     parser.add_argument("run", type=Path, help=f"The run folder of a finished {kind}.")
     help_pictures = "Pictures, or folders with pictures."
     parser.add_argument("pictures", type=Path, nargs="+", help=help_pictures)
     parser.add_argument("--out", type=Path, default=Path(out), help=help)
+    for flag, flag_help in flags.items():
+        parser.add_argument(flag, action="store_true", help=flag_help)
     arguments = parser.parse_args()
     from trainers.run_folder import load_run_config
 

@@ -121,7 +121,7 @@ def rank_usage(run: Path) -> dict[str, int | dict[str, float]]:
     # DoRA's magnitudes are no low-rank update
     weights = load_file(run / WEIGHT_NAME).items()
     plain = {name: value for name, value in weights if "magnitude" not in name}
-    energies = energy_by_rank(from_peft(plain, {}))
+    energies = energy_by_rank(from_peft(plain))
     spectrum = {str(rank): share for rank, share in enumerate(energies, 1)}
     return {"suggested_rank": smallest_rank(energies), "spectrum": spectrum}
 

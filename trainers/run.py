@@ -12,13 +12,14 @@ from trainers import dreambooth
 from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
 from trainers.config import Config, loading
-from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.accelerator import make_accelerator, record_precision
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
 from trainers.efficiency.attention import attention_kernel
 from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
+from trainers.publishing.public import TRACKER_OPTIONS
 from trainers.publishing.report import write_report
 from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
@@ -48,6 +49,7 @@ def run(settings: Config) -> None:
     with ExitStack() as stack:
         stack.enter_context(restored_process())
         accelerator, shard = make_accelerator(settings)
+        settings = record_precision(settings, accelerator)
         stack.enter_context(friendly_errors(settings, accelerator.num_processes))
         repo = run_on_main(accelerator, lambda: check_access(settings))
         run_on_main(accelerator, lambda: stack.enter_context(lock_run_folder(settings.output_dir)))
@@ -66,7 +68,7 @@ def train_and_export(
     if accelerator.is_main_process:
         write_atomic(settings.output_dir / CONFIG_NAME, loading.dump_config(settings))
     with warn_on_error("the tracker"):
-        accelerator.init_trackers(settings.tracking.project_name)
+        accelerator.init_trackers(settings.tracking.project_name, init_kwargs=TRACKER_OPTIONS)
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)

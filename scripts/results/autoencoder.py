@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from trainers.autoencoder import NUM_PROBE_PICTURES
 from trainers.cli import run_main, silence_libraries
 from trainers.config.loading import load_config
+from trainers.data.rng import choose_rows
 from trainers.from_scratch.image_sets import load_images
 
 NOISE = 0.3
@@ -116,7 +117,7 @@ def anomaly_rows(arguments: argparse.Namespace, digits: Digits) -> list[Row]:
 
 
 def probe(pca: PCA | None, digits: Digits) -> float:
-    """The accuracy of the same reader as for our codes, on as many pictures.
+    """The accuracy of the same reader as for our codes, on as many pictures drawn by chance.
 
     The components are of all pictures. Raw pixels do better unscaled.
     """
@@ -124,9 +125,10 @@ def probe(pca: PCA | None, digits: Digits) -> float:
     train, test = digits.train, digits.test
     if pca is not None:
         pca.fit(train)
-        train, test = pca.transform(train[:NUM_PROBE_PICTURES]), pca.transform(test)
+        train, test = pca.transform(train), pca.transform(test)
         reader = make_pipeline(StandardScaler(), reader)
-    reader.fit(train[:NUM_PROBE_PICTURES], digits.train_labels[:NUM_PROBE_PICTURES])
+    rows = choose_rows(0, len(train), NUM_PROBE_PICTURES)
+    reader.fit(train[rows], digits.train_labels[rows])
     return float(reader.score(test, digits.test_labels))
 
 

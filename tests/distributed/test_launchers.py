@@ -170,7 +170,8 @@ def check(launched, case, record=None):
     elif not is_killed(form, number, target):
         assert [bool(read_checkpoint(folder)) for folder in checkpoints] == [True]
     if launched.output_dir.exists():
-        with FileLock(launched.output_dir / ".lock", blocking=False):
+        # a killed process frees its files when the last of its threads has ended
+        with FileLock(launched.output_dir / ".lock", timeout=30):
             pass
     return checkpoints
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from trainers.config import DreamBoothConfig, GanConfig
 from trainers.config.base_sections import OptimizerConfig
+from trainers.distributed.accelerator import record_precision
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
 from trainers.run import run
@@ -35,7 +36,7 @@ def compare(tmp_path):
     """A function: facts at the checkpoint and now, config -> the lines of the refusal, if any."""
 
     def call(saved, current, config=None):
-        config = config or DreamBoothConfig()
+        config = record_precision(config or DreamBoothConfig(), Accelerator(cpu=True))
         now = resume_facts(config, Accelerator(cpu=True), current)
         try:
             check_facts(tmp_path / "step-000002", now | saved, now, config)
@@ -149,6 +150,7 @@ def test_labels_count_where_the_pictures_are_the_same(bars, tmp_path):
     described = []
     for folder in (bars, tmp_path / "swapped"):
         data = {"dataset_name": str(folder), "label_column": "label", "resolution": 16}
+        data["test_split"] = None
         config = GanConfig(data=GanConfig().data.model_copy(update=data))
         described.append(load_images(config.data, "cpu").describe())
     assert described[0]["digest"] != described[1]["digest"]

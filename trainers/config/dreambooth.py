@@ -12,6 +12,7 @@ from trainers.config import dreambooth_rules as rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
+from trainers.config.bounds import PathField
 from trainers.config.dreambooth_sections import (
     DataConfig,
     DreamBoothTrainConfig,
@@ -36,7 +37,7 @@ MEMORY_PRESETS = {
 
 class DreamBoothConfig(Config):
     kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
-    output_dir: Path = field(
+    output_dir: PathField = field(
         Path("runs/dreambooth"), "The run folder: everything that the run writes."
     )
     model: ModelConfig = ModelConfig()
@@ -153,10 +154,11 @@ class DreamBoothConfig(Config):
 
     def errors(self) -> Errors:
         yield from super().errors()
+        yield from rules.base_errors(self.model)
         yield from rules.picture_errors(self.data)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
-            yield from rules.lora_errors(self.lora, self.train)
+            yield from rules.lora_errors(self.lora, self.train, self.model.family)

@@ -44,9 +44,12 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 
 
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
-    """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing."""
+    """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing.
+
+    Pictures keep their shape: the longer side fills a square cell, and the rest of it stays white.
+    """
     font, gap, columns = ImageFont.load_default(14), 6, max(len(pictures) for _, pictures in rows)
-    side = max(picture.width for _, pictures in rows for picture in pictures)
+    side = max(max(picture.size) for _, pictures in rows for picture in pictures)
     side *= max(1, tile // side)
     width = columns * (side + gap) + gap
     titles = [textwrap.wrap(title, max(12, width // 8)) for title, _ in rows]
@@ -58,9 +61,11 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
         draw.text((gap, y), "\n".join(lines), "black", font)
         y += 18 * len(lines) + 6
         for i, picture in enumerate(pictures):
-            sheet.paste(
-                picture.resize((side, side), Image.Resampling.NEAREST), (gap + i * (side + gap), y)
-            )
+            scale = side / max(picture.size)
+            size = tuple(max(1, round(scale * length)) for length in picture.size)
+            left, top = ((side - length) // 2 for length in size)
+            cell = picture.resize(size, Image.Resampling.NEAREST)
+            sheet.paste(cell, (gap + i * (side + gap) + left, y + top))
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     write_picture(sheet, path)

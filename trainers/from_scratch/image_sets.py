@@ -23,6 +23,7 @@ from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
+from trainers.from_scratch.labels import UNLABELED, Classes, find_classes, list_names
 from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
@@ -35,11 +36,14 @@ class ImageSample:
 
     picture: Picture
     target: Picture | None = None
-    label: int = -1
+    label: int = UNLABELED
 
 
 class ImageSet:
-    """(C, H, W) uint8 pictures, those of a pair one above the other; labels (N,) int64."""
+    """(C, H, W) uint8 pictures, those of a pair one above the other; labels (N,) int64 from 0.
+
+    class_names: what each label stands for; empty where pictures have none.
+    """
 
     def __init__(
         self,
@@ -47,10 +51,12 @@ class ImageSet:
         decode: Callable[[ImageSample], Tensor],
         in_memory: bool,
         device,
+        class_names: Sequence[str] = (),
     ) -> None:
         """in_memory: decode all now, into one tensor (N, C, H, W) if they are of one size. Raises:
         UserError."""
         self.samples, self.decode, self.device = samples, decode, device
+        self.class_names = class_names
         self.labels = torch.tensor([sample.label for sample in samples], device=device)
         self.pixels: Tensor | list[Tensor] | None = None
         if in_memory:
@@ -88,46 +94,60 @@ class ImageSet:
 
 
 def load_images(
-    config: ImagesConfig, device, held_out: bool = False, read_target: TargetReader | None = None
+    config: ImagesConfig,
+    device,
+    held_out: bool = False,
+    read_target: TargetReader | None = None,
+    every_class: bool | None = None,
 ) -> ImageSet | None:
     """What is learnt from, or what is held out to measure on (None where nothing is).
 
-    read_target: how the second of a pair is read. Raises: UserError for a source that cannot be
-    read or is empty.
+    read_target: how the second of a pair is read; every_class: keep pictures of other classes than
+    `only_label`, which is usual for those that are held out. Raises: UserError for a source that
+    cannot be read or is empty, and for labels that are no classes.
     """
+    classes = find_classes(config)
+    samples = list_samples(config, held_out, read_target is not None, classes)
+    if samples is None:
+        return None
     source = f"data: {config.image_dir or config.dataset_name}"
-    if config.image_dir is not None:
-        if held_out and config.folds is None:
-            return None
-        samples = (
-            samples_from_pairs(config)
-            if read_target
-            else [
-                ImageSample(picture_from_file(path)) for path in list_image_files(config.image_dir)
-            ]
-        )
-        if config.folds is not None:
-            samples = [
-                s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out
-            ]
-            source += f", fold {config.fold} of {config.folds}"
-    else:
-        split = config.test_split if held_out else config.train_split
-        if split is None:
-            return None
-        samples = samples_from_dataset(config, split, read_target is not None)
-        source += f", split {split!r}"
-    if config.only_label is not None and not held_out:
-        samples = [sample for sample in samples if sample.label == config.only_label]
+    if config.image_dir is None:
+        source += f", split {config.test_split if held_out else config.train_split!r}"
+    elif config.folds is not None:
+        source += f", fold {config.fold} of {config.folds}"
+    keep_every_class = held_out if every_class is None else every_class
+    if config.only_label is not None and not keep_every_class:
+        wanted = classes.index(config.only_label)
+        samples = [sample for sample in samples if sample.label == wanted != UNLABELED]
         source += f", label {config.only_label}"
     if not samples:
-        raise UserError(f"{source}: there is no picture")
+        known = f"; its classes are {list_names(classes.names)}" if classes else ""
+        raise UserError(f"{source}: there is no picture{known}")
     return ImageSet(
         samples,
         partial(decode_sample, config=config, read_target=read_target),
         config.in_memory,
         device,
+        classes.names if classes else (),
     )
+
+
+def list_samples(
+    config: ImagesConfig, held_out: bool, pairs: bool, classes: Classes | None = None
+) -> list[ImageSample] | None:
+    """All that is learnt from, or held out (None where nothing is). Raises: UserError."""
+    if config.image_dir is None:
+        split = config.test_split if held_out else config.train_split
+        return None if split is None else samples_from_dataset(config, split, pairs, classes)
+    if held_out and config.folds is None:
+        return None
+    files = [] if pairs else list_image_files(config.image_dir)
+    samples = [ImageSample(picture_from_file(path)) for path in files]
+    if pairs:
+        samples = samples_from_pairs(config)
+    if config.folds is None:
+        return samples
+    return [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
 
 
 def picture_from_file(path: Path) -> Picture:
@@ -165,12 +185,15 @@ def samples_from_pairs(config: PairsConfig) -> list[ImageSample]:
     ]
 
 
-def samples_from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[ImageSample]:
+def samples_from_dataset(
+    config: ImagesConfig, split: str, pairs: bool, classes: Classes | None
+) -> list[ImageSample]:
     columns = {"image_column": config.image_column}
     if pairs:
         columns["target_column"] = config.target_column
     rows = open_dataset(config.dataset_name, split, columns | {"label_column": config.label_column})
-    labels = rows[config.label_column] if config.label_column else [None] * len(rows)
+    source = f"data: {config.dataset_name}, split {split!r}"
+    labels = classes.indices(rows, config.label_column, source) if classes else None
 
     def picture(i: int, column: str) -> Picture:
         return Picture(
@@ -182,9 +205,9 @@ def samples_from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[
     return [
         ImageSample(
             *(picture(i, column) for column in columns.values()),
-            label=-1 if label is None else label,
+            label=labels[i] if labels else UNLABELED,
         )
-        for i, label in enumerate(labels)
+        for i in range(len(rows))
     ]
 
 

@@ -4,8 +4,9 @@ card."""
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from trainers.atomic import replacing_folder, write_atomic
 from trainers.config import ScratchConfig
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
+from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
 from trainers.run_folder import FIGURES_NAME, FINAL, MODEL, SAMPLES
@@ -24,6 +26,8 @@ from trainers.training.facts import Facts
 from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
 GRID_COLUMNS = 10  # pictures in a row of a grid
+# figures that are no number
+UNDEFINED, INFINITE = "not defined on these pictures", "infinite"
 
 
 class FromScratchTask(ABC):
@@ -34,15 +38,25 @@ class FromScratchTask(ABC):
     pipeline_tag: str  # the Hub's name of what it does
     read_target: TargetReader | None = None  # how the second picture of a pair is read
     num_mask_channels = 0  # channels at the end that hold classes
+    # whether held-out pictures of other classes than data.only_label are measured too
+    measures_every_class = False
     needs_all_processes = False
     attention = "auto"
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.train_images, self.test_images = (
-            load_images(config.data, self.device, held_out, self.read_target)
+            load_images(
+                config.data,
+                self.device,
+                held_out,
+                self.read_target,
+                every_class=held_out and self.measures_every_class,
+            )
             for held_out in (False, True)
         )
+        if accelerator.is_main_process:
+            warn_of_data(config, self.train_images, self.test_images)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
         self.callbacks: list[Callback] = []
@@ -110,7 +124,7 @@ class FromScratchTask(ABC):
             self.save(folder)
             self.sample(folder / SAMPLES / FINAL)
             if self.test_images is not None:
-                metrics = self.evaluate()
+                metrics = name_undefined(self.evaluate())
                 write_atomic(folder / FIGURES_NAME, json.dumps(metrics, indent=2) + "\n")
                 self.accelerator.print(
                     "  ".join(f"{k} {v}" for k, v in model_card.format_metrics(metrics).items())
@@ -124,6 +138,17 @@ class FromScratchTask(ABC):
         model_card.write_scratch_card(
             self.config, steps, self.pipeline_tag, usage, len(self.train_images), metrics
         )
+
+
+def name_undefined(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
+    """Figures with words for those that are no number, which JSON does not know."""
+    named: dict[str, float | str] = {}
+    for name, value in metrics.items():
+        if isinstance(value, str) or math.isfinite(value):
+            named[name] = value
+        else:
+            named[name] = UNDEFINED if math.isnan(value) else INFINITE
+    return named
 
 
 def describe_input(config: ScratchConfig) -> str:

@@ -24,6 +24,7 @@ from trainers.families import Family
 from trainers.families.sampling import sample_picture
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora.export import save_lora
+from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
 from trainers.run_folder import (
@@ -73,6 +74,8 @@ class LoraSampler:
         }
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
+            # diffusers would load a file that is not finite, or not whole
+            read_lora(folder / WEIGHT_NAME, family)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
                 family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)

@@ -3,7 +3,6 @@ else at the end."""
 
 from __future__ import annotations
 
-import glob
 import shlex
 import shutil
 import time
@@ -12,12 +11,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
+from trainers.publishing.model_card import name_repository
+from trainers.publishing.public import public_text
 from trainers.run_folder import (
     CARD_NAME,
     CONFIG_NAME,
@@ -107,10 +108,15 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
     nothing is new."""
     api, hub = HfApi(), config.hub
     before = api.model_info(repo, revision=hub.hub_revision).sha
-    commit = api.upload_folder(
+    additions = []
+    for name in files_to_upload(folder):
+        content: bytes | Path = folder / name
+        if name == CONFIG_NAME:
+            content = public_text(config).encode()
+        additions.append(CommitOperationAdd(name, content))
+    commit = api.create_commit(
         repo_id=repo,
-        folder_path=folder,
-        allow_patterns=[glob.escape(name) for name in files_to_upload(folder)],
+        operations=additions,
         commit_message=message,
         revision=hub.hub_revision,
         create_pr=hub.create_pr,
@@ -123,6 +129,7 @@ def push_run(config: Config, repo: str) -> str:
     folder, hub = config.output_dir, config.hub
     if not (folder / CARD_NAME).exists():
         raise UserError(f"{folder} is not finished: it has no {CARD_NAME}, which a run writes last")
+    name_repository(folder, repo)
     delays = (
         [] if hub.create_pr else list(RETRY_DELAYS)
     )  # another try could open another pull request

@@ -24,6 +24,7 @@ from trainers.publishing.embedding import (
 )
 from trainers.publishing.html import environment, is_finite_number, parts
 from trainers.publishing.markdown import unescape_markdown
+from trainers.publishing.public import public_config, public_text
 from trainers.run_folder import (
     CARD_NAME,
     CHECKPOINTS,
@@ -53,8 +54,8 @@ def write_report(run: Path, pictures: bool = True) -> Path:
     """Write what a run folder contains, finished or not, as one HTML file, and return its path.
 
     pictures: show the training pictures. `report.html` has them and is for its owner; without them
-    the file is `report_public.html`, which may be uploaded. Raises: UserError when `run` is not a
-    run folder.
+    the file is `report_public.html`, which may be uploaded and names no place on this machine.
+    Raises: UserError when `run` is not a run folder.
     """
     path = run / CONFIG_NAME
     try:
@@ -65,13 +66,16 @@ def write_report(run: Path, pictures: bool = True) -> Path:
         kinds = ", ".join(KINDS)
         message = f"{run} is not a run folder: it has no {CONFIG_NAME} with a kind ({kinds})"
         raise UserError(message)
-    config = read_run_config(run)
+    config, text, title = read_run_config(run), path.read_text("utf-8"), run.resolve().name
+    if not pictures:
+        config = public_config(config)
+        text, title = public_text(config), config.output_dir.name
     page = environment.get_template("report.html.jinja").render(
-        title=run.resolve().name,
+        title=title,
         kind=config.kind,
         lead=describe_run(config),
         sections=build_sections(run, config, pictures),
-        config=path.read_text("utf-8"),
+        config=text,
     )
     out = run / (REPORT_NAME if pictures else PUBLIC_REPORT_NAME)
     write_atomic(out, page)

@@ -14,12 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig
 from trainers.data.pictures import Picture
-from trainers.distributed import deepspeed
 from trainers.errors import UserError
 
 Facts = dict[str, Any]  # JSON values
@@ -46,6 +44,8 @@ CHANGEABLE_KEYS = {
     "train.memory",
     "train.compile",
     "train.attention",
+    # compared as what it came to
+    "train.mixed_precision",
     # their product with the number of processes is compared
     "train.train_batch_size",
     "train.gradient_accumulation_steps",
@@ -74,9 +74,6 @@ ADVICE = (
     "learning rate, train.max_train_steps, which makes a run longer."
 )
 
-# as accelerate calls them
-PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
 
 def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Facts:
     """All that must be equal for a resumed run to be the same run.
@@ -87,7 +84,7 @@ def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Fac
     micro_batches = train.gradient_accumulation_steps * accelerator.num_processes
     facts = {
         **inputs,
-        "mixed precision": PRECISIONS[deepspeed.compute_dtype(accelerator)],
+        "mixed precision": config.train.mixed_precision,
         "global batch": train.train_batch_size * micro_batches,
         "config": config_facts(config),
     }

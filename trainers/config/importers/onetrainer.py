@@ -60,7 +60,8 @@ WITHOUT_EFFECT = (
     "text_encoder.weight_dtype text_encoder_2.weight_dtype text_encoder_3.weight_dtype "
     "latent_caching image_caching text_caching train_device temp_device attention_mechanism "
     "dataloader_threads caching_threads backup_after backup_after_unit aspect_ratio_bucketing "
-    "tensorboard_expose tensorboard_port lora_weight_dtype workspace_dir __version"
+    "tensorboard_expose tensorboard_port lora_weight_dtype workspace_dir __version prior.train "
+    "unet.train transformer.train"
 ).split()
 
 

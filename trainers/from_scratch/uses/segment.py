@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch.nn.functional as F
@@ -18,6 +21,8 @@ from trainers.from_scratch.uses.base import Use
 from trainers.metrics.image_quality import confusion_metrics
 
 IGNORE_INDEX = 255  # in a mask
+MAX_NAMED_VALUES = 5  # in a message
+NUM_READERS = 4  # threads
 
 
 class Segment(Use):
@@ -29,22 +34,69 @@ class Segment(Use):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         self.out_channels = config.objective.classes
+        self.mask_values: frozenset[int] | None = None  # of all masks, once they were looked at
+
+    def prepare(self, train: Sequence[Picture], test: Sequence[Picture]) -> None:
+        """Look at all masks: what 255 stands for is seen in all of them, not in one.
+
+        Raises: UserError for a mask that cannot be read and for masks that teach nothing.
+        """
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            values = list(pool.map(find_values, [*train, *test]))
+        train_values = frozenset().union(*values[: len(train)])
+        test_values = frozenset().union(*values[len(train) :])
+        self.mask_values = train_values | test_values
+        for mask, found in zip([*train, *test], values, strict=True):
+            check_values(mask.name, found, self.mask_values, self.out_channels)
+        if not train_values:
+            return
+        classes, train_classes = self.out_channels, self.known_classes(train_values)
+        if len(train_classes) < 2:
+            found = ", ".join(map(str, sorted(train_values)))
+            raise UserError(
+                f"the training masks hold only {found}, which is one class or none: there is "
+                f"nothing to tell apart. With objective.classes={classes} "
+                f"{IGNORE_INDEX} is 'ignore'; with objective.classes=2 and masks of 0 and "
+                f"{IGNORE_INDEX} alone it is class 1"
+            )
+        if test_values and not self.known_classes(test_values):
+            raise UserError(
+                f"the held-out masks hold only {IGNORE_INDEX}, 'ignore': nothing can be measured"
+            )
+        if missing := [k for k in range(classes) if k not in train_classes]:
+            warnings.warn(
+                f"objective.classes={classes}, but no training mask holds "
+                f"{', '.join(map(str, missing[:MAX_NAMED_VALUES]))}: the model will not find what "
+                "it has never seen",
+                stacklevel=2,
+            )
+
+    def known_classes(self, values: frozenset[int]) -> frozenset[int]:
+        """Which classes stand behind the values of masks."""
+        if is_binary(self.mask_values, self.out_channels):
+            return frozenset(value // 255 for value in values)
+        return values - {IGNORE_INDEX}
 
     def read_target(self, picture: Picture) -> Image.Image:
-        return read_mask(picture, self.out_channels)
+        return read_mask(picture, self.out_channels, self.mask_values)
 
     def pair(self, pixels: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
         return to_float(pixels[:, :-1]), pixels[:, -1].long()
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """The mean over pictures of their means over known pixels, 0 for a picture without any.
+
+        Pictures weigh alike, so that several small batches equal one large one.
+        """
         known = y != IGNORE_INDEX
         truth = (
             F.one_hot(y.where(known, 0), self.out_channels).movedim(3, 1) * known[:, None]
         )  # (B, K, H, W)
         share = prediction.float().softmax(1) * known[:, None]
         dice = (2 * (share * truth).sum((2, 3)) + 1) / ((share + truth).sum((2, 3)) + 1)
-        entropy = F.cross_entropy(prediction, y, ignore_index=IGNORE_INDEX, reduction="none").mean()
-        return entropy + self.objective.dice_weight * (1 - dice.mean())
+        errors = F.cross_entropy(prediction, y, ignore_index=IGNORE_INDEX, reduction="none")
+        entropy = errors.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
+        return entropy.mean() + self.objective.dice_weight * (1 - dice.mean())
 
     def postprocess(self, prediction: Tensor) -> Tensor:
         return prediction.argmax(1)
@@ -57,9 +109,57 @@ class Segment(Use):
         return confusion_metrics(generated, y, self.out_channels, IGNORE_INDEX)
 
 
-def read_mask(picture: Picture, classes: int) -> Image.Image:
-    """Classes as a picture of mode P, which is resized by the nearest pixel. Raises: UserError for
-    other values."""
+def read_mask(
+    picture: Picture, classes: int, all_values: frozenset[int] | None = None
+) -> Image.Image:
+    """Classes as a picture of mode P, which is resized by the nearest pixel.
+
+    all_values: those of all masks of the data set; None: of this one. Where they are 0 and 255
+    alone, and there are two classes, 255 is class 1; else it is to be ignored. Raises: UserError
+    for other values.
+    """
+    array = read_values(picture)
+    values = frozenset(np.unique(array).tolist())
+    all_values = all_values or values
+    check_values(picture.name, values, all_values, classes)
+    if is_binary(all_values, classes):
+        array = array // 255
+    image = Image.fromarray(array.astype(np.uint8))
+    image.putpalette([level for level in range(256) for _ in range(3)])
+    return image
+
+
+def is_binary(values: Collection[int], classes: int) -> bool:
+    """Whether masks are black and white: 0 and 255 for two classes."""
+    return classes == 2 and {0, 255}.issuperset(values)
+
+
+def check_values(
+    name: str, values: Collection[int], all_values: Collection[int], classes: int
+) -> None:
+    """Raises: UserError naming values of a mask that are no class."""
+    invalid = sorted(v for v in values if not 0 <= v < classes and v != IGNORE_INDEX)
+    if is_binary(all_values, classes) or not invalid:
+        return
+    found_values = ", ".join(map(str, invalid[:MAX_NAMED_VALUES]))
+    if len(invalid) > MAX_NAMED_VALUES:
+        found_values += ", ..."
+    allowed = f"0 to {classes - 1}, and {IGNORE_INDEX} for 'ignore'"
+    if classes == 2:
+        allowed += f", or all masks hold 0 and {IGNORE_INDEX} alone"
+    raise UserError(
+        f"{name} has the values {found_values}: with objective.classes={classes} a mask holds "
+        f"{allowed}. JPEG spoils masks: save them as PNG"
+    )
+
+
+def find_values(mask: Picture) -> frozenset[int]:
+    """Raises: UserError for a mask that cannot be read."""
+    return frozenset(np.unique(read_values(mask)).tolist())
+
+
+def read_values(picture: Picture) -> np.ndarray:
+    """(H, W) of int: the mask as it is stored. Raises: UserError."""
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
             array = np.asarray(image)
@@ -74,24 +174,4 @@ def read_mask(picture: Picture, classes: int) -> Image.Image:
             f"{picture.name} is in colour: a mask has one channel, which holds the class of each "
             f"pixel"
         )
-    array = channels[..., 0].astype(int)
-    values = np.unique(array).tolist()
-    if classes == 2 and set(values) <= {0, 255}:
-        array = array // 255
-    elif invalid := [
-        v for v in values if not 0 <= v < classes and (v != IGNORE_INDEX or classes == 2)
-    ]:
-        found_values = ", ".join(map(str, invalid[:5])) + (", ..." if len(invalid) > 5 else "")
-        allowed = (
-            "0 and 1, or 0 and 255"
-            if classes == 2
-            else f"0 to {classes - 1}, and {IGNORE_INDEX} for 'ignore'"
-        )
-        raise UserError(
-            f"{picture.name} has the values {found_values}: with objective.classes={classes} a "
-            f"mask holds {allowed}. "
-            "JPEG spoils masks: save them as PNG"
-        )
-    image = Image.fromarray(array.astype(np.uint8))
-    image.putpalette([level for level in range(256) for _ in range(3)])
-    return image
+    return channels[..., 0].astype(int)
