@@ -28,8 +28,8 @@ def assert_trained_alike(losses, weights, rate):
     A sum of n products is off by about sqrt(n) * 6e-8 of its size, 1e-5 for the longest sums here,
     and after a few steps the loss by ten times that. Adam divides a gradient by its own size: one
     that is mostly rounding moves its weight by any share of `rate`, on another processor by another
-    share. So a few weights, one of 500, may differ by up to twice the rate, in which every step may
-    have its part, and all others by a fiftieth of it. A training that really differs moves them all.
+    share. So a few weights, one of 500, may differ by up to twice the rate, to which every step may
+    add, and all others by a fiftieth of it. A training that really differs moves them all.
     """
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
     one, other = weights
