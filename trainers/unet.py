@@ -14,10 +14,11 @@ from torch import Tensor
 
 from trainers.config import UNetConfig
 from trainers.data.imaging import to_pil, write_grid
+from trainers.data.pictures import picture_from_file
 from trainers.data.rng import SampleRng
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.adversarial import LOSSES, freeze
-from trainers.from_scratch.image_sets import ImageSet, picture_from_file
+from trainers.from_scratch.image_sets import ImageSet
 from trainers.from_scratch.networks import PatchDiscriminator, UNet
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask
 from trainers.from_scratch.tiling import predict_tiled
@@ -124,11 +125,13 @@ class Translator:
     def __init__(self, config: UNetConfig, run: Path) -> None:
         self.use, self.tile = USES[config.use](config), config.data.resolution
         self.model = UNet.from_pretrained(run / "model").to(best_device())
+        self.bit_depth = config.data.bit_depth
         self.mode = "L" if config.data.channels == 1 else "RGB"
 
     @torch.no_grad()
     def __call__(self, path: Path) -> Image.Image:
-        image = np.array(picture_from_file(path).decode().convert(self.mode))
+        picture = picture_from_file(path, bit_depth=self.bit_depth)
+        image = np.array(picture.decode().convert(self.mode))
         pixels = (
             torch.from_numpy(image)
             .reshape(*image.shape[:2], -1)

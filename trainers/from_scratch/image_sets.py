@@ -17,14 +17,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trainers.config import ImagesConfig, PairsConfig
+from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.decoding import SIDEWAYS, TURNS
+from trainers.data.folders import FolderContents, name_some, relative_name, scan_folder
 from trainers.data.imaging import mirror_pad
-from trainers.data.pictures import Picture, list_image_files, open_dataset, read_encoded
+from trainers.data.intake import Intake
+from trainers.data.pictures import Picture, check_bit_depth, picture_from_file
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
 
 TargetReader = Callable[[Picture], Image.Image]
+
+MAX_INSPECTED = 1000  # pictures, evenly from a set, whose files are looked at before it is decoded
 
 
 @dataclass(frozen=True)
@@ -85,24 +91,23 @@ class ImageSet:
 
 
 def load_images(
-    config: ImagesConfig, device, held_out: bool = False, read_target: TargetReader | None = None
+    config: ImagesConfig,
+    device,
+    held_out: bool = False,
+    read_target: TargetReader | None = None,
+    intake: Intake | None = None,
 ) -> ImageSet | None:
     """What is learnt from, or what is held out to measure on (None where nothing is).
 
     read_target: how the second of a pair is read. Raises: UserError for a source that cannot be
     read or is empty.
     """
+    intake = intake or Intake()
     source = f"data: {config.image_dir or config.dataset_name}"
     if config.image_dir is not None:
         if held_out and config.folds is None:
             return None
-        samples = (
-            samples_from_pairs(config)
-            if read_target
-            else [
-                ImageSample(picture_from_file(path)) for path in list_image_files(config.image_dir)
-            ]
-        )
+        samples = samples_from_folder(config, read_target is not None, intake)
         if config.folds is not None:
             samples = [
                 s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out
@@ -119,6 +124,8 @@ def load_images(
         source += f", label {config.only_label}"
     if not samples:
         raise UserError(f"{source}: there is no picture")
+    if not held_out:
+        inspect_samples(samples, config, intake)
     return ImageSet(
         samples,
         partial(decode_sample, config=config, read_target=read_target),
@@ -127,20 +134,53 @@ def load_images(
     )
 
 
-def picture_from_file(path: Path) -> Picture:
-    return Picture(str(path), path.read_bytes, "")
+def inspect_samples(samples: Sequence[ImageSample], config: ImagesConfig, intake: Intake) -> None:
+    """Note what the files of some pictures tell without being decoded.
+
+    Raises: UserError where they use fewer bits than they would be read with.
+    """
+    inspected = [s.picture for s in samples[:: -(-len(samples) // MAX_INSPECTED)]]
+    check_bit_depth(inspected, config.bit_depth)
+    small = [picture for picture in inspected if min(picture.storage.size) < config.resolution]
+    if small and config.resize_to is not None:
+        names = name_some([Path(picture.name).name for picture in small])
+        share = f"{len(small)} of {len(inspected)} pictures"
+        intake.warn(
+            f"{share} are smaller than data.resolution={config.resolution}, so enlarged: {names}"
+        )
 
 
-def samples_from_pairs(config: PairsConfig) -> list[ImageSample]:
+def samples_from_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> list[ImageSample]:
+    """Raises: as `samples_from_pairs`."""
+    contents = scan_folder(config.image_dir)
+    # text files and metadata are captions, and nothing here reads captions
+    contents.unused += contents.sidecars + contents.metadata
+    if pairs:
+        samples = samples_from_pairs(config, contents)
+        used = {Path(part.name) for s in samples for part in (s.picture, s.target)}
+        contents.unused += [path for path in contents.pictures if path not in used]
+    else:
+        depth = config.bit_depth
+        samples = [
+            ImageSample(picture_from_file(path, bit_depth=depth)) for path in contents.pictures
+        ]
+    intake.note(f"{len(samples)} {'pairs' if pairs else 'pictures'} in {contents.root.name}")
+    intake.describe_unused(contents)
+    return samples
+
+
+def samples_from_pairs(
+    config: PairsConfig, contents: FolderContents | None = None
+) -> list[ImageSample]:
     """A file has the longest ending that fits. Raises: UserError for pictures without a partner, or
     with two."""
+    contents = contents or scan_folder(config.image_dir)
     by_end: dict[str, dict[str, Path]] = {config.image_suffix: {}, config.target_suffix: {}}
-    for path in list_image_files(config.image_dir):
+    for path in contents.pictures:
         if suffixes := [suffix for suffix in by_end if path.stem.endswith(suffix)]:
-            paths, name = (
-                by_end[max(suffixes, key=len)],
-                path.stem.removesuffix(max(suffixes, key=len)),
-            )
+            suffix = max(suffixes, key=len)
+            paths = by_end[suffix]
+            name = relative_name(path.parent / path.stem.removesuffix(suffix), contents.root)
             if name in paths:
                 raise UserError(
                     f"data.image_dir: {paths[name].name} and {path.name} have one name: remove one"
@@ -156,8 +196,12 @@ def samples_from_pairs(config: PairsConfig) -> list[ImageSample]:
             f"*{config.image_suffix}.* and "
             f"*{config.target_suffix}.*"
         )
+    depth = config.bit_depth
     return [
-        ImageSample(picture_from_file(path), picture_from_file(targets[name]))
+        ImageSample(
+            picture_from_file(path, bit_depth=depth),
+            picture_from_file(targets[name], bit_depth=depth),
+        )
         for name, path in sorted(images.items())
     ]
 
@@ -174,6 +218,7 @@ def samples_from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[
             f"{config.dataset_name} {split}[{i}] {column}",
             partial(read_encoded, rows, i, column),
             "",
+            config.bit_depth,
         )
 
     return [
@@ -194,7 +239,7 @@ def decode_sample(
     """
     images = [sample.picture.decode().convert("L" if config.channels == 1 else "RGB")]
     if read_target is not None:
-        images.append(read_target(sample.target))
+        images.append(turn_alike(read_target(sample.target), sample))
         if images[0].size != images[1].size:
             sizes = " and ".join("{} x {}".format(*image.size) for image in images)
             raise UserError(
@@ -210,6 +255,26 @@ def decode_sample(
     return torch.cat(
         [torch.from_numpy(a).reshape(*a.shape[:2], -1).permute(2, 0, 1) for a in arrays]
     ).contiguous()
+
+
+def turn_alike(target: Image.Image, sample: ImageSample) -> Image.Image:
+    """The target as its picture lies, where the picture alone has an EXIF tag that turns it.
+
+    Its size tells whether it was made for the stored picture or for the upright one. Raises:
+    UserError where it does not.
+    """
+    stored = sample.picture.storage
+    if stored.orientation not in TURNS or sample.target.storage.orientation != 1:
+        return target
+    is_turned = stored.orientation in SIDEWAYS
+    if stored.size[0] == stored.size[1] or not is_turned:
+        raise UserError(
+            f"{sample.picture.name} is turned by its EXIF tag, {sample.target.name} has no such "
+            "tag and the same size either way: save the picture upright, without the tag"
+        )
+    if target.size != stored.size:
+        return target
+    return target.transpose(TURNS[stored.orientation])
 
 
 @dataclass

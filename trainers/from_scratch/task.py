@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from trainers.config import ScratchConfig
+from trainers.data.intake import Intake, check_batch_size
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
@@ -36,10 +37,13 @@ class FromScratchTask(ABC):
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        intake = Intake(config.data.strict)
         self.train_images, self.test_images = (
-            load_images(config.data, self.device, held_out, self.read_target)
+            load_images(config.data, self.device, held_out, self.read_target, intake)
             for held_out in (False, True)
         )
+        check_batch_size(intake, config.train, accelerator.num_processes, len(self.train_images))
+        intake.report(accelerator.print)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
         self.callbacks: list[Callback] = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -13,11 +10,9 @@ from trainers.config import UNetConfig
 from trainers.data.imaging import to_float
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng
-from trainers.errors import UserError
+from trainers.from_scratch.masks import IGNORE_INDEX, read_mask
 from trainers.from_scratch.uses.base import Use
 from trainers.metrics.image_quality import confusion_metrics
-
-IGNORE_INDEX = 255  # in a mask
 
 
 class Segment(Use):
@@ -55,43 +50,3 @@ class Segment(Use):
 
     def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
         return confusion_metrics(generated, y, self.out_channels, IGNORE_INDEX)
-
-
-def read_mask(picture: Picture, classes: int) -> Image.Image:
-    """Classes as a picture of mode P, which is resized by the nearest pixel. Raises: UserError for
-    other values."""
-    try:
-        with Image.open(io.BytesIO(picture.read())) as image:
-            array = np.asarray(image)
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise UserError(
-            f"{picture.name} is not a readable mask ({error}): mend or remove it"
-        ) from None
-    channels = array.reshape(*array.shape[:2], -1)
-    channels = channels[..., :1] if channels.shape[2] == 2 else channels[..., :3]  # without alpha
-    if (channels != channels[..., :1]).any():
-        raise UserError(
-            f"{picture.name} is in colour: a mask has one channel, which holds the class of each "
-            f"pixel"
-        )
-    array = channels[..., 0].astype(int)
-    values = np.unique(array).tolist()
-    if classes == 2 and set(values) <= {0, 255}:
-        array = array // 255
-    elif invalid := [
-        v for v in values if not 0 <= v < classes and (v != IGNORE_INDEX or classes == 2)
-    ]:
-        found_values = ", ".join(map(str, invalid[:5])) + (", ..." if len(invalid) > 5 else "")
-        allowed = (
-            "0 and 1, or 0 and 255"
-            if classes == 2
-            else f"0 to {classes - 1}, and {IGNORE_INDEX} for 'ignore'"
-        )
-        raise UserError(
-            f"{picture.name} has the values {found_values}: with objective.classes={classes} a "
-            f"mask holds {allowed}. "
-            "JPEG spoils masks: save them as PNG"
-        )
-    image = Image.fromarray(array.astype(np.uint8))
-    image.putpalette([level for level in range(256) for _ in range(3)])
-    return image
