@@ -76,7 +76,7 @@ def card(settings):
             update={"data": config.data.model_copy(update={"instance_prompt": NASTY})}
         )
         config.output_dir.mkdir(exist_ok=True)
-        write_dreambooth_card(config, 1e-7, ["0"] * 5)
+        write_dreambooth_card(config, 4, 1e-7, ["0"] * 5)
         return (config.output_dir / "README.md").read_text()
 
     return write
@@ -139,7 +139,7 @@ def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(
 ):
     config = settings(f"model.pretrained_model_name_or_path={base}", family=family)
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, ["0"])
     text = (config.output_dir / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert license.items() <= header.items()
@@ -152,7 +152,7 @@ def test_the_bases_licence_is_inherited_and_comfyui_is_told_its_file(
 def test_figures_measured_later_stand_in_the_card_once(settings):
     config = settings()
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, ["0"])
     before = (config.output_dir / "README.md").read_text()
     for figure in (0.25, 0.75):
         add_metrics(config.output_dir, {"subject": figure, "net": "MobileNet-I"})
@@ -174,7 +174,7 @@ def test_text_of_the_user_does_not_become_markup_of_the_card(settings):
     folder = config.output_dir.with_name("a_*run*")
     folder.mkdir()
     config = config.model_copy(update={"data": data, "output_dir": folder})
-    write_dreambooth_card(config, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, ["0"])
     card = ModelCard.load(folder / "README.md")
     assert card.data["instance_prompt"] == MARKUP
     line = " ".join(MARKUP.split())

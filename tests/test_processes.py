@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import chain
 from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
 from oracles import assert_trained_alike
 from processes import group, launch
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from test_training import PRIOR, ROOT, environment, losses
 from trainers.config import loading
 from trainers.distributed import collectives
 from trainers.distributed.accelerator import make_accelerator
-from trainers.distributed.collectives import run_across_processes, split_between_processes
+from trainers.distributed.collectives import own_items, run_across_processes
 from trainers.errors import UserError
 from trainers.run import run
 from trainers.run_folder import list_checkpoints
@@ -154,18 +154,25 @@ def test_a_cut_that_cannot_be_made_is_refused(
 def test_shares_are_equal_and_what_comes_back_is_in_order(monkeypatch):
     for world in (1, 2, 3, 4):
         for count in (1, 2, 5, 8):
-            ranks = [
-                SimpleNamespace(process_index=rank, num_processes=world) for rank in range(world)
-            ]
-            shares = [split_between_processes(range(count), rank) for rank in ranks]
+            ranks = [process(rank, world) for rank in range(world)]
+            shares = [own_items(range(count), rank) for rank in ranks]
             assert len({len(share) for share in shares}) == 1
             assert set().union(*shares) == set(range(count))
-            monkeypatch.setattr(
-                collectives, "gather_object", lambda mine, every=shares: list(chain(*every))
-            )
-            assert run_across_processes([partial(int, i) for i in range(count)], ranks[-1]) == list(
-                range(count)
-            )
+            everything = [(number, number) for share in shares for number in share]
+            monkeypatch.setattr(collectives, "gather_object", lambda mine, all=everything: all)
+            results = run_across_processes([partial(int, i) for i in range(count)], ranks[-1])
+            assert results == list(range(count))
+
+
+def test_without_jobs_nothing_is_shared():
+    assert own_items([], process(1, 2)) == []
+
+
+def process(rank, world):
+    """What `split_between_processes` reads of an accelerator."""
+    state = SimpleNamespace(process_index=rank, num_processes=world)
+    state.split_between_processes = partial(PartialState.split_between_processes, state)
+    return state
 
 
 # Stopping together, dying alone

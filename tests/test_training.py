@@ -545,7 +545,7 @@ def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch,
     if trained:
         run(settings())
 
-    def finish(task):
+    def finish(task, steps):
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0)
         pytest.fail("it went on")
@@ -559,9 +559,9 @@ def test_a_signal_while_the_end_is_measured_stops_at_once(settings, monkeypatch,
 def test_a_signal_in_the_last_save_stops_the_run_after_it(settings, monkeypatch, handlers):
     save = callbacks.save_checkpoint
 
-    def signalled(config, step, *rest):
-        save(config, step, *rest)
-        if step == 6:
+    def signalled(config, task, accelerator, state, prune):
+        save(config, task, accelerator, state, prune)
+        if state.step == 6:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(callbacks, "save_checkpoint", signalled)

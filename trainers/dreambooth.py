@@ -36,12 +36,15 @@ class DreamBooth:
     def __init__(
         self,
         family: Family,
-        encoder: CachedEncoder,
+        batches: DreamBoothBatches,
+        held_out: DreamBoothBatches | None,
         config: DreamBoothConfig,
         accelerator: Accelerator,
     ) -> None:
         """The family must hold its denoiser, and the text encoders if they train."""
-        self.family, self.encoder = family, encoder
+        self.family = family
+        self.encoder = encoder = batches.encoder
+        self.batches, self.held_out_batches = batches, held_out
         self.config, self.accelerator = config, accelerator
         self.attention = config.train.attention
         self.objective = family.make_objective(config.objective, config.data.resolution)
@@ -60,8 +63,6 @@ class DreamBooth:
         player = make_player(self.module, groups, config.optimizer, ema_decay, accelerator)
         self.players = {"denoiser": player}
         self.callbacks = [self.log_held_out_loss]
-        self.batches: DreamBoothBatches
-        self.held_out_batches: DreamBoothBatches | None = None
 
     def losses(self, batch: dict, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """Yield the weighted squared error; `DreamBoothBatches` gives the shapes in `batch`."""
@@ -138,7 +139,7 @@ class DreamBooth:
         unwrapped = self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         return proof.probe_denoiser(self.family, self.config.data.resolution, text, unwrapped)
 
-    def finish(self) -> None:
+    def finish(self, steps: int) -> None:
         """Save, prove that the file reloads, sample from it and write the card."""
         config, is_main = self.config, self.accelerator.is_main_process
         instance_pictures, joint_accelerator = self.batches.pools[0], self.joint_accelerator
@@ -163,7 +164,7 @@ class DreamBooth:
             write_samples(reloaded, config, folder, encode, joint_accelerator)
         if is_main:
             digests = [picture.digest for picture in instance_pictures]
-            model_card.write_dreambooth_card(config, difference, digests)
+            model_card.write_dreambooth_card(config, steps, difference, digests)
 
 
 def build(
@@ -186,15 +187,14 @@ def build(
         pools.append(photo_checks.load_class(class_folder, intake, family, config, accelerator))
     if data.cache:
         fill_cache(encoder, [*chain(*pools), *held_out], config, accelerator)
+    batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
+    batches = DreamBoothBatches(pools, encoder, data, batch_slice, accelerator.device)
+    held_out_part = held_out_batches(held_out, encoder, config, accelerator.device)
     names = [family.denoiser_name]
     # validation decodes pictures, and without a cache each step encodes them
     if config.validation.prompts or not data.cache:
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
-    task = DreamBooth(family, encoder, config, accelerator)
-    batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
-    task.batches = DreamBoothBatches(pools, encoder, data, batch_slice, accelerator.device)
-    if held_out:
-        task.held_out_batches = held_out_batches(held_out, encoder, config, accelerator.device)
-    contents = chain.from_iterable((picture.digest, picture.caption) for picture in pools[0])
-    return task, task.batches, f"{derive_seed(*contents):x}"
+    task = DreamBooth(family, batches, held_out_part, config, accelerator)
+    contents = [(picture.digest, picture.caption) for picture in pools[0]]
+    return task, batches, f"{derive_seed(*chain(*contents)):x}"

@@ -142,8 +142,8 @@ class Gan(FromScratchTask):
         ]
         write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
 
-    def finish(self) -> None:
-        super().finish()
+    def finish(self, steps: int) -> None:
+        super().finish(steps)
         with averaged_weights(self):
             write_gif(self.interpolate(), self.config.output_dir / "samples" / "final" / "walk.gif")
 

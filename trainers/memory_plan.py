@@ -49,9 +49,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
-            if (
-                isinstance(tensor, Tensor) and tensor.device.type != "meta"
-            ):  # as of skeletons, which hold nothing
+            # a meta tensor holds nothing
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self.count(tensor.untyped_storage())
         return outputs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
@@ -14,7 +15,7 @@ from trainers.distributed.accelerator import make_accelerator
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
 from trainers.efficiency.attention import attention_kernel
-from trainers.errors import RunFailedError, UserError, warn_on_error
+from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
 from trainers.publishing.report import write_report
@@ -23,7 +24,7 @@ from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
 from trainers.training.checkpoint import RunState, resume, resume_facts, save_checkpoint
 from trainers.training.failures import friendly_errors
-from trainers.training.loop import Batches, Task, train
+from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
 from trainers.training.optimizers import make_lr_schedule
 from trainers.training.process_state import restored_process
@@ -38,8 +39,10 @@ TASKS = {
 
 
 def run(settings: Config) -> None:
-    """Train, export, prove, sample, describe and, if asked, upload. Everything is in
-    `settings.output_dir`."""
+    """Train, export, prove, sample, describe and, if asked, upload.
+
+    Everything is written into `settings.output_dir`.
+    """
     with ExitStack() as stack:
         stack.enter_context(restored_process())
         accelerator, shard = make_accelerator(settings)
@@ -54,38 +57,21 @@ def train_and_export(
 ) -> None:
     for preset, values in settings.applied_presets.items():
         accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
-    build, processes, is_main = (
-        TASKS[settings.kind],
-        ProcessGroup(accelerator),
-        accelerator.is_main_process,
-    )
-    task, batches, data_digest = (
-        build(settings, accelerator, shard) if shard else build(settings, accelerator)
-    )
+    processes = ProcessGroup(accelerator)
+    task, batches, data_digest = build_task(settings, accelerator, shard)
     facts = resume_facts(settings, accelerator.num_processes, data_digest)
-    state = resume(settings, task, accelerator, facts)
-    newest, oldest = processes.all_max(state.step, -state.step)
-    if newest != -oldest:
-        raise UserError(
-            f"output_dir: processes find other checkpoints: {settings.output_dir} must be on a "
-            f"shared disk"
-        )
-    if is_main:
+    state = resume_together(settings, task, processes, facts)
+    if accelerator.is_main_process:
         write_atomic(settings.output_dir / "config.yaml", loading.dump_config(settings))
     with warn_on_error("the tracker"):
         accelerator.init_trackers(settings.tracking.project_name)
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)
-    while True:
-        try:
-            train_from(task, batches, settings, processes, state, push)
-            break
-        except DivergenceError as error:
-            state = roll_back(error, task, settings, accelerator, facts, state.rollbacks)
-    if is_main or task.needs_all_processes:
-        task.finish()
-    if is_main:
+    steps = Training(task, batches, settings, processes, push).to_end(state)
+    if accelerator.is_main_process or task.needs_all_processes:
+        task.finish(steps)
+    if accelerator.is_main_process:
         write_report(settings.output_dir)
         if repo:
             write_report(settings.output_dir, pictures=False)
@@ -96,61 +82,95 @@ def train_and_export(
     push.finish()
 
 
-def train_from(
-    task: Task,
-    batches: Batches,
-    settings: Config,
-    processes: ProcessGroup,
-    state: RunState,
-    push: PushToHub,
-) -> None:
-    """From the state to the last step. Raises: DivergenceError."""
-    accelerator, schedule = (
-        processes.accelerator,
-        make_lr_schedule(settings.optimizer, settings.train.max_train_steps),
-    )
+def build_task(
+    settings: Config, accelerator: Accelerator, shard: ShardFunction | None
+) -> tuple[Task, Batches, str]:
+    """The task, its batches and a digest of its data."""
+    build = TASKS[settings.kind]
+    return build(settings, accelerator, shard) if shard else build(settings, accelerator)
 
-    def rate(step: int) -> float:
-        return schedule(step) * 0.5**state.rollbacks
 
-    log = LogMetrics(settings, accelerator, rate, state.step)
-    callbacks = [
-        *task.callbacks,
-        NonfiniteGuard(task, batches, settings, accelerator),
-        log,
-        SamplePictures(task, settings, accelerator),
-        SaveCheckpoints(task, settings, processes, state),
-        push,
-    ]
-    with closing(log.progress_bar), attention_kernel(task.attention, accelerator.device):
-        train(
-            task, batches, settings.train, settings.seed, accelerator, rate, callbacks, state.step
+def resume_together(settings: Config, task: Task, processes: ProcessGroup, facts: dict) -> RunState:
+    """The state of the newest checkpoint. Raises: UserError if processes find different ones."""
+    state = resume(settings, task, processes.accelerator, facts)
+    newest, minus_oldest = processes.all_max(state.step, -state.step)
+    if newest != -minus_oldest:
+        raise UserError(
+            "output_dir: the processes find different checkpoints: "
+            f"{settings.output_dir} must be on a shared disk"
         )
-
-
-def roll_back(
-    error: DivergenceError,
-    task: Task,
-    settings: Config,
-    accelerator: Accelerator,
-    facts: dict,
-    rollbacks: int,
-) -> RunState:
-    """The state of the last checkpoint that was trained from without fail, at half the learning
-    rate."""
-    advice = "Lower optimizer.learning_rate, or use mixed precision bf16 instead of fp16"
-    if settings.train.on_divergence == "stop":
-        raise RunFailedError(
-            f"{error}. {advice}; the same command then needs another output_dir"
-        ) from None
-    state = resume(settings, task, accelerator, facts, before_step=error.first_step - 1)
-    state.rollbacks = rollbacks + 1
-    if state.step == 0:
-        raise RunFailedError(
-            f"{error}. There is no checkpoint from before that to go back to. {advice}"
-        ) from None
-    save_checkpoint(
-        settings, state.step, task, accelerator, state
-    )  # a run that is killed now keeps the halved rate
-    warnings.warn(f"{error}. Back to step {state.step}, at half the learning rate", stacklevel=2)
     return state
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained from step to step, whichever checkpoint it starts from."""
+
+    task: Task
+    batches: Batches
+    settings: Config
+    processes: ProcessGroup
+    push: PushToHub
+
+    def to_end(self, state: RunState) -> int:
+        """Train until the loop stops, going back to an earlier checkpoint when the run diverges.
+
+        Returns the number of steps. Raises: Interrupted after a signal.
+        """
+        while not state.end:
+            try:
+                reason = self.train_from(state)
+            except DivergenceError as error:
+                state = self.roll_back(error, state)
+                continue
+            if reason.signal_number:
+                raise Interrupted(reason.signal_number)
+            return reason.step
+        return state.step
+
+    def train_from(self, state: RunState) -> StopReason:
+        """Train from a state until the loop stops. Raises: DivergenceError."""
+        settings, task, accelerator = self.settings, self.task, self.processes.accelerator
+        schedule = make_lr_schedule(settings.optimizer, settings.train.max_train_steps)
+
+        def rate(step: int) -> float:
+            return schedule(step) * 0.5**state.rollbacks
+
+        log = LogMetrics(settings, accelerator, rate, state.step)
+        checkpoints = SaveCheckpoints(task, settings, self.processes, state)
+        callbacks = [
+            *task.callbacks,
+            NonfiniteGuard(task, self.batches, settings, accelerator),
+            log,
+            SamplePictures(task, settings, accelerator),
+            checkpoints,
+            self.push,
+        ]
+        loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
+        with closing(log.progress_bar), attention_kernel(task.attention, accelerator.device):
+            reason = train(task, self.batches, *loop)
+        if not reason.signal_number and reason.step < settings.train.max_train_steps:
+            accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
+            checkpoints.save_end(reason)
+        return reason
+
+    def roll_back(self, error: DivergenceError, state: RunState) -> RunState:
+        """The state before the steps that failed, to go on from at half the learning rate."""
+        settings, task, accelerator = self.settings, self.task, self.processes.accelerator
+        advice = "Lower optimizer.learning_rate, or use mixed precision bf16 instead of fp16"
+        if settings.train.on_divergence == "stop":
+            raise RunFailedError(
+                f"{error}. {advice}; the same command then needs another output_dir"
+            ) from None
+        earlier = resume(settings, task, accelerator, state.facts, before_step=error.first_step - 1)
+        if earlier.step == 0:
+            raise RunFailedError(
+                f"{error}. There is no checkpoint from before that to go back to. {advice}"
+            ) from None
+        earlier = replace(earlier, rollbacks=state.rollbacks + 1)
+        # a run that is killed now keeps the halved rate
+        save_checkpoint(settings, task, accelerator, earlier)
+        warnings.warn(
+            f"{error}. Back to step {earlier.step}, at half the learning rate", stacklevel=2
+        )
+        return earlier

@@ -100,6 +100,8 @@ def latent_shape(family: str, size: Size) -> tuple[int, int, int]:
 class OneBatch:
     """The same micro-batch at each step, with the draws of that step."""
 
+    encoder = SimpleNamespace(trained_encoders=())
+
     def __init__(self, batch: dict, share: BatchSlice, device: torch.device) -> None:
         self.batch, self.batch_slice, self.device = batch, share, device
 
@@ -162,16 +164,16 @@ def ours(
     denoiser = make_denoiser(name, size, accelerator.device)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     family.condition = lambda text: text
-    task = DreamBooth(family, SimpleNamespace(trained_encoders=()), settings, accelerator)
     channels, height, width = latent_shape(name, size)
     batch = {
         "moments": torch.randn(rows, 2 * channels, height, width, device=accelerator.device),
         "text": condition(name, size, rows, accelerator.device),
         "weight": torch.full((rows,), 1 / rows, device=accelerator.device),
     }
-    task.batches = OneBatch(batch, BatchSlice(0, rows), accelerator.device)
+    batches = OneBatch(batch, BatchSlice(0, rows), accelerator.device)
+    task = DreamBooth(family, batches, None, settings, accelerator)
     clock = Clock(accelerator.device)
-    train(task, task.batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
+    train(task, batches, settings.train, 0, accelerator, lambda step: 1.0, [clock])
     return clock.milliseconds()
 
 

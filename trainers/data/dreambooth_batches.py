@@ -67,6 +67,10 @@ class DreamBoothBatches:
                 ),
             )
 
+    def split_micro_batches(self) -> None:
+        """From now on take more and smaller micro-batches for each step."""
+        self.batch_slice = self.batch_slice.split_micro_batches()
+
     def micro_batch_rows(self) -> list[list[tuple[int, int]]]:
         """Pool and row of each sample of each micro-batch."""
         pools = range(len(self.pools))
@@ -123,11 +127,13 @@ def held_out_batches(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
     device: torch.device | str,
-) -> DreamBoothBatches:
+) -> DreamBoothBatches | None:
     """Micro-batches of one held-out picture each, for every process alike; no caption is dropped.
 
-    Their step 0 has each picture several times, with other times and noise.
+    None without pictures. Their step 0 has each picture several times, with other times and noise.
     """
+    if not pictures:
+        return None
     seed = derive_seed(config.seed, "held out")
     batch_slice = BatchSlice(seed, 1, HELD_OUT_DRAWS * len(pictures))
     undropped = config.data.model_copy(update={"caption_dropout": 0.0})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from math import ceil
 from typing import TypeVar
 
 import torch
@@ -16,21 +15,20 @@ from trainers.errors import UserError
 
 T = TypeVar("T")
 
-
 TIMEOUT = timedelta(hours=1)  # for another process, which may be sampling, exporting or downloading
 
 
 class ProcessGroup:
-    """All processes of the run. They talk over the network alone, so that no accelerator is waited
-    for."""
+    """All processes of the run, as they agree with each other.
+
+    They talk over the network alone, so that no accelerator is waited for.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.group = (
-            dist.new_group(backend="gloo", timeout=TIMEOUT)
-            if accelerator.num_processes > 1
-            else None
-        )
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def all_max(self, *values: int) -> list[int]:
         """The largest of each among the processes."""
@@ -42,8 +40,10 @@ class ProcessGroup:
 
 
 def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
-    """What `work` gives in the main process, None in the others. A UserError there ends all of
-    them, told once."""
+    """Call `work` in the main process and return its result; None in the other processes.
+
+    A UserError there ends all of them, and is printed once.
+    """
     result, status = None, [0]
     try:
         if accelerator.is_main_process:
@@ -58,15 +58,16 @@ def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
     return result
 
 
-def split_between_processes(items: Sequence[T], accelerator: Accelerator) -> list[T]:
-    """This process's items: each has as many, as a base that is cut needs, so some may be done
-    twice."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    return [items[i % len(items)] for i in range(rank, world * ceil(len(items) / world), world)]
+def own_items(items: Sequence[T], accelerator: Accelerator) -> list[T]:
+    """This process's items. Each process has as many, as a sharded base needs: some come twice."""
+    if not items:
+        return []
+    with accelerator.split_between_processes(list(items), apply_padding=True) as own:
+        return list(own)
 
 
 def run_across_processes(jobs: Sequence[Callable[[], T]], accelerator: Accelerator) -> list[T]:
-    """What the jobs give, in order, the work being shared among the processes."""
-    world, num_each = accelerator.num_processes, ceil(len(jobs) / accelerator.num_processes)
-    results = gather_object([job() for job in split_between_processes(jobs, accelerator)])
-    return [results[(i % world) * num_each + i // world] for i in range(len(jobs))]
+    """The results of the jobs, in order; the work is shared among the processes."""
+    own = own_items(list(enumerate(jobs)), accelerator)
+    results = dict(gather_object([(number, job()) for number, job in own]))
+    return [results[number] for number in range(len(jobs))]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from types import MethodType
@@ -100,54 +99,80 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     return plugin
 
 
-def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> Iterator[str]:
-    """What is asked for and cannot be had, with what to do."""
-    is_sharded, settings, train = plugin.zero_stage == 3, plugin.deepspeed_config, config.train
-    if plugin.zero_stage not in (2, 3):
-        yield f"ZeRO stage {plugin.zero_stage} was asked for: set zero_stage: 2 or 3"
-    if owned := [name for name in CONFIG_OWNED_KEYS if name in settings]:
-        yield (
-            f"remove {', '.join(owned)} from its file: the config has the optimiser, "
-            f"mixed_precision the precision"
-        )
-    if {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none"}:
-        yield (
-            "nothing can wait in the CPU's memory here: set offload_optimizer_device and "
-            "offload_param_device: none"
-        )
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
-        yield f"set mixed_precision: bf16 or no, not {os.environ['ACCELERATE_MIXED_PRECISION']}"
-    if not config.can_accumulate:
-        yield "it trains one network, and here are two: use accelerate_configs/multi_gpu.yaml"
-    if config.optimizer.name != "adamw":
-        yield f"its state can be cut for optimizer.name=adamw, not for {config.optimizer.name}"
-    if train.auto_micro_batch:
-        yield (
+def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> list[str]:
+    """What was asked for and is not supported, each with what to do."""
+    train, settings = config.train, plugin.deepspeed_config
+    owned = [name for name in CONFIG_OWNED_KEYS if name in settings]
+    devices = {plugin.offload_optimizer_device, plugin.offload_param_device}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    checks = [
+        (
+            plugin.zero_stage not in (2, 3),
+            f"ZeRO stage {plugin.zero_stage} was asked for: set zero_stage: 2 or 3",
+        ),
+        (
+            owned,
+            f"remove {', '.join(owned)} from its file: the config has the optimizer, "
+            "mixed_precision the precision",
+        ),
+        (
+            devices - {"none"},
+            "offloading to the CPU is not supported: set offload_optimizer_device and "
+            "offload_param_device: none",
+        ),
+        (
+            precision not in ("no", "bf16"),
+            f"set mixed_precision: bf16 or no, not {precision}",
+        ),
+        (
+            not config.can_accumulate,
+            "it trains one network, and here are two: use accelerate_configs/multi_gpu.yaml",
+        ),
+        (
+            config.optimizer.name != "adamw",
+            f"it can shard the state of optimizer.name=adamw, not that of {config.optimizer.name}",
+        ),
+        (
+            train.auto_micro_batch,
             "micro-batches are fixed: set train.auto_micro_batch=false and a "
-            "train.train_batch_size that fits"
-        )
-    if is_sharded and config.kind != "dreambooth":
-        yield (
-            "ZeRO-3 cuts the weights, and this network is small: use "
-            "accelerate_configs/deepspeed_zero2.yaml"
-        )
-    if is_sharded and train.ema_decay:
-        yield (
+            "train.train_batch_size that fits",
+        ),
+    ]
+    errors = [message for is_wrong, message in checks if is_wrong]
+    return errors + (zero3_errors(config) if plugin.zero_stage == 3 else [])
+
+
+def zero3_errors(config: Config) -> list[str]:
+    """What does not work where the weights themselves are sharded."""
+    is_dreambooth = config.kind == "dreambooth"
+    quantization = config.model.quantization if is_dreambooth else "none"
+    checks = [
+        (
+            not is_dreambooth,
+            "ZeRO-3 shards the weights, and this network is small: use "
+            "accelerate_configs/deepspeed_zero2.yaml",
+        ),
+        (
+            config.train.ema_decay,
             "with ZeRO-3 no process has the weights to average: remove train.ema_decay, or use "
-            "ZeRO-2"
-        )
-    if is_sharded and config.kind == "dreambooth" and config.model.quantization != "none":
-        yield (
-            f"ZeRO-3 cannot cut {config.model.quantization} weights: set "
-            f"model.quantization=none, or use ZeRO-2"
-        )
-    if is_sharded and config.kind == "dreambooth" and config.model.modulation_cache:
-        yield "ZeRO-3 needs whole forward passes: set model.modulation_cache=false, or use ZeRO-2"
-    if is_sharded and config.hub.push_every:
-        yield (
+            "ZeRO-2",
+        ),
+        (
+            quantization != "none",
+            f"ZeRO-3 cannot shard {quantization} weights: set model.quantization=none, or use "
+            "ZeRO-2",
+        ),
+        (
+            is_dreambooth and config.model.modulation_cache,
+            "ZeRO-3 needs whole forward passes: set model.modulation_cache=false, or use ZeRO-2",
+        ),
+        (
+            config.hub.push_every,
             "with ZeRO-3 weights are put together at the end only: remove hub.push_every; "
-            "hub.push_to_hub works"
-        )
+            "hub.push_to_hub works",
+        ),
+    ]
+    return [message for is_wrong, message in checks if is_wrong]
 
 
 def check_started(accelerator: Accelerator) -> None:
@@ -162,15 +187,12 @@ def check_started(accelerator: Accelerator) -> None:
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, Any]:
-    """As `accelerator.prepare`, with autocast inside; the optimiser remembers its parameters."""
-    dtype, groups = (
-        compute_dtype(accelerator),
-        [list(group["params"]) for group in optimizer.param_groups],
-    )
+    """As `accelerator.prepare`, with autocast inside; the optimizer remembers its parameters."""
+    dtype = compute_dtype(accelerator)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
     if dtype != torch.float32:
-        module._original_forward = (
-            module.forward
-        )  # as accelerate does, whose `unwrap_model` undoes it
+        # as accelerate does, whose `unwrap_model` undoes it
+        module._original_forward = module.forward
         compute = torch.autocast(accelerator.device.type, dtype)(module.forward.__func__)
         module.forward = MethodType(convert_outputs_to_fp32(compute), module)
     engine, optimizer = accelerator.prepare(
@@ -181,7 +203,7 @@ def prepare(
 
 
 def gathered_weights(module: nn.Module, accelerator: Accelerator) -> AbstractContextManager:
-    """Inside, each process has all trained weights; every process must come."""
+    """A context in which each process has all trained weights; every process must enter it."""
     if zero_stage(accelerator) < 3:
         return nullcontext()
     import deepspeed
@@ -193,18 +215,16 @@ def partitions(optimizer: Any) -> tuple[torch.optim.AdamW, list[Tensor]]:
     """The AdamW inside and this process's parts of the float32 weights, with a state even before
     the first step."""
     zero = optimizer.optimizer
-    adam, flats = (
-        zero.optimizer,
-        getattr(zero, "fp32_partitioned_groups_flat", None),
-    )  # ZeRO-3's name
+    adam = zero.optimizer
+    # ZeRO-3's name, then ZeRO-2's
+    flats = getattr(zero, "fp32_partitioned_groups_flat", None)
     flats = zero.single_partition_of_fp32_groups if flats is None else flats
     for flat in flats:
         if not adam.state[flat]:
             moments = {name: torch.zeros_like(flat) for name in MOMENTS}
             adam.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
-    if hasattr(
-        zero, "_lazy_init_hp_params_optimizer_state"
-    ):  # ZeRO-2 itself links the first group only
+    # ZeRO-2 itself links the first group only
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     return adam, flats

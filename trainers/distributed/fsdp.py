@@ -52,9 +52,8 @@ def shard_model(model: nn.Module, **options) -> None:
     What trains stays whole in each: `DistributedDataParallel` averages its gradients, and leaves
     the rest alone.
     """
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view"
-    )  # nothing here writes into one
+    # nothing here writes into a view
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     trained = {p for p in model.parameters() if p.requires_grad}
     for module in (*reversed(get_blocks(model)), model):
         fully_shard(module, ignored_params=trained, **options)
@@ -63,21 +62,17 @@ def shard_model(model: nn.Module, **options) -> None:
 
 
 def get_blocks(model: nn.Module) -> list[nn.Module]:
-    """Those of a diffusers model that compute one after another."""
-    return [
-        module for module in model.modules() if type(module).__name__ in model._no_split_modules
-    ]
+    """The blocks of a diffusers model, which compute one after another."""
+    names = model._no_split_modules
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def sharded_parameter_names(module: nn.Module, accelerator: Accelerator) -> list[str]:
-    """The names of the parameters of which this process has a part only; how large a part is
-    told."""
+    """The names of the parameters of which this process holds only a part; it prints how much."""
     sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     if sharded:
-        num_local, num_total = (
-            sum(p.to_local().numel() for p in sharded.values()),
-            sum(p.numel() for p in sharded.values()),
-        )
+        num_local = sum(p.to_local().numel() for p in sharded.values())
+        num_total = sum(p.numel() for p in sharded.values())
         accelerator.print(
             f"FSDP2: each process holds {num_local / num_total:.1%} of the base's {num_total:,} "
             f"weights"

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from trainers.base_model import LoadedBase, tokenizer_name
 from trainers.config import ObjectiveConfig
 from trainers.config.family_facts import FamilyFacts, family_facts, family_names
 from trainers.data.rng import SampleRng
-from trainers.families.loading import LoadedBase, tokenizer_name
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)

@@ -16,14 +16,14 @@ from trainers.config import DreamBoothConfig, PromptsConfig
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_grid
 from trainers.data.pictures import list_image_files
-from trainers.distributed.collectives import run_across_processes, split_between_processes
+from trainers.distributed.collectives import own_items, run_across_processes
 from trainers.families import Family
 
 PromptEncoder = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name, and a prompt
 
 
 @torch.no_grad()
-def sample_picture(
+def sample_picture(  # noqa: PLR0913 (all that a picture depends on)
     family: Family,
     prompt: str,
     validation: PromptsConfig,
@@ -82,7 +82,7 @@ def generate_class_images(
         encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
     accelerator.wait_for_everyone()
     # first each process's own share, then what it does not see, where disks are not shared
-    for assigned in (split_between_processes(pending, accelerator), pending):
+    for assigned in (own_items(pending, accelerator), pending):
         missing = [path for path in assigned if not path.exists()]
         if missing:
             generate_missing(encoder, config, missing, accelerator)

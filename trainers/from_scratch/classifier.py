@@ -17,7 +17,7 @@ from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.image_sets import ImageBatches, ImageSet
 from trainers.from_scratch.networks import Classifier
 from trainers.metrics.feature_networks import NamedFeatures
-from trainers.training.loop import Player, train
+from trainers.training.loop import Player, StepMetrics, train
 from trainers.training.optimizers import make_lr_schedule, make_optimizer
 
 
@@ -47,19 +47,21 @@ class ClassifierTask:
 
 
 def train_classifier(
-    images: ImageSet, config: ImagesConfig, steps: int = 800, seed: int = 0
+    images: ImageSet, data: ImagesConfig, steps: int = 800, seed: int = 0
 ) -> Classifier:
     """A small network that tells the labels apart, the same for every run on the same pictures."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     optimizer = OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine")
     task = ClassifierTask(images, seed, optimizer, accelerator)
-    batches, rate = (
-        ImageBatches(images, config, BatchSlice(seed, 64)),
-        make_lr_schedule(optimizer, steps),
-    )
+    batches = ImageBatches(images, data, BatchSlice(seed, 64))
+    rate = make_lr_schedule(optimizer, steps)
     with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
-        callbacks = [lambda step, metrics: bar.update()]
-        train(task, batches, TrainConfig(max_train_steps=steps), seed, accelerator, rate, callbacks)
+
+        def show_progress(step: int, metrics: StepMetrics) -> None:
+            bar.update()
+
+        config = TrainConfig(max_train_steps=steps)
+        train(task, batches, config, seed, accelerator, rate, [show_progress])
     return task.module.eval()
 
 

@@ -315,6 +315,10 @@ class ImageBatches:
                 rng,
             )
 
+    def split_micro_batches(self) -> None:
+        """From now on take more and smaller micro-batches for each step."""
+        self.batch_slice = self.batch_slice.split_micro_batches()
+
     def sample_indices(self, step: int, rows: range) -> list[int]:
         return [self.batch_slice.sample_index(step, row, len(self.images)) for row in rows]
 

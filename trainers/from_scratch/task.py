@@ -103,7 +103,7 @@ class FromScratchTask(ABC):
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "model")
 
-    def finish(self) -> None:
+    def finish(self, steps: int) -> None:
         """Save, show, measure, write the card."""
         folder, metrics = self.config.output_dir, {}
         with averaged_weights(self):
@@ -122,7 +122,7 @@ class FromScratchTask(ABC):
             self.usage_example(),
         ]
         model_card.write_scratch_card(
-            self.config, self.pipeline_tag, usage, len(self.train_images), metrics
+            self.config, steps, self.pipeline_tag, usage, len(self.train_images), metrics
         )
 
 

@@ -40,11 +40,12 @@ def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_dreambooth_card(
-    config: DreamBoothConfig, difference: float, pictures: Sequence[str]
+    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
 ) -> None:
     """Write README.md of the run folder.
 
-    difference: the reload proof's relative difference; pictures: digests of the training pictures.
+    steps: how many were trained; difference: the reload proof's relative difference;
+    pictures: digests of the training pictures.
     """
     validation = config.validation
     prompt = card_prompt(config)
@@ -57,7 +58,7 @@ def write_dreambooth_card(
         python=python_values(config),
         weight_file=lora_file(config),
         readers=config.facts.readers,
-        facts=markdown_table(dreambooth_facts(config, difference, pictures)),
+        facts=markdown_table(dreambooth_facts(config, steps, difference, pictures)),
     )
     card.save(config.output_dir / "README.md")
 
@@ -115,7 +116,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
 
 
 def dreambooth_facts(
-    config: DreamBoothConfig, difference: float, pictures: Sequence[str]
+    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
 ) -> dict[str, object]:
     """What was trained on what, for the card's table."""
     data, lora = config.data, config.lora
@@ -133,18 +134,18 @@ def dreambooth_facts(
         "Trained": trained,
         "Pictures": f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}",
         "Prior pictures": prior,
-        **training_facts(config),
+        **training_facts(config, steps),
         "Reload proof": proof,
         "Versions": versions_line(),
     }
 
 
-def training_facts(config: Config) -> dict[str, object]:
+def training_facts(config: Config, steps: int) -> dict[str, object]:
     """How a run of any kind trained, for the card's table."""
     train, optimizer = config.train, config.optimizer
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
     return {
-        "Steps": f"{train.max_train_steps} of {batch} pictures",
+        "Steps": f"{steps} of {batch} pictures",
         "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
         "Seed": config.seed,
     }
@@ -167,8 +168,9 @@ def format_metrics(metrics: Mapping[str, float | str]) -> dict[str, str]:
     return formatted
 
 
-def write_scratch_card(
+def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     config: ScratchConfig,
+    steps: int,
     tag: str,
     usage: Sequence[str],
     pictures: int,
@@ -191,7 +193,7 @@ def write_scratch_card(
     facts = {
         "Trained": f"{config.kind}, {model}",
         "Pictures": f"{pictures}, {data.resolution} pixels, {color}",
-        **training_facts(config),
+        **training_facts(config, steps),
         **{f"Held out: {name}": value for name, value in format_metrics(metrics).items()},
         "Versions": versions_line(),
     }

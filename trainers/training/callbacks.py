@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from trainers.distributed.collectives import ProcessGroup
 from trainers.errors import Interrupted, warn_on_error
 from trainers.run_folder import append_line, parse_json_line, write_atomic
 from trainers.training.checkpoint import RunState, save_checkpoint
-from trainers.training.loop import StepMetrics, Task, averaged_weights
+from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
 from trainers.training.process_state import STOP_SIGNALS
 
 
@@ -137,10 +138,9 @@ class SamplePictures:
 
 
 class SaveCheckpoints:
-    """The state every so many steps or minutes, at the end, and when a signal asks the run to stop.
+    """Save the state every so many steps or minutes, at the end, and when the run is to stop.
 
-    Processes agree on minutes and signals after each step, so that all of them stop after the same
-    one.
+    Processes agree on minutes and signals after each step, so that all stop after the same one.
     """
 
     def __init__(
@@ -153,13 +153,12 @@ class SaveCheckpoints:
             signal.signal(number, self.request_stop)
 
     def request_stop(self, number: int, frame: object) -> None:
-        if (
-            self.signal_number or self.is_done
-        ):  # a second signal does not wait, nor is there another step to wait for
+        # a second signal does not wait, nor is there another step to wait for
+        if self.signal_number or self.is_done:
             raise Interrupted(number)
         self.signal_number = number
 
-    def __call__(self, step: int, metrics: StepMetrics) -> None:
+    def __call__(self, step: int, metrics: StepMetrics) -> StopReason | None:
         settings, is_last = self.config.checkpoint, step == self.config.train.max_train_steps
         is_late = (
             settings.every_minutes is not None
@@ -167,23 +166,29 @@ class SaveCheckpoints:
         )
         number, is_late = self.processes.all_max(self.signal_number, is_late)
         if step % settings.checkpointing_steps == 0 or is_last or is_late or number:
-            prune = not metrics["skipped"]  # else the older ones may be needed yet
-            save_checkpoint(
-                self.config, step, self.task, self.processes.accelerator, self.state, prune
-            )
-            self.last_saved = time.monotonic()
-        if is_last:  # no later step would see a signal that came while this one was saved
+            # after a skipped step the older ones may be needed yet
+            self.save(step, prune=not metrics["skipped"])
+        if is_last:
+            # no later step would see a signal that came while this one was saved
             self.is_done = True
             (number,) = self.processes.all_max(self.signal_number)
-        if number:
-            raise Interrupted(number)
+        return StopReason(signal.strsignal(number) or "signal", step, number) if number else None
+
+    def save(self, step: int, prune: bool = True) -> None:
+        state = replace(self.state, step=step)
+        save_checkpoint(self.config, self.task, self.processes.accelerator, state, prune)
+        self.last_saved = time.monotonic()
+
+    def save_end(self, reason: StopReason) -> None:
+        """Save that the training is over: a run that is resumed does not train on."""
+        self.is_done = True
+        self.state = replace(self.state, end=reason.message)
+        self.save(reason.step)
 
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
-    layout = {
-        "tensorboard": {"dataformats": "NHWC"},
-        "wandb": {},
-    }  # the trackers that take pictures
+    # the trackers that take pictures, and what they ask for
+    layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
     for tracker in accelerator.trackers:
         if tracker.name in layout:
             picture = np.asarray(Image.open(folder / "grid.png"))

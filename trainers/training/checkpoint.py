@@ -81,29 +81,31 @@ def resume_facts(config: Config, num_processes: int, data: str) -> dict[str, obj
 
 @dataclass
 class RunState:
-    """Where a run is, beside its tensors. facts: from `resume_facts`; rollbacks: each has halved
-    the learning rate."""
+    """Where a run is, beside its tensors.
+
+    facts: from `resume_facts`; rollbacks: each has halved the learning rate; end: why the training
+    was over before the last step, if it was.
+    """
 
     facts: dict[str, object]
     step: int = 0
     rollbacks: int = 0
+    end: str = ""
 
 
 def save_checkpoint(
-    config: Config,
-    step: int,
-    task: Task,
-    accelerator: Accelerator,
-    state: RunState,
-    prune: bool = True,
+    config: Config, task: Task, accelerator: Accelerator, state: RunState, prune: bool = True
 ) -> None:
-    """Write checkpoints/step-NNNNNN; prune: remove the oldest beyond the limit. What fails is told,
-    as a full disk."""
+    """Write checkpoints/step-NNNNNN. A failure, as of a full disk, is a warning.
+
+    prune: whether to remove the oldest beyond the limit.
+    """
     if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
-        files = pack_checkpoint(step, task, accelerator, state)
+        files = pack_checkpoint(task, accelerator, state)
     if accelerator.is_main_process:
         root = config.output_dir / "checkpoints"
-        temporary, final = root / f".step-{step:06d}", root / f"step-{step:06d}"
+        final = root / f"step-{state.step:06d}"
+        temporary = root / f".{final.name}"
         try:
             with warn_on_error(f"writing {final}"):
                 write_temporary(temporary, files)
@@ -121,9 +123,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def pack_checkpoint(
-    step: int, task: Task, accelerator: Accelerator, state: RunState
-) -> dict[str, bytes]:
+def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> dict[str, bytes]:
     """The files of a checkpoint, as one plain process has them; the manifest has a checksum of
     each."""
     files = {}
@@ -142,8 +142,9 @@ def pack_checkpoint(
             ema = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
             files[f"{name}.ema.safetensors"] = save(ema)
     manifest = {
-        "step": step,
+        "step": state.step,
         "rollbacks": state.rollbacks,
+        "end": state.end,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -296,4 +297,4 @@ def resume(
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
-    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0))
+    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0), manifest.get("end", ""))

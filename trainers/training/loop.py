@@ -1,5 +1,7 @@
-"""The one training loop. A task yields losses by player; the loop steps that optimiser and resumes
-the task."""
+"""The one training loop.
+
+A task yields losses by player; the loop steps that player's optimizer and resumes the task.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,23 @@ from trainers.training.optimizers import EMA, clip_and_step, make_optimizer
 
 @dataclass
 class Player:
-    """A module, the optimiser of its trained parameters and, if wanted, their average. LoRA has
-    one, a GAN two."""
+    """A module, the optimizer of its trained parameters and, if wanted, their running average.
+
+    LoRA, an autoencoder and a U-Net have one player; a GAN has two.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA | None = None
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Set every group's rate to `factor` times its peak, which a checkpoint keeps with it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    def update_average(self, step: int) -> None:
+        if self.ema:
+            self.ema.update(step)
 
 
 def make_player(
@@ -36,61 +49,89 @@ def make_player(
     ema_decay: float | None,
     accelerator: Accelerator,
 ) -> Player:
-    """groups: the optimiser's parameters, each {"params": [...], "lr": peak rate}."""
+    """Make the optimizer, and prepare it and the module for the processes and the device.
+
+    groups: the trained parameters, each {"params": [...], "lr": peak rate}.
+    """
     unprepared = module, make_optimizer(optimizer, groups)
-    prepared = (
-        deepspeed.prepare(accelerator, *unprepared)
-        if deepspeed.zero_stage(accelerator)
-        else accelerator.prepare(*unprepared)
-    )
-    ema = (
-        EMA(module, ema_decay) if ema_decay else None
-    )  # only now are the weights where they will be trained
+    if deepspeed.zero_stage(accelerator):
+        prepared = deepspeed.prepare(accelerator, *unprepared)
+    else:
+        prepared = accelerator.prepare(*unprepared)
+    # only now are the weights where they will be trained
+    ema = EMA(module, ema_decay) if ema_decay else None
     return Player(*prepared, ema)
-
-
-class Task(Protocol):
-    players: dict[str, Player]
-    callbacks: Sequence[
-        Callback
-    ]  # the task's own; called before the others, they may add to the means
-    # whether every process must take part in `sample` and `finish`, as where a model is cut among
-    # them
-    needs_all_processes: bool
-
-    attention: str  # the kernel of the attention, see `efficiency.attention`
-
-    def losses(self, batch: Any, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
-        """Yield (player, scalar loss); when resumed, that player's optimiser has stepped."""
-
-    def sample(self, folder: Path) -> None:
-        """Write pictures of what has been learnt so far."""
-
-    def save(self, folder: Path) -> None:
-        """Write what the run is for (LoRA weights, a model), as opposed to the state to resume
-        it."""
-
-
-class Batches(Protocol):
-    batch_slice: BatchSlice
-
-    def __call__(self, step: int) -> Iterable[tuple[Any, SampleRng]]:
-        """This process's micro-batches of one step, each with its random draws."""
-
-    def sample_names(self, step: int) -> list[list[str]]:
-        """Of the samples in each of them."""
 
 
 StepMetrics = dict[str, Tensor]  # scalars on the device: each player's mean loss and gradient norm
 
 
-Callback = Callable[
-    [int, StepMetrics], None
-]  # called after optimiser step n with the means of that step
+@dataclass(frozen=True)
+class StopReason:
+    """Why the loop ended.
+
+    step: the last step that was trained. signal_number: the signal that asked for it; 0 if the
+    training is over, and what was learned is to be kept as the run's result.
+    """
+
+    message: str
+    step: int
+    signal_number: int = 0
 
 
-def train(
-    task: Task,
+# called after optimizer step n with the means of that step; the loop stops if it returns a reason,
+# which every process must do after the same step
+Callback = Callable[[int, StepMetrics], StopReason | None]
+
+
+class Trainable(Protocol):
+    """What the loop needs: players, and their losses on a micro-batch."""
+
+    players: dict[str, Player]
+
+    def losses(self, batch: Any, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
+        """Yield (player, scalar loss); when resumed, that player's optimizer has stepped."""
+
+
+class Task(Trainable, Protocol):
+    """What `run` needs beyond that: pictures on the way, and a result."""
+
+    # the task's own, which are called before the others and may add to the means
+    callbacks: Sequence[Callback]
+    # whether all processes must take part in `sample` and `finish`, as where they share a model
+    needs_all_processes: bool
+    attention: str  # the kernel of the attention, see `efficiency.attention`
+
+    def sample(self, folder: Path) -> None:
+        """Write pictures of what has been learned so far."""
+
+    def save(self, folder: Path) -> None:
+        """Write what the run is for (LoRA weights, a model), not the state to resume it from."""
+
+    def finish(self, steps: int) -> None:
+        """Save, sample, measure and describe what was learned in so many steps.
+
+        Nothing is trained afterwards.
+        """
+
+
+class Batches(Protocol):
+    """This process's micro-batches, as a function of the step."""
+
+    batch_slice: BatchSlice
+
+    def __call__(self, step: int) -> Iterable[tuple[Any, SampleRng]]:
+        """The micro-batches of one step, each with its random draws."""
+
+    def sample_names(self, step: int) -> list[list[str]]:
+        """The names of the samples in each micro-batch of a step."""
+
+    def split_micro_batches(self) -> None:
+        """From now on take more and smaller micro-batches for each step."""
+
+
+def train(  # noqa: PLR0913 (all that a step depends on)
+    task: Trainable,
     batches: Batches,
     config: TrainConfig,
     seed: int,
@@ -98,52 +139,57 @@ def train(
     rate: Callable[[int], float],
     callbacks: Iterable[Callback] = (),
     start: int = 0,
-) -> None:
-    """Run steps `start` + 1 .. `config.max_train_steps`. Nothing leaves the device here: observers
-    do that."""
-    for player in task.players.values():
-        player.module.train()
-        for group in player.optimizer.param_groups:
-            group.setdefault(
-                "initial_lr", group["lr"]
-            )  # kept with the optimiser: a resumed run decays once
-    modules = [player.module for player in task.players.values()]
+) -> StopReason:
+    """Run steps `start` + 1 .. `config.max_train_steps`, or until a callback asks to stop.
+
+    rate: step to factor of the peak learning rate. Nothing leaves the device here; callbacks may
+    read from it.
+    """
+    players = task.players.values()
+    modules = [player.module.train() for player in players]
     for step in range(start, config.max_train_steps):
+        for player in players:
+            player.set_learning_rate(rate(step))
         metrics: StepMetrics = {"skipped": torch.zeros((), device=accelerator.device)}
-        for player in task.players.values():
-            for group in player.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate(step)
         for micro_batch, (batch, rng) in enumerate(batches(step)):
-            manual_seed(
-                derive_seed(seed, step, micro_batch, "dropout", accelerator.process_index),
-                accelerator.device,
-            )
+            key = seed, step, micro_batch, "dropout", accelerator.process_index
+            manual_seed(derive_seed(*key), accelerator.device)
             with accelerator.accumulate(*modules):
                 for name, loss in task.losses(batch, rng):
-                    player = task.players[name]
-                    accelerator.backward(loss)
-                    scaled_loss = loss.detach() / accelerator.gradient_accumulation_steps
-                    metrics[f"{name}_loss"] = metrics.get(f"{name}_loss", 0) + scaled_loss
+                    back_propagate(name, loss, metrics, accelerator)
                     if accelerator.sync_gradients:
-                        mean = metrics[f"{name}_loss"]
-                        norm, skipped = clip_and_step(
-                            player.optimizer, mean, config.max_grad_norm, accelerator
-                        )
-                        metrics |= {
-                            f"{name}_grad_norm": norm,
-                            "skipped": metrics["skipped"].maximum(skipped),
-                        }
-        for player in task.players.values():
-            if player.ema and accelerator.sync_gradients:
-                player.ema.update(step)
-        for callback in callbacks:
-            callback(step + 1, metrics)
+                        step_player(name, task.players[name], metrics, config, accelerator)
+        if accelerator.sync_gradients:
+            for player in players:
+                player.update_average(step)
+        # each is called, also after one that asks to stop
+        reasons = [callback(step + 1, metrics) for callback in callbacks]
+        for reason in filter(None, reasons):
+            return reason
+    return StopReason("the last step is done", config.max_train_steps)
 
 
-class averaged_weights:  # noqa: N801
-    """Inside, the players' weights are their running averages."""
+def back_propagate(name: str, loss: Tensor, metrics: StepMetrics, accelerator: Accelerator) -> None:
+    """Add the gradient of a player's loss (a scalar), and the loss to the mean of the step."""
+    accelerator.backward(loss)
+    share = loss.detach() / accelerator.gradient_accumulation_steps
+    metrics[f"{name}_loss"] = metrics.get(f"{name}_loss", 0) + share
 
-    def __init__(self, task: Task) -> None:
+
+def step_player(
+    name: str, player: Player, metrics: StepMetrics, config: TrainConfig, accelerator: Accelerator
+) -> None:
+    """Step a player's optimizer by its gradient, and note its norm and whether it was skipped."""
+    mean = metrics[f"{name}_loss"]
+    norm, skipped = clip_and_step(player.optimizer, mean, config.max_grad_norm, accelerator)
+    metrics[f"{name}_grad_norm"] = norm
+    metrics["skipped"] = metrics["skipped"].maximum(skipped)
+
+
+class averaged_weights:  # noqa: N801 (it is called like a function)
+    """A context in which the players' weights are their running averages."""
+
+    def __init__(self, task: Trainable) -> None:
         self.emas = [player.ema for player in task.players.values() if player.ema]
 
     def swap(self, *_: object) -> None:

@@ -6,7 +6,7 @@ The rate is nothing to prepare or to checkpoint. A new optimizer or schedule is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from trainers.config import OptimizerConfig
 from trainers.distributed.trained_weights import trainable_parameters
@@ -101,17 +100,16 @@ def make_lr_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], flo
 def clip_and_step(
     optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Step by the gradient, clipped to `max_norm`, unless it is not finite: its norm, and 1 if
-    skipped, else 0.
+    """Step by the gradient, clipped to `max_norm`, unless it is not finite.
 
-    AdamW is told both, and clips and skips in its own pass: nothing waits for the device. For the
-    others the host must look. With float16 overflow is the GradScaler's business, and only the loss
-    counts as skipped.
+    Returns the norm, and 1 if the step was skipped, else 0. AdamW is given both, and clips and
+    skips in its own pass, so that nothing waits for the device; with the others the host must look.
+    With float16 overflow is the GradScaler's business, and only the loss counts as skipped.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     unwrapped = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(unwrapped, torch.optim.AdamW) and not accelerator.scaler:
-        norm = get_total_norm([g for p in trained if (g := p.grad) is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         skipped = (~norm.isfinite()).float()
         unwrapped.grad_scale, unwrapped.found_inf = (norm / max_norm).clamp(min=1), skipped
         optimizer.step()
@@ -125,15 +123,6 @@ def clip_and_step(
     for parameter in trained:
         parameter.grad = None
     return norm, skipped
-
-
-def get_total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Of all as one vector. Small ones are joined first: a call for each would take longer than its
-    sum."""
-    parts = [g for g in gradients if g.numel() >= 2**16]
-    if small := [g for g in gradients if g.numel() < 2**16]:
-        parts.append(_flatten_dense_tensors(small))
-    return torch.stack(torch._foreach_norm(parts)).norm()
 
 
 class EMA:
