@@ -91,10 +91,15 @@ def readable_formats() -> tuple[str, ...]:
 def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """The content of an ordinary file. Raises: UnreadablePictureError for anything else, such as a
     pipe, a device or a link to nothing, none of which is opened."""
+    limit = f"is larger than {max_bytes / 2**20:.0f} MiB: make it smaller or remove it"
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UnreadablePictureError("is not an ordinary file: remove it from the folder")
+        if status.st_size > max_bytes:
+            raise UnreadablePictureError(limit)
         with path.open("rb") as file:
+            # some files have no end and say that they are empty
             data = file.read(max_bytes + 1)
     except FileNotFoundError:
         reason = "is a link to a file that is not there" if path.is_symlink() else "is not there"
@@ -102,8 +107,7 @@ def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     except OSError as error:
         raise UnreadablePictureError(f"cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
-        limit = f"{max_bytes / 2**20:.0f} MiB"
-        raise UnreadablePictureError(f"is larger than {limit}: make it smaller or remove it")
+        raise UnreadablePictureError(limit)
     return data
 
 

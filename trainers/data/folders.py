@@ -72,10 +72,11 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror})") from None
     for entry in entries:
-        path, is_folder = Path(entry.path), entry.is_dir()
+        path = Path(entry.path)
         if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
             continue
-        if not is_folder:
+        # unlike the entry's, it takes a link to itself for no folder
+        if not path.is_dir():
             yield path
             continue
         target = path.resolve()

@@ -18,19 +18,18 @@ from tqdm.auto import tqdm
 
 from trainers.config import ImagesConfig, PairsConfig
 from trainers.data.dataset_rows import open_dataset, read_encoded
-from trainers.data.decoding import SIDEWAYS, TURNS
-from trainers.data.folders import FolderContents, name_some, relative_name, scan_folder
+from trainers.data.folders import FolderContents, relative_name, scan_folder
 from trainers.data.imaging import mirror_pad
 from trainers.data.intake import Intake
-from trainers.data.pictures import Picture, check_bit_depth, picture_from_file
+from trainers.data.pictures import Picture, picture_from_file
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
+from trainers.from_scratch.image_checks import inspect_pictures
+from trainers.from_scratch.masks import turn_alike
 
 TargetReader = Callable[[Picture], Image.Image]
-
-MAX_INSPECTED = 1000  # pictures, evenly from a set, whose files are looked at before it is decoded
 
 
 @dataclass(frozen=True)
@@ -125,29 +124,13 @@ def load_images(
     if not samples:
         raise UserError(f"{source}: there is no picture")
     if not held_out:
-        inspect_samples(samples, config, intake)
+        inspect_pictures([sample.picture for sample in samples], config, intake)
     return ImageSet(
         samples,
         partial(decode_sample, config=config, read_target=read_target),
         config.in_memory,
         device,
     )
-
-
-def inspect_samples(samples: Sequence[ImageSample], config: ImagesConfig, intake: Intake) -> None:
-    """Note what the files of some pictures tell without being decoded.
-
-    Raises: UserError where they use fewer bits than they would be read with.
-    """
-    inspected = [s.picture for s in samples[:: -(-len(samples) // MAX_INSPECTED)]]
-    check_bit_depth(inspected, config.bit_depth)
-    small = [picture for picture in inspected if min(picture.storage.size) < config.resolution]
-    if small and config.resize_to is not None:
-        names = name_some([Path(picture.name).name for picture in small])
-        share = f"{len(small)} of {len(inspected)} pictures"
-        intake.warn(
-            f"{share} are smaller than data.resolution={config.resolution}, so enlarged: {names}"
-        )
 
 
 def samples_from_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> list[ImageSample]:
@@ -160,10 +143,8 @@ def samples_from_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> li
         used = {Path(part.name) for s in samples for part in (s.picture, s.target)}
         contents.unused += [path for path in contents.pictures if path not in used]
     else:
-        depth = config.bit_depth
-        samples = [
-            ImageSample(picture_from_file(path, bit_depth=depth)) for path in contents.pictures
-        ]
+        picture = partial(picture_from_file, bit_depth=config.bit_depth)
+        samples = [ImageSample(picture(path)) for path in contents.pictures]
     intake.note(f"{len(samples)} {'pairs' if pairs else 'pictures'} in {contents.root.name}")
     intake.describe_unused(contents)
     return samples
@@ -196,13 +177,9 @@ def samples_from_pairs(
             f"*{config.image_suffix}.* and "
             f"*{config.target_suffix}.*"
         )
-    depth = config.bit_depth
+    picture = partial(picture_from_file, bit_depth=config.bit_depth)
     return [
-        ImageSample(
-            picture_from_file(path, bit_depth=depth),
-            picture_from_file(targets[name], bit_depth=depth),
-        )
-        for name, path in sorted(images.items())
+        ImageSample(picture(path), picture(targets[name])) for name, path in sorted(images.items())
     ]
 
 
@@ -239,7 +216,7 @@ def decode_sample(
     """
     images = [sample.picture.decode().convert("L" if config.channels == 1 else "RGB")]
     if read_target is not None:
-        images.append(turn_alike(read_target(sample.target), sample))
+        images.append(turn_alike(read_target(sample.target), sample.target, sample.picture))
         if images[0].size != images[1].size:
             sizes = " and ".join("{} x {}".format(*image.size) for image in images)
             raise UserError(
@@ -255,26 +232,6 @@ def decode_sample(
     return torch.cat(
         [torch.from_numpy(a).reshape(*a.shape[:2], -1).permute(2, 0, 1) for a in arrays]
     ).contiguous()
-
-
-def turn_alike(target: Image.Image, sample: ImageSample) -> Image.Image:
-    """The target as its picture lies, where the picture alone has an EXIF tag that turns it.
-
-    Its size tells whether it was made for the stored picture or for the upright one. Raises:
-    UserError where it does not.
-    """
-    stored = sample.picture.storage
-    if stored.orientation not in TURNS or sample.target.storage.orientation != 1:
-        return target
-    is_turned = stored.orientation in SIDEWAYS
-    if stored.size[0] == stored.size[1] or not is_turned:
-        raise UserError(
-            f"{sample.picture.name} is turned by its EXIF tag, {sample.target.name} has no such "
-            "tag and the same size either way: save the picture upright, without the tag"
-        )
-    if target.size != stored.size:
-        return target
-    return target.transpose(TURNS[stored.orientation])
 
 
 @dataclass

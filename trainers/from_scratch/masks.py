@@ -1,11 +1,11 @@
-"""Masks: the class of each pixel, from a picture with one channel or a palette."""
+"""Masks, the class of each pixel, and how the second of a pair lies on the first."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from trainers.data.decoding import open_image
+from trainers.data.decoding import SIDEWAYS, TURNS, open_image
 from trainers.data.pictures import Picture
 from trainers.errors import UserError
 
@@ -80,3 +80,20 @@ def invalid_values(values: np.ndarray, classes: int) -> list[float]:
         if not is_class and not is_ignored:
             invalid.append(value)
     return invalid
+
+
+def turn_alike(target: Image.Image, target_file: Picture, picture: Picture) -> Image.Image:
+    """The decoded target as its picture lies, where that alone has an EXIF tag that turns it.
+
+    Its size tells whether it was made for the stored picture or for the upright one. Raises:
+    UserError where it does not.
+    """
+    stored = picture.storage
+    if stored.orientation not in TURNS or target_file.storage.orientation != 1:
+        return target
+    if stored.size[0] == stored.size[1] or stored.orientation not in SIDEWAYS:
+        raise UserError(
+            f"{picture.name} is turned by its EXIF tag, and {target_file.name} has no such tag and "
+            "the same size either way: save the picture upright, without the tag"
+        )
+    return target.transpose(TURNS[stored.orientation]) if target.size == stored.size else target
