@@ -244,7 +244,8 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[int, dict]]:
             # an empty field is a missing one
             yield reader.line_num, {key: value or None for key, value in row.items()}
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not a line of CSV ({error})") from None
+        number = reader.reader.line_num
+        raise UserError(f"{path}, line {number}: not a line of CSV ({error})") from None
 
 
 def read_text(path: Path) -> str:

@@ -89,7 +89,7 @@ class Intake:
             self.note(note)
         repeats = {}
         for path, picture in zip(contents.pictures, pictures, strict=True):
-            repeats[relative_name(path.parent, contents.root)] = picture.repeats
+            repeats[path.parent.name] = picture.repeats
         if len({*repeats.values()}) > 1:
             counted = ", ".join(f"{name}: {number}" for name, number in repeats.items())
             self.note(f"how often each picture of a folder counts: {counted}")

@@ -29,6 +29,11 @@ class CountsTokens(Protocol):
 
     text_encoder_names: Sequence[str]
 
+    def load(self) -> None:
+        """Load the tokenizers."""
+
+    def unload(self) -> None: ...
+
     def count_tokens(self, name: str, prompt: str) -> tuple[int, int, str]:
         """How many tokens a prompt has, how many a text encoder reads, and the text of the rest."""
 
@@ -71,11 +76,13 @@ def report(
 
     Raises: UserError for warnings when data.strict is true.
     """
+    family.load()
     captions = {picture.caption: Path(picture.name).name for picture in pictures}
     check_lengths(intake, family, "captions", captions)
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}
     check_lengths(intake, family, "prompts", named)
+    family.unload()
     if accelerator.is_main_process:
         intake.save(config.output_dir)
     intake.report(accelerator.print)
