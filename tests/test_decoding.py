@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from trainers.config import DataConfig, ImagesConfig, PairsConfig
+from trainers.config import DataConfig, ImagesConfig
 from trainers.data import decoding
-from trainers.data.decoding import TURNS
 from trainers.data.folders import list_image_files
 from trainers.data.pictures import Picture, load_instance_pictures, picture_from_file
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
-from trainers.from_scratch.masks import read_mask
 
 RANDOM = np.random.default_rng(0)
 COLORS = Image.fromarray(RANDOM.integers(0, 256, (12, 16, 3), dtype=np.uint8))
@@ -287,128 +285,6 @@ def test_small_networks_refuse_and_read_depths_alike(tmp_path):
         load_images(ImagesConfig(**settings), "cpu")
     images = load_images(ImagesConfig(**settings, bit_depth=12), "cpu")
     assert len(images[0].unique()) == 256
-
-
-# Masks
-
-DISC = np.zeros((48, 72), bool)
-DISC[8:24, 8:56] = True
-
-
-@pytest.mark.parametrize(("black", "white"), [(0, 1), (1, 0)])
-def test_a_mask_of_two_grays_in_a_palette_is_read_by_its_grays(black, white):
-    image = Image.fromarray(np.where(DISC, white, black).astype(np.uint8)).convert("L")
-    image = Image.frombytes("P", image.size, image.tobytes())
-    image.putpalette([255 * (index == white) for index in range(2) for _ in range(3)])
-    assert np.array_equal(np.asarray(read_mask(picture_of(image), 2)), DISC)
-
-
-def test_a_palette_of_grays_that_are_no_classes_holds_indices():
-    indices = RANDOM.integers(0, 3, (6, 7)).astype(np.uint8)
-    image = Image.frombytes("P", (7, 6), indices.tobytes())
-    image.putpalette([level for level in (0, 128, 255) for _ in range(3)])
-    assert np.array_equal(np.asarray(read_mask(picture_of(image), 3)), indices)
-
-
-def test_a_mask_of_fractions_is_refused():
-    image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
-    with pytest.raises(UserError, match=r"has the values 0\.5"):
-        read_mask(picture_of(image, "TIFF"), 2)
-
-
-def pair(folder, orientation, mask_orientation, mask_as_stored, size=(72, 48)):
-    """Save a bright disc and its mask; the picture turned under its tag, the mask as told."""
-    upright = Image.fromarray(255 * DISC.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-    stored = upright.transpose(inverse.get(orientation, TURNS[orientation]))
-    for name, image, tag in (
-        ("0_image", stored.convert("RGB"), orientation),
-        ("0_mask", stored if mask_as_stored else upright, mask_orientation),
-    ):
-        exif = Image.Exif()
-        exif[decoding.ORIENTATION_TAG] = tag
-        image.save(folder / f"{name}.png", exif=exif)
-    config = PairsConfig(image_dir=folder, resolution=72)
-    return load_images(config, "cpu", read_target=lambda picture: read_mask(picture, 2))[0]
-
-
-@pytest.mark.parametrize("orientation", TURNS)
-def test_a_mask_is_turned_by_its_own_tag_as_its_picture_is(tmp_path, orientation):
-    *picture, mask = pair(tmp_path, orientation, orientation, mask_as_stored=True)
-    assert mask.sum() > 0
-    assert ((picture[0] > 127) == (mask == 1)).float().mean() > 0.95
-
-
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-@pytest.mark.parametrize("mask_as_stored", [True, False])
-def test_a_mask_without_a_tag_lies_as_its_size_tells(tmp_path, orientation, mask_as_stored):
-    *picture, mask = pair(tmp_path, orientation, 1, mask_as_stored)
-    assert ((picture[0] > 127) == (mask == 1)).float().mean() > 0.95
-
-
-@pytest.mark.parametrize(("orientation", "size"), [(2, (72, 48)), (3, (72, 48)), (6, (72, 72))])
-def test_a_mask_without_a_tag_that_may_lie_either_way_is_refused(tmp_path, orientation, size):
-    with pytest.raises(UserError, match=r"0_image\.png is turned by its EXIF tag"):
-        pair(tmp_path, orientation, 1, mask_as_stored=False, size=size)
-
-
-# Data sets
-
-
-@pytest.fixture
-def rows_with_paths(tmp_path, monkeypatch):
-    """A .parquet file whose rows name files instead of holding pictures."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-    def write(path):
-        image = {"bytes": None, "path": str(path)}
-        features = datasets.Features(
-            {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
-        )
-        name = tmp_path / "set.parquet"
-        datasets.Dataset.from_dict({"image": [image]}, features).to_parquet(name)
-        return name
-
-    return write
-
-
-def test_a_row_that_names_a_file_does_not_read_it(rows_with_paths, tmp_path):
-    secret = tmp_path / "elsewhere.png"
-    COLORS.save(secret)
-    for path in (secret, "elsewhere.png", "../elsewhere.png", "/dev/zero"):
-        with pytest.raises(UserError, match=r"set\.parquet\[0\] names a file"):
-            load(None, dataset_name=str(rows_with_paths(path)))
-
-
-def test_small_networks_do_not_read_it_either(rows_with_paths, tmp_path):
-    COLORS.save(tmp_path / "elsewhere.png")
-    config = ImagesConfig(
-        dataset_name=str(rows_with_paths(tmp_path / "elsewhere.png")), test_split=None
-    )
-    with pytest.raises(UserError, match=r"names a file instead of holding a picture"):
-        load_images(config, "cpu")
-
-
-def test_a_folder_that_the_datasets_library_lists_is_read(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    COLORS.save(tmp_path / "set/0.png")
-    (picture,) = load(None, dataset_name=str(tmp_path / "set"))
-    assert picture.decode().tobytes() == COLORS.tobytes()
-
-
-def test_a_column_without_pictures_is_named(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.Dataset.from_dict({"image": [1, 2]}).to_parquet(tmp_path / "set.parquet")
-    with pytest.raises(UserError, match=r"data.image_column: the column 'image' .*no pictures"):
-        load(None, dataset_name=str(tmp_path / "set.parquet"))
 
 
 def test_every_ending_that_is_listed_belongs_to_a_format(tmp_path):
