@@ -1,17 +1,15 @@
-"""How much memory a DreamBooth run will take, counted without a weight: each phase is played with
-tensors that have shapes and no content.
+"""How much memory a DreamBooth run will take, counted without a weight.
 
-The step is the real one, with its LoRA, its optimiser and its saved activations. Weights in 8 and 4
-bits, and those that wait in the CPU's memory, are taken off by their number. Measured beside real
-runs in docs/performance.md.
+Each phase is played with tensors that have shapes and no content. The step is the real one, with
+its LoRA, its optimizer and its saved activations. Weights in 8 and 4 bits, and those that wait in
+the CPU's memory, are taken off by their number. docs/performance.md has it beside real runs.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -79,19 +77,22 @@ class MemoryPlan:
 
 
 def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bool) -> MemoryPlan:
-    """dtype: of the frozen base; has_cpu_memory: whether there is a CPU's memory beside the
-    accelerator's. Raises: UserError."""
-    model = config.model.model_copy(
-        update={"pretrained_model_name_or_path": str(download_configs(config.model))}
-    )
+    """Play each phase of a run without weights.
+
+    dtype: of the frozen base; has_cpu_memory: whether there is a CPU's memory beside the
+    accelerator's. Raises: UserError.
+    """
+    folder = str(download_configs(config.model))
+    model = config.model.model_copy(update={"pretrained_model_name_or_path": folder})
     family = FAMILIES[model.family](model, dtype=dtype if config.lora else torch.float32)
     family.load()
-    phases = {"encode": encoding_peak(family, config)} if config.data.cache else {}
+    phases = {}
+    if config.data.cache:
+        phases["encode"] = encoding_peak(family, config)
     phases["train"], flops = training_peak(family, config, has_cpu_memory)
     if config.validation.prompts:
-        weights = size_in_bytes(
-            family.meta_model(family.denoiser_name), family.dtype
-        ) - saved_bytes(family, config, has_cpu_memory)
+        weights = size_in_bytes(family.meta_model(family.denoiser_name), family.dtype)
+        weights -= saved_bytes(family, config, has_cpu_memory)
         phases["sample"] = weights + decoding_peak(family, config)
     return MemoryPlan(phases, flops)
 
@@ -101,117 +102,105 @@ def download_configs(model: ModelConfig) -> Path:
     name = model.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
+    patterns = ["*.json", "*.txt", "*.model"]
     try:
-        return Path(
-            snapshot_download(
-                name, revision=model.revision, allow_patterns=["*.json", "*.txt", "*.model"]
-            )
-        )
+        return Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # of the HTTP library, which differs between versions of the client
         raise UserError(
-            f"model.pretrained_model_name_or_path: no configs of {name!r} to be had ({error})"
+            f"model.pretrained_model_name_or_path: the configs of {name!r} cannot be fetched "
+            f"({error})"
         ) from error
 
 
 def training_peak(
     family: Family, config: DreamBoothConfig, has_cpu_memory: bool
 ) -> tuple[int, int]:
-    """Peak and FLOPs of two steps, the second with the optimiser's state; the autoencoder is there
-    for samples."""
-    denoiser = (
-        family.new_meta_model(family.denoiser_name).to(family.dtype).requires_grad_(not config.lora)
-    )
+    """The peak and the FLOPs of two steps, the second of which has the optimizer's state.
+
+    The autoencoder is counted where the run keeps it, for samples or instead of the cache.
+    """
+    denoiser = family.new_meta_model(family.denoiser_name).to(family.dtype)
+    denoiser.requires_grad_(not config.lora)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     if config.lora:
         add_lora(family, config.lora, ())
     enable_checkpointing(denoiser, config.train.gradient_checkpointing)
     rows = config.train.train_batch_size * (2 if config.data.uses_prior else 1)
     side = config.data.resolution // family.vae_scale_factor
-    with FakeTensorMode(allow_non_fake_inputs=True), MemoryMeter() as meter:
-        denoiser.to_empty(device="cpu").train()
-        x = torch.empty(rows, family.vae_config["latent_channels"], side, side)
-        task, accelerator = (
-            SimulatedTask(family, config, x, empty_condition(family, rows)),
-            Accelerator(cpu=True),
-        )
-        counter = FlopCounterMode(display=False)
-        for step, context in enumerate(
-            (counter, nullcontext())
-        ):  # it holds on to what checkpointing would let go
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        condition = encode_nothing(family, rows)
+        with MemoryMeter() as meter:
+            denoiser.to_empty(device="cpu").train()
+            x = torch.empty(rows, family.vae_config["latent_channels"], side, side)
+            task = SimulatedTask(family, config, x, condition)
+            counter = FlopCounterMode(display=False)
+            # the counter holds on to what checkpointing would free: the second step is the peak
+            with counter:
+                task.train_step(0)
             meter.peak_bytes = meter.live_bytes
-            one_step = config.train.model_copy(update={"max_train_steps": step + 1})
-            with context:
-                train(
-                    task,
-                    lambda step: [(None, None)],
-                    one_step,
-                    0,
-                    accelerator,
-                    lambda step: 0.0,
-                    start=step,
-                )
-        peak = meter.peak_bytes - saved_bytes(family, config, has_cpu_memory)
-    vae = (
-        size_in_bytes(family.meta_model("vae"), torch.float32)
-        if config.validation.prompts or not config.data.cache
-        else 0
-    )
+            task.train_step(1)
+            peak = meter.peak_bytes
+    peak -= saved_bytes(family, config, has_cpu_memory)
+    if config.validation.prompts or not config.data.cache:
+        peak += size_in_bytes(family.meta_model("vae"), torch.float32)
     family.unload()
-    return peak + vae, counter.get_total_flops()
+    return peak, counter.get_total_flops()
+
+
+def encode_nothing(family: Family, rows: int) -> dict[str, Tensor]:
+    """What the denoiser is called with for `rows` empty prompts, by text encoders without weights.
+
+    The encoders are gone afterwards, as in a run.
+    """
+    text = {}
+    for name in family.text_encoder_names:
+        with unset_fake_temporarily():
+            num_tokens = len(family.tokenize(name, ""))
+            encoder = family.new_meta_model(name).to(family.dtype)
+        family.pipe.register_modules(**{name: encoder.to_empty(device="cpu")})
+        with torch.no_grad():
+            text |= family.encode_text(name, torch.zeros(rows, num_tokens, dtype=torch.long))
+        family.pipe.register_modules(**{name: None})
+    return {name: value.to(family.dtype) for name, value in family.condition(text).items()}
 
 
 class SimulatedTask:
-    """The task of the loop, with one batch for all steps."""
+    """A task for the loop that has the same batch at each step."""
 
     def __init__(
         self, family: Family, config: DreamBoothConfig, x: Tensor, condition: dict[str, Tensor]
     ) -> None:
-        self.family, self.x, self.condition = family, x, condition
-        groups = [
-            {"params": [p for p in family.denoiser.parameters() if p.requires_grad], "lr": 0.0}
-        ]
-        adamw = config.optimizer.model_copy(
-            update={"name": "adamw"}
-        )  # others have less, and look at what they compute
-        self.players = {"denoiser": Player(family.denoiser, make_optimizer(adamw, groups))}
+        self.family, self.config = family, config
+        self.x, self.condition = x, condition
+        self.accelerator = Accelerator(cpu=True)
+        trained = [p for p in family.denoiser.parameters() if p.requires_grad]
+        # the other optimizers keep less, and look at what they compute
+        adamw = config.optimizer.model_copy(update={"name": "adamw"})
+        optimizer = make_optimizer(adamw, [{"params": trained, "lr": 0.0}])
+        self.players = {"denoiser": Player(family.denoiser, optimizer)}
+
+    def train_step(self, step: int) -> None:
+        settings = self.config.train.model_copy(update={"max_train_steps": step + 1})
+        batches = [(None, None)]
+        train(self, lambda _: batches, settings, 0, self.accelerator, lambda _: 0.0, start=step)
 
     def losses(self, batch: None, rng: None) -> Iterator[tuple[str, Tensor]]:
-        family, t = self.family, torch.full((len(self.x),), self.family.probe_time)
-        with torch.autocast(
-            "cpu", family.dtype, enabled=family.needs_autocast and family.dtype != torch.float32
-        ):
+        family = self.family
+        t = torch.full((len(self.x),), family.probe_time)
+        use_autocast = family.needs_autocast and family.dtype != torch.float32
+        with torch.autocast("cpu", family.dtype, enabled=use_autocast):
             prediction = family.predict(family.denoiser, self.x.to(family.dtype), t, self.condition)
         yield "denoiser", prediction.float().square().mean()
 
 
-def empty_condition(family: Family, rows: int) -> dict[str, Tensor]:
-    """What the text encoders give, empty."""
-    shape, words = family.denoiser_config, family.pipe.tokenizer.model_max_length
-    if family.t5_encoder is None:
-        return {
-            "encoder_hidden_states": torch.empty(
-                rows, words, shape["cross_attention_dim"], dtype=family.dtype
-            )
-        }
-    words = family.max_sequence_length + (words if len(family.clip_encoders) > 1 else 0)
-    return {
-        "encoder_hidden_states": torch.empty(
-            rows, words, shape["joint_attention_dim"], dtype=family.dtype
-        ),
-        "pooled_projections": torch.empty(rows, shape["pooled_projection_dim"], dtype=family.dtype),
-    }
-
-
 def encoding_peak(family: Family, config: DreamBoothConfig) -> int:
-    """Of the largest encoder; of the autoencoder, with what it computes."""
-    texts = [
-        size_in_bytes(family.meta_model(name), family.dtype) for name in family.text_encoder_names
-    ]
+    """The peak of the largest encoder, of the autoencoder with its activations."""
     pixels = (1, 3, config.data.resolution, config.data.resolution)
-    return max(
-        *texts,
-        peak_of_call(family.new_meta_model("vae"), lambda vae: vae.encode(torch.empty(pixels))),
-    )
+    vae = family.new_meta_model("vae")
+    peaks = [peak_of_call(vae, lambda vae: vae.encode(torch.empty(pixels)))]
+    for name in family.text_encoder_names:
+        peaks.append(size_in_bytes(family.meta_model(name), family.dtype))
+    return max(peaks)
 
 
 def decoding_peak(family: Family, config: DreamBoothConfig) -> int:
@@ -227,15 +216,14 @@ def peak_of_call(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large product, the best of several: what the matrix units of this machine
-    give."""
+    """FLOP/s of a large matrix product, the best of several."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return max(2 * n**3 / time_call(lambda: a @ b, device) for _ in range(12))
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds, until the device is through."""
+    """The seconds that a call takes, until the device is done with it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -246,31 +234,41 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 def size_in_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    return sum(p.numel() for p in module.parameters()) * dtype.itemsize
+    return num_weights(module.parameters()) * dtype.itemsize
+
+
+def num_weights(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def saved_bytes(family: Family, config: DreamBoothConfig, has_cpu_memory: bool) -> int:
-    """Bytes that are not there: of weights in fewer bits, and of blocks and adaptive norms in the
-    CPU's memory."""
-    model, total = family.meta_model(family.denoiser_name), 0
+    """Bytes of the denoiser that the memory options keep off the accelerator.
+
+    They are of weights in fewer bits, and of blocks and adaptive norms in the CPU's memory.
+    """
+    denoiser = family.meta_model(family.denoiser_name)
+    saved = 0
     if config.model.quantization != "none":
-        linears = [
-            layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and family.facts.is_in_block(name)
-            if config.model.quantization != "fp8"
-            or "norm" not in name  # as diffusers' layerwise casting
-        ]
-        bytes_saved = family.dtype.itemsize - BYTES_PER_WEIGHT[config.model.quantization]
-        total += int(sum(layer.weight.numel() for layer in linears) * bytes_saved)
-        total -= (
-            max(layer.weight.numel() for layer in linears) * family.dtype.itemsize
-        )  # one at a time is whole
-    offloaded: set[nn.Parameter] = set()
+        saved += quantization_saves(family, denoiser, config.model.quantization)
+    waiting: set[nn.Parameter] = set()
     if config.model.modulation_cache and has_cpu_memory:
-        for norm in adaptive_norms(model, family.facts.adaptive_norms).values():
-            offloaded.update(norm.linear.parameters())
+        for norm in adaptive_norms(denoiser, family.facts.adaptive_norms).values():
+            waiting.update(norm.linear.parameters())
     if config.model.offload and has_cpu_memory:
-        blocks = [set(block.parameters()) - offloaded for block in get_blocks(model)]
-        offloaded.update(*sorted(blocks, key=lambda block: sum(p.numel() for p in block))[:-2])
-    return total + sum(p.numel() for p in offloaded) * family.dtype.itemsize
+        blocks = [set(block.parameters()) - waiting for block in get_blocks(denoiser)]
+        # two blocks at a time are on the accelerator
+        waiting.update(*sorted(blocks, key=num_weights)[:-2])
+    return saved + num_weights(waiting) * family.dtype.itemsize
+
+
+def quantization_saves(family: Family, denoiser: nn.Module, method: str) -> int:
+    """Bytes by which the blocks' linear layers shrink, less the largest of them, which is whole
+    while it computes."""
+    sizes = []
+    for name, layer in denoiser.named_modules():
+        # diffusers' layerwise casting leaves norms as they are
+        is_left = method == "fp8" and "norm" in name
+        if isinstance(layer, nn.Linear) and family.facts.is_in_block(name) and not is_left:
+            sizes.append(layer.weight.numel())
+    itemsize = family.dtype.itemsize
+    return int(sum(sizes) * (itemsize - BYTES_PER_WEIGHT[method])) - max(sizes) * itemsize

@@ -44,41 +44,35 @@ class SampleRng:
         device: torch.device | str = "cpu",
         global_batch_size: int = 1,
     ) -> None:
-        self.seed, self.step, self.rows, self.global_batch_size, self.device = (
-            seed,
-            step,
-            rows,
-            global_batch_size,
-            torch.device(device),
-        )
+        self.seed, self.step, self.rows = seed, step, rows
+        self.device = torch.device(device)
+        self.global_batch_size = global_batch_size
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
-        return [
-            torch.Generator(self.device).manual_seed(derive_seed(self.seed, self.step, row))
-            for row in self.rows
-        ]
+        seeds = [derive_seed(self.seed, self.step, row) for row in self.rows]
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Unit Gaussian of `shape` (B, ...), float32."""
-        return torch.stack(
-            [torch.randn(shape[1:], generator=g, device=self.device) for g in self.generators]
-        )
+        shape = shape[1:]
+        rows = [torch.randn(shape, generator=g, device=self.device) for g in self.generators]
+        return torch.stack(rows)
 
     def uniform(self, stratified: bool = False) -> Tensor:
-        """(B,) uniform in (0, 1), float32. Stratified: each of `global_batch_size` equal parts has
-        one row of each global pool."""
-        u = [torch.rand(1, generator=g, device=self.device) for g in self.generators]
-        if (
-            stratified
-        ):  # with Python's numbers: a tensor of them would make the host wait for the device
-            u = [
-                (part + self.stratum(row)) / self.global_batch_size
-                for part, row in zip(u, self.rows, strict=True)
-            ]
-        return torch.cat(u).clamp(2**-24, 1 - 2**-24)
+        """(B,) uniform in (0, 1), float32.
+
+        stratified: each of `global_batch_size` equal parts has one row of each global pool.
+        """
+        draws = [torch.rand(1, generator=g, device=self.device) for g in self.generators]
+        if stratified:
+            # Python's numbers, for a tensor of them would make the host wait for the device
+            for i, row in enumerate(self.rows):
+                draws[i] = (draws[i] + self.stratum(row)) / self.global_batch_size
+        return torch.cat(draws).clamp(2**-24, 1 - 2**-24)
 
     def stratum(self, row: int) -> int:
+        """The number of the part that a row draws from."""
         pool, position = divmod(row, self.global_batch_size)
         seed = derive_seed(self.seed, self.step, pool, "strata")
         return permutation(seed, self.global_batch_size)[position]

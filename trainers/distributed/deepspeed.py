@@ -39,18 +39,16 @@ def requested() -> bool:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """2 or 3; 0 without DeepSpeed."""
+    """The stage of ZeRO: 2 or 3, or 0 without DeepSpeed."""
     use_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return accelerator.state.deepspeed_plugin.zero_stage if use_deepspeed else 0
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """What the launcher wants computations to be in."""
-    name = (
-        os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if zero_stage(accelerator)
-        else accelerator.mixed_precision
-    )
+    """The precision that the launcher asked for."""
+    name = accelerator.mixed_precision
+    if zero_stage(accelerator):
+        name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name, torch.float32)
 
 
@@ -66,9 +64,8 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     import deepspeed
 
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    if (
-        not torch.accelerator.is_available()
-    ):  # else it compiles, for more than a minute, what only inference uses
+    # else it compiles, for more than a minute, what only inference uses
+    if not torch.accelerator.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     train = config.train
     numbers = {
@@ -82,10 +79,8 @@ def make_plugin(config: Config) -> DeepSpeedPlugin:
     settings = plugin.deepspeed_config
     for name, number in numbers.items():
         for value in (launcher_values[name], settings.get(name, "auto")):
-            if value not in ("auto", "none") and float(value) not in (
-                1,
-                number,
-            ):  # 1 is what accelerate fills in
+            # 1 is what accelerate fills in
+            if value not in ("auto", "none") and float(value) not in (1, number):
                 raise UserError(
                     f"DeepSpeed was asked for {name} {value}: only the config says it, there it "
                     f"is {number}"

@@ -1,8 +1,7 @@
-"""Frozen blocks that wait in the CPU's memory: each comes to the accelerator when it is due, and
-the next meanwhile.
+"""Frozen blocks that wait in the CPU's memory.
 
-The weights only ever travel one way, for nothing changes them (kohya's block swap, without the way
-back).
+Each comes to the accelerator when it is due, and the next one meanwhile. The weights only ever
+travel one way, for nothing changes them (kohya's block swap, without the way back).
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 
 
 class BlockOffload:
-    """Of the blocks, in the order in which they compute, two at a time have their frozen weights on
-    the device.
+    """Keeps the frozen weights of two blocks at a time on the device.
 
-    The backward pass of checkpointed blocks computes each again, from the last to the first, which
-    brings it back.
+    blocks: in the order in which they compute. The backward pass of checkpointed blocks computes
+    each again, from the last to the first, which brings it back.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -28,13 +26,12 @@ class BlockOffload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
         self.cpu_copies: list[list[Tensor]] = []
-        self.on_device: dict[
-            int, torch.cuda.Event | None
-        ] = {}  # blocks on the device, and when they have come
+        # the blocks that are there, each with the event of its arrival
+        self.on_device: dict[int, torch.cuda.Event | None] = {}
         for number, block in enumerate(blocks):
-            self.cpu_copies.append(
-                [p.data.pin_memory() if self.stream else p.data for p in self.frozen[number]]
-            )
+            weights = [p.data for p in self.frozen[number]]
+            # only pinned memory is copied while the device computes
+            self.cpu_copies.append([w.pin_memory() for w in weights] if self.stream else weights)
             self.offload(number)
             block.register_forward_pre_hook(partial(self.before_forward, number))
 
@@ -56,9 +53,8 @@ class BlockOffload:
 
     def onload(self, number: int) -> None:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            for parameter, cpu_copy in zip(
-                self.frozen[number], self.cpu_copies[number], strict=True
-            ):
+            pairs = zip(self.frozen[number], self.cpu_copies[number], strict=True)
+            for parameter, cpu_copy in pairs:
                 parameter.data = cpu_copy.to(self.device, non_blocking=True, copy=True)
         self.on_device[number] = self.stream.record_event() if self.stream else None
 

@@ -1,5 +1,7 @@
-"""What is done after a step, every so many steps: log, sample, checkpoint. Only here do values
-leave the device."""
+"""What is done after a step, every so many steps: log, sample, checkpoint.
+
+Only here do values leave the device.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ from trainers.training.process_state import STOP_SIGNALS
 
 
 class LogMetrics:
-    """metrics.jsonl, the trackers and one progress line: step, losses, rate, images/s, time left,
-    peak memory."""
+    """Logs to metrics.jsonl, the trackers and one progress line.
+
+    The line shows step, losses, learning rate, images/s, time left and peak memory.
+    """
 
     def __init__(
         self, config: Config, accelerator: Accelerator, rate: Callable[[int], float], start: int
@@ -89,19 +93,19 @@ class LogMetrics:
         self.progress_bar.update(steps)
 
     def reduce_pending(self) -> tuple[StepMetrics, StepMetrics]:
-        """Sums of what is finite, for a skipped step must not spoil the mean; and how many: a
-        player may step less."""
-        names = sorted(
-            {name for metrics in self.pending for name in metrics}
-        )  # the same order in every process
+        """The sums of the finite values, and how many there are of each.
+
+        A skipped step must not spoil the mean, and a player may step less often than others.
+        """
+        # in the same order in every process
+        names = sorted({name for metrics in self.pending for name in metrics})
         stacked = {
             name: torch.stack([metrics[name] for metrics in self.pending if name in metrics])
             for name in names
         }
         is_finite = {name: values.isfinite() for name, values in stacked.items()}
-        return {n: v.where(is_finite[n], 0).sum() for n, v in stacked.items()}, {
-            n: f.sum() for n, f in is_finite.items()
-        }
+        sums = {name: values.where(is_finite[name], 0).sum() for name, values in stacked.items()}
+        return sums, {name: mask.sum() for name, mask in is_finite.items()}
 
 
 def peak_memory_gib() -> float:
@@ -117,8 +121,7 @@ def peak_memory_gib() -> float:
 
 
 class SamplePictures:
-    """Pictures of the validation prompts every `validation_steps`, with the averaged weights where
-    there are any."""
+    """Writes pictures every `validation_steps`, with the averaged weights where there are any."""
 
     def __init__(self, task: Task, config: Config, accelerator: Accelerator) -> None:
         self.task, self.config, self.accelerator = task, config, accelerator

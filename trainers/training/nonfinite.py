@@ -1,12 +1,15 @@
-"""Steps whose gradient is not finite. The loop skips each; here they are counted, explained and, if
-many, undone."""
+"""Steps whose gradient is not finite.
+
+The loop skips each; here they are counted, explained and, if there are many in a row, undone.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from trainers.config import Config
+from trainers.data.rng import SampleRng
 from trainers.training.loop import Batches, StepMetrics, Task
 
 MAX_FINDINGS = 3  # findings in a message
@@ -28,8 +32,10 @@ class DivergenceError(Exception):
 
 
 class NonfiniteGuard:
-    """Reads the count from the device when the log is due. Raises: DivergenceError after too many
-    in a row."""
+    """Reads from the device which steps were skipped, whenever the log is due.
+
+    Raises: DivergenceError after too many in a row.
+    """
 
     def __init__(
         self, task: Task, batches: Batches, config: Config, accelerator: Accelerator
@@ -42,13 +48,15 @@ class NonfiniteGuard:
         self.pending.append(metrics["skipped"])
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
-        skipped, last = self.accelerator.reduce(torch.stack(self.pending), "max").tolist(), 0
+        skipped = self.accelerator.reduce(torch.stack(self.pending), "max").tolist()
+        last = 0
         for number, is_skipped in enumerate(skipped, step + 1 - len(skipped)):
-            self.num_skipped, self.num_consecutive, last = (
-                (self.num_skipped + 1, self.num_consecutive + 1, number)
-                if is_skipped
-                else (self.num_skipped, 0, last)
-            )
+            if is_skipped:
+                self.num_skipped += 1
+                self.num_consecutive += 1
+                last = number
+            else:
+                self.num_consecutive = 0
         self.pending = []
         if not last:
             return
@@ -60,51 +68,52 @@ class NonfiniteGuard:
                 f"step {last}: {findings}",
             )
         warnings.warn(
-            f"step {last} was skipped, for its gradient is not finite ({self.num_skipped} so "
-            f"far): {findings}",
+            f"step {last} was skipped, because its gradient is not finite ({self.num_skipped} "
+            f"skipped so far): {findings}",
             stacklevel=2,
         )
 
     def find_nonfinite(self, step: int) -> list[str]:
-        """What is not finite when this process's part of a step (from 0) is computed again, first
-        things first."""
-        messages, modules = [], [player.module for player in self.task.players.values()]
-        for (batch, rng), samples in zip(
-            self.batches(step), self.batches.sample_names(step), strict=True
-        ):
-            values = [(name, value) for name, value in named_tensors(batch)]
-            values += [
-                (f"weight {name}", p) for module in modules for name, p in module.named_parameters()
-            ]
-            with ExitStack() as stack:
-                for module in modules:
-                    stack.enter_context(self.accelerator.no_sync(module))
-                    stack.callback(module.train)
-                    module.eval()
-                    for name, layer in module.named_modules():
-                        hook = partial(self.record, values, f"the output of {name}")
-                        stack.callback(layer.register_forward_hook(hook).remove)
-                values += [(f"loss of {name}", loss) for name, loss in self.task.losses(batch, rng)]
-            name, value = next(
-                ((name, value) for name, value in values if not is_finite(value).all()), ("", None)
-            )
-            if name.startswith("weight "):
-                messages.append(f"{name} is not finite")
-            elif name:
-                messages.append(
-                    f"{name} is not finite, of "
-                    f"{', '.join(dict.fromkeys(nonfinite_samples(value, samples)))}"
-                )
-        all_samples = [sample for samples in self.batches.sample_names(step) for sample in samples]
-        return messages[:MAX_FINDINGS] or [
-            f"only the gradient is not, of {', '.join(dict.fromkeys(all_samples))}"
-        ]
+        """What is not finite when this process's part of a step (from 0) is computed again.
+
+        For each micro-batch it is the first such value in the order of computation.
+        """
+        messages = []
+        names = self.batches.sample_names(step)
+        for (batch, rng), samples in zip(self.batches(step), names, strict=True):
+            for name, value in self.compute_values(batch, rng):
+                if is_finite(value).all():
+                    continue
+                message = f"{name} is not finite"
+                if not name.startswith("weight "):
+                    message += f", of {join(nonfinite_samples(value, samples))}"
+                messages.append(message)
+                break
+        if not messages:
+            return [f"only the gradient is not, of {join(chain(*names))}"]
+        return messages[:MAX_FINDINGS]
+
+    def compute_values(self, batch: dict, rng: SampleRng) -> list[tuple[str, Tensor]]:
+        """A micro-batch's inputs, the weights, every layer's output and the losses, by name."""
+        values = list(named_tensors(batch))
+        modules = [player.module for player in self.task.players.values()]
+        for module in modules:
+            values += [(f"weight {name}", p) for name, p in module.named_parameters()]
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(self.accelerator.no_sync(module))
+                stack.callback(module.train)
+                module.eval()
+                for name, layer in module.named_modules():
+                    hook = partial(self.record, values, f"the output of {name}")
+                    stack.callback(layer.register_forward_hook(hook).remove)
+            values += [(f"loss of {name}", loss) for name, loss in self.task.losses(batch, rng)]
+        return values
 
     @staticmethod
     def record(values: list, name: str, layer: nn.Module, inputs: object, output: object) -> None:
-        values += [
-            (name, tensor.detach()) for tensor in tree_leaves(output) if isinstance(tensor, Tensor)
-        ]
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        values += [(name, tensor.detach()) for tensor in tensors]
 
 
 def named_tensors(batch: dict) -> Iterator[tuple[str, Tensor]]:
@@ -114,9 +123,13 @@ def named_tensors(batch: dict) -> Iterator[tuple[str, Tensor]]:
 
 def is_finite(value: Tensor) -> Tensor:
     """Where a tensor is finite; torch has no such kernel for 8-bit floats."""
-    return (
-        value.float() if value.dtype.is_floating_point and value.dtype.itemsize == 1 else value
-    ).isfinite()
+    is_float8 = value.dtype.is_floating_point and value.dtype.itemsize == 1
+    return (value.float() if is_float8 else value).isfinite()
+
+
+def join(names: Iterable[str]) -> str:
+    """The names, each once."""
+    return ", ".join(dict.fromkeys(names))
 
 
 def nonfinite_samples(value: Tensor, samples: list[str]) -> list[str]:
