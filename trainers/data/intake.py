@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainers.data.pictures import Picture
 
 INTAKE_NAME = "intake.json"
+MAX_EXAMINED_BYTES = 2**26  # of a file that does not say what it is
 # endings of files that someone may have meant to be used, and what to do
 MEANT_FOR_USE = {
     "save them as JPEG or PNG": "arw cr2 cr3 dng eps jp2 jxl nef orf pdf psd raf raw rw2 svg tga",
@@ -28,6 +29,7 @@ MEANT_FOR_USE = {
         "cap csv json jsonl parquet tsv xml"
     ),
 }
+UNNAMED_PICTURE = "they hold pictures and need the ending of their format"
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,23 @@ class Intake:
                 f"sub-folders that are not read, because they are a run's, or stand elsewhere in "
                 f"the config: {name_some(skipped)}"
             )
-        left = list(contents.unused)
-        for advice, suffixes in MEANT_FOR_USE.items():
-            found = [path for path in left if path.suffix[1:].lower() in suffixes.split()]
-            left = [path for path in left if path not in found]
-            if found:
-                self.warn(f"not used: {name_by_kind(found, root)}: {advice}")
-        if unnamed := [path for path in left if is_picture_by_content(path)]:
-            names = name_by_kind(unnamed, root)
-            self.warn(f"not used: {names}: they hold pictures and need the ending of their format")
-            left = [path for path in left if path not in unnamed]
-        if left:
-            self.note(f"not used: {name_by_kind(left, root)}")
+        groups: dict[str | None, list[Path]] = {}
+        for path in contents.unused:
+            groups.setdefault(advice_for(path), []).append(path)
+        for advice, paths in groups.items():
+            text = f"not used: {name_by_kind(paths, root)}"
+            if advice:
+                self.warn(f"{text}: {advice}")
+            else:
+                self.note(text)
+
+
+def advice_for(path: Path) -> str | None:
+    """What to do with a file that someone may have meant to be used; None for others."""
+    for advice, suffixes in MEANT_FOR_USE.items():
+        if path.suffix[1:].lower() in suffixes.split():
+            return advice
+    return UNNAMED_PICTURE if is_picture_by_content(path) else None
 
 
 def check_batch_size(
@@ -133,7 +140,7 @@ def check_batch_size(
 
 def is_picture_by_content(path: Path) -> bool:
     try:
-        read_storage(read_file(path))
+        read_storage(read_file(path, MAX_EXAMINED_BYTES))
     except Exception:  # decoders raise whatever a file leads them to
         return False
     return True
