@@ -26,7 +26,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/python scripts/guides.py trainers
+	$(BIN)/python scripts/guides.py trainers tests
 
 # how long files and functions may be; scripts are still over it in places
 guides: install

@@ -1,0 +1,3 @@
+"""Fixtures of the tests of several processes."""
+
+from tests.shared.deepspeed_runs import launched

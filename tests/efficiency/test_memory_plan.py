@@ -1,0 +1,125 @@
+"""The plan counts what a step really holds; presets are written out, and what a config says itself
+stays."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.shared.processes import call
+from trainers import dreambooth, memory_plan
+from trainers.config import loading
+from trainers.memory_plan import MemoryMeter
+from trainers.training.loop import train
+
+FAMILIES = ("sd15", "sd3", "flux")
+CHECKPOINTED = "train.gradient_checkpointing=true"
+
+
+def real_peak(settings):
+    """Bytes at the peak of two real steps, counted by the same meter on real tensors."""
+    with MemoryMeter() as meter:
+        task, batches, _ = dreambooth.build(settings, Accelerator(cpu=True))
+        start = sum(p.untyped_storage().nbytes() for p in task.module.parameters())
+        batch = list(batches(0))
+        meter.peak_bytes = before = meter.live_bytes
+        train(task, lambda step: batch, settings.train, 0, task.accelerator, lambda step: 0.0)
+        return start + meter.peak_bytes - before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "overrides", [(), (CHECKPOINTED, "lora.rank=8"), ("lora=null", "data.resolution=32")]
+)
+def test_the_planned_step_is_the_real_one(settings, family, overrides):
+    chosen = settings(
+        "train.max_train_steps=2",
+        "train.train_batch_size=4",
+        "data.resolution=32",
+        *overrides,
+        family=family,
+    )
+    planned, real = (
+        memory_plan.plan_memory(chosen, torch.float32, has_cpu_memory=False).phases["train"],
+        real_peak(chosen),
+    )
+    assert planned == pytest.approx(real, rel=0.05)
+
+
+def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_more(settings):
+    def peak(*overrides):
+        return memory_plan.plan_memory(
+            settings(*overrides, family="flux"), torch.float32, has_cpu_memory=True
+        ).phases["train"]
+
+    away = peak(CHECKPOINTED, "model.offload=true")
+    assert away < peak(CHECKPOINTED) < peak("train.gradient_checkpointing=selective") < peak()
+    assert peak() < peak("train.train_batch_size=8")
+    assert peak(CHECKPOINTED, "model.offload=true", "model.modulation_cache=true") < away
+    assert peak("model.quantization=nf4") < peak("model.quantization=int8") < peak()
+    assert peak("model.modulation_cache=true") < peak()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "adafactor"])
+def test_an_optimiser_with_less_to_remember_is_planned_like_adamw(settings, name):
+    planned, usual = (
+        memory_plan.plan_memory(settings(*more), torch.float32, has_cpu_memory=False)
+        for more in ([f"optimizer.name={name}"], [])
+    )
+    assert planned == usual
+
+
+def test_fp8_leaves_adaptive_norms_as_they_are(settings):
+    """As diffusers' layerwise casting; int8 has as many bits, and has them too."""
+
+    def peak(how):
+        chosen = settings(f"model.quantization={how}", CHECKPOINTED, family="flux")
+        return memory_plan.plan_memory(chosen, torch.bfloat16, has_cpu_memory=True).phases["train"]
+
+    assert peak("int8") < peak("fp8") < peak("none")
+
+
+def test_a_multiplication_costs_what_flops_say(settings):
+    one, two = (
+        memory_plan.plan_memory(
+            settings(f"train.train_batch_size={n}"), torch.float32, has_cpu_memory=False
+        ).flops
+        for n in (1, 2)
+    )
+    assert two == pytest.approx(2 * one, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.memory=fast",), (False, False, "none")),
+        (("train.memory=balanced",), (True, "selective", "none")),
+        (("train.memory=low",), (True, True, "none")),
+        (("train.memory=lowest",), (False, True, "nf4")),
+        (("train.memory=low", "train.gradient_checkpointing=false"), (True, False, "none")),
+        (("train.memory=low", "train.train_text_encoder=true"), (False, True, "none")),
+        (("train.memory=lowest", "lora=null"), (False, True, "none")),
+    ],
+)
+def test_presets_set_what_the_config_leaves_open(settings, overrides, expected):
+    chosen = settings(*overrides, family="flux")
+    assert (
+        chosen.model.modulation_cache,
+        chosen.train.gradient_checkpointing,
+        chosen.model.quantization,
+    ) == expected
+
+
+def test_a_preset_survives_being_written_down(settings, tmp_path):
+    chosen = settings("train.memory=low", family="flux")
+    (tmp_path / "written.yaml").write_text(loading.dump_config(chosen))
+    assert loading.load_config(tmp_path / "written.yaml") == chosen
+
+
+def test_the_script_names_the_first_preset_that_fits(settings, tmp_path, capsys):
+    (tmp_path / "flux.yaml").write_text(
+        loading.dump_config(settings(family="flux")).replace("modulation_cache: false", "")
+    )
+    assert call("plan.py", tmp_path / "flux.yaml", "--memory", "100", "--tflops", "1") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "train.memory=fast"
+    assert call("plan.py", tmp_path / "flux.yaml", "--memory", "1e-6", "--tflops", "1") == 0
+    assert "none of them fits" in capsys.readouterr().out

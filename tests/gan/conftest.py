@@ -1,0 +1,3 @@
+"""Fixtures of the tests of a GAN."""
+
+from tests.shared.gans import settings

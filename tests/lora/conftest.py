@@ -1,0 +1,3 @@
+"""Fixtures of the tests of LoRA files."""
+
+from tests.shared.saved_loras import made

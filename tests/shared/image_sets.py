@@ -1,0 +1,65 @@
+"""Photos to learn from, and small sets of pictures with labels, masks and targets."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def write_photos(folder):
+    """Five pictures of noise, each of another size."""
+    r = np.random.default_rng(0)
+    for i in range(5):
+        picture = r.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder
+
+
+def write_bars(folder):
+    """train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else 1."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 120), ("test", 40)):
+        rows = {"image": [], "label": []}
+        for i in range(count):
+            picture = np.zeros((16, 16), np.uint8)
+            at = rng.integers(0, 6) + 8 * (i % 2)
+            buffer = io.BytesIO()
+            picture[at : at + 2] = rng.integers(150, 255)
+            Image.fromarray(picture).save(buffer, "png")
+            rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+            rows["label"].append(i % 2)
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def write_blobs(folder):
+    """Eight pictures of several sizes, a bright disc in colour on a dark ground, as NAME_image.png;
+    where the disc is, 0 or 255, as NAME_mask.png; its colours swapped, as NAME_target.png."""
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        height, width = 20 + i, 28 - i
+        at = np.indices((height, width)) - rng.integers(7, 13, (2, 1, 1))
+        disc = np.hypot(*at) < rng.uniform(4, 7)
+        picture = rng.integers(0, 60, (height, width, 3)) + disc[..., None] * [180, 90, 20]
+        arrays = {"image": picture, "mask": 255 * disc, "target": picture[..., ::-1]}
+        for name, array in arrays.items():
+            Image.fromarray(array.astype(np.uint8)).save(folder / f"{i}_{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def bars(tmp_path_factory):
+    return write_bars(tmp_path_factory.mktemp("bars"))
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory):
+    return write_blobs(tmp_path_factory.mktemp("blobs"))
