@@ -196,5 +196,5 @@ def build(
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
     task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    contents = [(picture.digest, picture.caption) for picture in pools[0]]
+    contents = [(picture.digest, picture.caption) for picture in batches.drawn_from[0]]
     return task, batches, f"{derive_seed(*chain(*contents)):x}"

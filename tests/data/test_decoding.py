@@ -271,6 +271,8 @@ def test_numbers_without_a_range_are_refused(tmp_path):
     Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UserError, match=r"x\.tif holds floating-point numbers"):
         load(tmp_path)
+    with pytest.raises(UserError, match=r"x\.tif holds floating-point numbers"):
+        load_images(ImagesConfig(image_dir=tmp_path), "cpu")
 
 
 def test_a_deep_picture_whose_lowest_value_is_white_is_not_read_inverted():

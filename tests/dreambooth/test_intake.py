@@ -135,6 +135,22 @@ def test_photos_that_are_learnt_from_cannot_be_held_out(put, tmp_path):
         evaluate.load_held_out_photos(tmp_path / "held", load_instance_pictures(config))
 
 
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_unreadable_photos_that_are_left_out_are_counted(put, tmp_path):
+    put("0.png"), put("1.png"), put("2.png", content=b"x")
+    warnings = notes(tmp_path, skip_corrupt=True)[1]
+    assert warnings == "1 unreadable pictures are left out (data.skip_corrupt)"
+
+
+def test_how_often_a_photo_counts_belongs_to_what_a_resumed_run_compares(settings, put, tmp_path):
+    put("2_a/0.png", (16, 16)), put("1_b/1.png", (16, 16))
+    folder = tmp_path / "photos"
+    config = settings(f"data.instance_data_dir={folder}")
+    before = dreambooth.build(config, Accelerator(cpu=True))[2]
+    (folder / "2_a").rename(folder / "3_a")
+    assert dreambooth.build(config, Accelerator(cpu=True))[2] != before
+
+
 def test_class_pictures_that_are_not_used_are_counted(put, tmp_path):
     for i in range(3):
         put(f"{i}.png")

@@ -194,11 +194,7 @@ def decode(data: bytes, bit_depth: int | None = None) -> Image.Image:
 
 def to_8_bits(image: Image.Image, bits: int, lowest_is_white: bool = False) -> Image.Image:
     """A gray picture (mode L) of one with more bits, of which it uses `bits`."""
-    if image.mode == "F":
-        raise UnreadablePictureError(
-            "holds floating-point numbers, whose range is not known: save it with 8 or 16 bits"
-        )
-    values, top = np.asarray(image).astype(np.int64), 2**bits - 1
+    values, top = whole_numbers(image), 2**bits - 1
     if values.min() < 0 or values.max() > top:
         found = f"{values.min()} to {values.max()}"
         raise UnreadablePictureError(
@@ -210,12 +206,20 @@ def to_8_bits(image: Image.Image, bits: int, lowest_is_white: bool = False) -> I
     return Image.fromarray((values * 255 // top).astype(np.uint8))
 
 
+def whole_numbers(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise UnreadablePictureError(
+            "holds floating-point numbers, whose range is not known: save it with 8 or 16 bits"
+        )
+    return np.asarray(image).astype(np.int64)
+
+
 def largest_value(data: bytes) -> int:
     """The largest value of a picture of 16 bits; of colors, of which 8 bits are kept, what the
     largest stands for."""
     with open_image(data) as image:
         is_deep_gray = storage_of(image).has_deep_gray
-        highest = int(np.asarray(image).max())
+        highest = int(whole_numbers(image).max())
     return highest if is_deep_gray else 256 * highest + 255
 
 

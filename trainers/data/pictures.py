@@ -126,7 +126,7 @@ def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> 
         folder, column = config.instance_data_dir, config.caption_column
         pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
         source = str(folder)
-    return keep_readable(pictures, config, source)
+    return keep_readable(pictures, config, source, intake)
 
 
 def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -138,7 +138,7 @@ def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> 
     column = config.caption_column if has_metadata else None
     intake = intake or Intake()
     pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
-    return keep_readable(pictures, config, str(folder))
+    return keep_readable(pictures, config, str(folder), intake)
 
 
 def load_class_pictures(
@@ -153,7 +153,7 @@ def load_class_pictures(
             f"of {len(pictures)} class pictures the first {config.num_class_images} are used "
             "(data.num_class_images)"
         )
-    return keep_readable(pictures[: config.num_class_images], config, str(folder))
+    return keep_readable(pictures[: config.num_class_images], config, str(folder), intake)
 
 
 def pictures_from_folder(
@@ -223,7 +223,9 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
     return check_captions(pictures)
 
 
-def keep_readable(pictures: list[Picture], config: DataConfig, source: str) -> list[Picture]:
+def keep_readable(
+    pictures: list[Picture], config: DataConfig, source: str, intake: Intake
+) -> list[Picture]:
     """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
     none is left."""
 
@@ -239,6 +241,8 @@ def keep_readable(pictures: list[Picture], config: DataConfig, source: str) -> l
         if not config.skip_corrupt:
             raise UserError(f"{error}, or set data.skip_corrupt=true")
         warnings.warn(f"skipped: {error}", stacklevel=2)
+    if num_skipped := len(errors) - errors.count(None):
+        intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
     result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
         raise UserError(
@@ -257,7 +261,7 @@ def check_bit_depth(pictures: Sequence[Picture], bit_depth: int | None) -> None:
         if not group or is_told:
             continue
         largest = max(picture.largest_value for picture in group)
-        bits = next(bits for bits in BIT_DEPTHS if largest < 2**bits)
+        bits = next((bits for bits in BIT_DEPTHS if largest < 2**bits), 16)
         if bits == 16:
             continue
         found = (
