@@ -14,7 +14,7 @@ from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
 from trainers.data.decoding import read_file, read_storage
 from trainers.data.folders import FolderContents, name_some, relative_name
-from trainers.errors import UserError
+from trainers.errors import UserError, warn_on_error
 
 if TYPE_CHECKING:
     from trainers.data.pictures import Picture
@@ -68,12 +68,19 @@ class Intake:
             raise UserError(f"data.strict is true, and there are warnings:\n  {lines}")
 
     def save(self, folder: Path) -> None:
-        """Write all notes to INTAKE_NAME in a run folder, as a list of objects."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{INTAKE_NAME}"
+        """Write all notes to INTAKE_NAME in a run folder, as a list of objects.
+
+        A failure is a warning.
+        """
         text = json.dumps([asdict(note) for note in self.notes], indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(folder / INTAKE_NAME)
+        temporary = folder / f".{INTAKE_NAME}"
+        with warn_on_error(f"writing {folder / INTAKE_NAME}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(text + "\n", "utf-8")
+                temporary.replace(folder / INTAKE_NAME)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def describe_folder(
         self, contents: FolderContents, captions: FolderCaptions, pictures: Sequence[Picture]

@@ -43,6 +43,8 @@ class FromScratchTask(ABC):
             for held_out in (False, True)
         )
         check_batch_size(intake, config.train, accelerator.num_processes, len(self.train_images))
+        if accelerator.is_main_process:
+            intake.save(config.output_dir)
         intake.report(accelerator.print)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
