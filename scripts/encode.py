@@ -1,8 +1,8 @@
-"""The codes that a trained autoencoder gives to pictures, and how badly it gives each of them back.
+"""Write the codes that a trained autoencoder gives to pictures, and how badly it rebuilds each.
 
 python scripts/encode.py RUN PICTURE_OR_FOLDER ... [--out codes.npz]
 
-The file holds `name` (N,), `code_block` (N, D) and `score` (N,): of anomaly, or the squared error
+The file holds `name` (N,), `code` (N, D) and `score` (N,): the anomaly score, or the squared error
 of pictures in 0..1.
 """
 
@@ -12,9 +12,8 @@ from trainers.cli import parse_picture_arguments, run_main
 
 
 def main() -> None:
-    arguments, config = parse_picture_arguments(
-        __doc__, "autoencoder", out="codes.npz", help="a .npz or .parquet file"
-    )
+    help = "The file to write, .npz or .parquet."
+    arguments, config = parse_picture_arguments(__doc__, "autoencoder", "codes.npz", help)
 
     import datasets
     import numpy as np

@@ -1,47 +1,46 @@
-"""How good a finished DreamBooth LoRA is, and with --checkpoints which of its weights to keep.
+"""Measure a finished DreamBooth LoRA, and with --checkpoints find which of its weights to keep.
 
 python scripts/evaluate.py RUN [--photos HELD_OUT_FOLDER] [--checkpoints] [--prompts "..." "..."]
 
-Prints a table; RUN/evaluation.json holds the figures, RUN/evaluation the pictures, RUN/best the
-best checkpoint's LoRA. The card and the report have the figures too.
+It prints a table. RUN/evaluation.json holds the metrics, RUN/evaluation the pictures, RUN/best the
+best checkpoint's LoRA. The card and the report show the metrics too.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from trainers.cli import make_parser, positive_int, run_main, silence_libraries
 from trainers.run_folder import load_run_config
 
+# the arguments that are fields of EvaluationOptions
+OPTIONS = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "num_images")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("run", type=Path, help="The run folder of a DreamBooth run.")
+    help = "A folder with photos of the subject that were not trained on."
+    parser.add_argument("--photos", type=Path, help=help)
+    help = "Prompts to sample and to measure. By default the run's validation prompts."
+    parser.add_argument("--prompts", nargs="+", help=help)
+    help = "Prompts whose pictures must not change. By default the run's own."
+    parser.add_argument("--class-prompt", nargs="+", dest="class_prompts", help=help)
+    help = "Measure all checkpoints, and export the best to RUN/best."
+    parser.add_argument("--checkpoints", action="store_true", help=help)
+    help = "Scales of the LoRA. By default 0 to 1.5 in steps of 0.25."
+    parser.add_argument("--strengths", nargs="*", type=float, help=help)
+    help = "Pictures per prompt. By default 8."
+    parser.add_argument("--num-images", type=positive_int, help=help)
+    help = "A DINO network: a folder, or a name on the Hub that was downloaded before."
+    parser.add_argument("--dino", help=help)
+    help = "A CLIP network: a folder, or a name on the Hub that was downloaded before."
+    parser.add_argument("--clip", help=help)
+    return parser.parse_args()
+
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="the run folder of a dreambooth")
-    parser.add_argument(
-        "--photos", type=Path, help="photos of the subject that were not trained on"
-    )
-    parser.add_argument(
-        "--prompts", nargs="+", help="to sample and read; a run has its validation prompts"
-    )
-    parser.add_argument(
-        "--class-prompt",
-        nargs="+",
-        dest="class_prompts",
-        help="what must not change; a run has its own",
-    )
-    parser.add_argument(
-        "--checkpoints",
-        action="store_true",
-        help="measure them all, and export the best to RUN/best",
-    )
-    parser.add_argument(
-        "--strengths", nargs="*", type=float, help="scales of the LoRA; 0 to 1.5 in steps of 0.25"
-    )
-    parser.add_argument("--num-images", type=positive_int, help="pictures per prompt; 8")
-    parser.add_argument(
-        "--dino", help="a DINO network: a folder, or a Hub name that was fetched before"
-    )
-    parser.add_argument("--clip", help="a CLIP network, likewise")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     config = load_run_config(arguments.run, "dreambooth")
     silence_libraries()
 
@@ -52,11 +51,9 @@ def main() -> None:
     from trainers.publishing.report import write_report
 
     networks = find_networks(arguments.dino, arguments.clip, best_device())
-    option_names = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "num_images")
-    options = EvaluationOptions(
-        **{name: value for name in option_names if (value := getattr(arguments, name)) is not None}
-    )
-    result = evaluate(config, arguments.run, networks, options)
+    values = {name: getattr(arguments, name) for name in OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
+    result = evaluate(config, arguments.run, networks, EvaluationOptions(**given))
     print(format_evaluation(result))
     add_metrics(arguments.run, card_metrics(result))
     write_report(arguments.run, pictures=False)

@@ -1,73 +1,69 @@
 """Make pictures with a finished run, or with any LoRA file.
 
-python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--num-images 4] [--seed
-0] python scripts/generate.py LORA.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
---prompt ...
+python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--num-images 4]
+python scripts/generate.py LORA.safetensors --base MODEL --prompt "a photo of a sks dog"
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from trainers.cli import load_weights_config, make_parser, positive_int, run_main, silence_libraries
+from trainers.config import DreamBoothConfig
+
+# the arguments that replace a value of the run's section `validation`
+VALIDATION_KEYS = ("prompts", "num_images", "seed", "num_inference_steps", "guidance_scale")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("weights", type=Path, help="A run folder or a LoRA .safetensors file.")
+    help = "What the pictures shall show; it may be given several times."
+    parser.add_argument("--prompt", action="append", required=True, dest="prompts", help=help)
+    parser.add_argument("--base", help="The base model; a run folder knows its own.")
+    help = "The side in pixels. By default the run's own, and 512 for a file."
+    parser.add_argument("--resolution", type=positive_int, help=help)
+    parser.add_argument("--num-images", type=positive_int, help="Pictures per prompt.")
+    parser.add_argument("--seed", type=int, help="Picture i starts from the noise of seed + i.")
+    help = "Steps of the sampler."
+    parser.add_argument("--steps", type=positive_int, dest="num_inference_steps", help=help)
+    help = "Strength of the classifier-free guidance."
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help=help)
+    help = "The folder for the pictures."
+    parser.add_argument("--out", type=Path, default=Path("generated"), help=help)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("weights", type=Path, help="a run folder or a LoRA .safetensors file")
-    parser.add_argument(
-        "--prompt", action="append", required=True, help="may be given several times"
-    )
-    parser.add_argument("--base", help="base model; a run folder knows its own")
-    parser.add_argument(
-        "--resolution", type=positive_int, help="side in pixels; a run has its own, a file 512"
-    )
-    parser.add_argument("--num-images", type=positive_int, help="pictures per prompt")
-    parser.add_argument("--seed", type=int, help="picture i starts from the noise of seed + i")
-    parser.add_argument(
-        "--steps", type=positive_int, dest="num_inference_steps", help="sampler steps"
-    )
-    parser.add_argument(
-        "--guidance", type=float, dest="guidance_scale", help="classifier-free guidance"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("generated"), help="folder for the pictures"
-    )
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
+    config = apply_arguments(load_weights_config(arguments.weights, arguments.base), arguments)
     silence_libraries()
 
-    import torch
-
-    from trainers.distributed.accelerator import best_device
+    from trainers.distributed.accelerator import best_device, preferred_dtype
     from trainers.efficiency.apply import open_family
     from trainers.families.sampling import write_samples
     from trainers.lora.files import load_lora
-    from trainers.run_folder import WEIGHT_NAME
+    from trainers.run_folder import GRID_NAME, WEIGHT_NAME
 
-    config = load_weights_config(arguments.weights, arguments.base)
-    overrides = {
-        k: getattr(arguments, k)
-        for k in ("num_images", "seed", "num_inference_steps", "guidance_scale")
-    }
-    overrides = {"prompts": arguments.prompt} | {
-        k: v for k, v in overrides.items() if v is not None
-    }
-    config = config.model_copy(
-        update={"validation": config.validation.model_copy(update=overrides)}
-    )
-    if arguments.resolution:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"resolution": arguments.resolution})}
-        )
     device = best_device()
-    half = torch.float32 if device.type == "cpu" else torch.bfloat16
-    family = open_family(config.model, device, half)
+    family = open_family(config.model, device, preferred_dtype(device))
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
-        weights = arguments.weights
-        load_lora(family, weights / WEIGHT_NAME if (weights / WEIGHT_NAME).is_file() else weights)
+        file = arguments.weights / WEIGHT_NAME
+        load_lora(family, file if file.is_file() else arguments.weights)
     family.apply_memory_options()
     write_samples(family, config, arguments.out)
-    print(arguments.out / "grid.png")
+    print(arguments.out / GRID_NAME)
+
+
+def apply_arguments(config: DreamBoothConfig, arguments: argparse.Namespace) -> DreamBoothConfig:
+    """The run's config with what the command line says instead."""
+    values = {key: getattr(arguments, key) for key in VALIDATION_KEYS}
+    given = {key: value for key, value in values.items() if value is not None}
+    sections = {"validation": config.validation.model_copy(update=given)}
+    if arguments.resolution:
+        sections["data"] = config.data.model_copy(update={"resolution": arguments.resolution})
+    return config.model_copy(update=sections)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Check how long a file, a function, a family and a trainer may be; exit status 1 if one is longer.
 
-python scripts/guides.py [FOLDER ...] [--statistics]   (also tokens per line, comments, wide lines)
+python scripts/guides.py [FOLDER ...] [--statistics]
 """
 
+import argparse
 import ast
 import io
 import sys
@@ -61,13 +62,18 @@ def statistics(paths: list[Path]) -> str:
 
 
 def main() -> int:
-    chosen = [name for name in sys.argv[1:] if name in FOLDERS]
-    paths = source_files(chosen or FOLDERS)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", help=f"By default {' and '.join(FOLDERS)}.")
+    help = "Also print tokens per line, comments and wide lines."
+    parser.add_argument("--statistics", action="store_true", help=help)
+    arguments = parser.parse_args()
+    folders = arguments.folders or FOLDERS
+    paths = source_files(folders)
     found = [line for path in paths for line in violations(path)]
     print("\n".join(found) or "the guides hold")
-    if "--statistics" in sys.argv:
-        for folder in FOLDERS:
-            print(f"{folder}: {statistics([p for p in paths if p.is_relative_to(ROOT / folder)])}")
+    if arguments.statistics:
+        for folder in folders:
+            print(f"{folder}: {statistics(source_files([folder]))}")
     return bool(found)
 
 

@@ -1,29 +1,33 @@
-"""Train a LoRA on the small world, then show and judge what it learned: a table, a picture, and an
-exit status.
+"""Train a LoRA on the small world, then show and judge what it learned.
 
-python scripts/quickstart.py [CONFIG] [section.key=value ...]        (CONFIG:
-configs/quickstart.yaml)
+python scripts/quickstart.py [CONFIG] [section.key=value ...]
+
+It prints a table, writes a picture, and exits with status 1 when the LoRA has not learned enough.
 """
 
 import sys
 
-from trainers.cli import run_main, silence_libraries
-from trainers.config.loading import load_config
+from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
+
+CONFIG = "configs/quickstart.yaml"
 
 
 def main() -> int:
-    path = sys.argv.pop(1) if sys.argv[1:] and "=" not in sys.argv[1] else "configs/quickstart.yaml"
-    config = load_config(path, sys.argv[1:])
+    parser = make_parser(__doc__)
+    add_config_arguments(parser, CONFIG)
+    arguments = parser.parse_args()
+    path, overrides = arguments.config, arguments.overrides
+    if "=" in path:
+        path, overrides = CONFIG, [path, *overrides]
+    from trainers.config.loading import load_config
+
+    config = load_config(path, overrides)
     silence_libraries()
-    from small_world.judge import (
-        before_after_grid,
-        format_gate,
-        gate,
-        load_judge,
-        load_pipeline,
-        measure_samples,
-    )
+    from small_world.gate import before_after_grid, format_gate, gate
+    from small_world.judge import load_judge
+    from small_world.measure import load_pipeline, measure_samples
     from trainers.run import run
+    from trainers.run_folder import WEIGHT_NAME
 
     run(config)
     print("measuring: the judge reads about two hundred samples", flush=True)
@@ -34,10 +38,8 @@ def main() -> int:
     print(format_gate(base.metrics, tuned.metrics, passed))
     picture = config.output_dir / "before_after.png"
     before_after_grid(base, tuned).save(picture)
-    print(
-        f"\nbefore and after: {picture}\nthe LoRA: "
-        f"{config.output_dir}/pytorch_lora_weights.safetensors"
-    )
+    print(f"\nbefore and after: {picture}")
+    print(f"the LoRA: {config.output_dir / WEIGHT_NAME}")
     return 0 if all(passed.values()) else 1
 
 

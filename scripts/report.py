@@ -1,4 +1,4 @@
-"""What a run folder holds as one HTML file: pictures over time, curves, figures, settings.
+"""Write what a run folder holds as one HTML file: pictures over time, curves, metrics, settings.
 
 python scripts/report.py RUN [--public]
 
@@ -13,12 +13,10 @@ from trainers.cli import make_parser, run_main
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="the run folder of any trainer, finished or not")
-    parser.add_argument(
-        "--public",
-        action="store_true",
-        help="write report_public.html, without the training pictures",
-    )
+    help = "The run folder of any trainer, finished or not."
+    parser.add_argument("run", type=Path, help=help)
+    help = "Write report_public.html, without the training pictures."
+    parser.add_argument("--public", action="store_true", help=help)
     arguments = parser.parse_args()
 
     from trainers.publishing.report import write_report

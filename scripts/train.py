@@ -6,18 +6,17 @@ python scripts/train.py configs/NAME.yaml                                     (o
 
 import sys
 
-from trainers.cli import make_parser, run_main, silence_libraries
-from trainers.config.loading import load_config
+from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", help="section.key=value, such as optimizer.learning_rate=1e-4"
-    )
+    add_config_arguments(parser)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)  # before the slow imports
+    from trainers.config.loading import load_config
+
+    # before the slow imports, so that a mistake is reported at once
+    config = load_config(arguments.config, arguments.overrides)
     silence_libraries()
     from trainers.run import run
 

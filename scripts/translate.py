@@ -1,6 +1,8 @@
 """Apply a trained U-Net to pictures of any size: masks, colours, other pictures, better ones.
 
-python scripts/translate.py RUN PICTURE_OR_FOLDER ... [--out translated]
+python scripts/translate.py RUN PICTURE_OR_FOLDER ... [--out translated] [--full-size]
+
+A picture is shown to the model as in training, and the result has the picture's own size.
 """
 
 import sys
@@ -10,15 +12,25 @@ from trainers.errors import UserError
 
 
 def main() -> None:
+    full_size = "go over pictures at their own size in tiles, although training resized them"
     arguments, config = parse_picture_arguments(
-        __doc__, "unet", out="translated", help="folder for the results, PNG"
+        __doc__,
+        "unet",
+        out="translated",
+        help="folder for the results, PNG",
+        flags={"--full-size": full_size},
     )
 
     from tqdm.auto import tqdm
 
+    from trainers.data.pictures import picture_from_file
+    from trainers.from_scratch.checks import warn_of_squashing
     from trainers.unet import Translator
 
-    translate, paths = Translator(config, arguments.run), arguments.pictures
+    translate = Translator(config, arguments.run, arguments.full_size)
+    paths = arguments.pictures
+    if not arguments.full_size:
+        warn_of_squashing([picture_from_file(path) for path in paths], config)
     results = [arguments.out / f"{path.stem}.png" for path in paths]
     if twice := next((result for result in results if results.count(result) > 1), None):
         raise UserError(

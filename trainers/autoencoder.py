@@ -16,15 +16,17 @@ from tqdm.auto import tqdm
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
 from trainers.data.pictures import picture_from_file
-from trainers.data.rng import SampleRng
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
+from trainers.from_scratch.checks import warn_of_squashing
 from trainers.from_scratch.codes import anomaly_score, corrupt, plot_codes
 from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sample
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
-from trainers.metrics.image_quality import psnr, ssim
+from trainers.metrics.image_quality import auroc, psnr, ssim
+from trainers.run_folder import FINAL, GRID_NAME, MODEL, SAMPLES
 
-NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on
+NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on, by chance
 NUM_PLOT_PICTURES = 2000  # test pictures in the plot of the codes
 
 
@@ -34,6 +36,7 @@ class Autoencoder(FromScratchTask):
     saved_player, pipeline_tag = "autoencoder", "image-feature-extraction"
 
     def __init__(self, config: AutoencoderConfig, accelerator: Accelerator) -> None:
+        self.measures_every_class = config.use == "anomaly"
         super().__init__(config, accelerator)
         self.add_player(
             "autoencoder",
@@ -53,24 +56,29 @@ class Autoencoder(FromScratchTask):
             loss = loss + self.config.objective.kl_weight * divergence
         yield "autoencoder", loss
 
+    def choose_rows(self, images: ImageSet, count: int) -> Sequence[int]:
+        """Always the same ones."""
+        return choose_rows(derive_seed(self.config.seed, "shown"), len(images), count)
+
     @torch.no_grad()
     def reconstruct(
-        self, images: ImageSet, limit: int | None = None
+        self, images: ImageSet, rows: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first pictures, what is shown of them (always the same), what comes out, and their
-        own codes."""
-        count, parts = len(images) if limit is None else min(limit, len(images)), []
-        for first in range(0, count, 1000):
-            rows = range(first, min(first + 1000, count))
-            x = to_float(images.take(rows))
-            corrupted = corrupt(x, self.config, SampleRng(self.config.seed, -1, rows, self.device))
+        """Those pictures, what is shown of them (always the same), what comes out, and their own
+        codes."""
+        parts = []
+        for first in range(0, len(rows), 1000):
+            part = rows[first : first + 1000]
+            x = to_float(images.take(part))
+            corrupted = corrupt(x, self.config, SampleRng(self.config.seed, -1, part, self.device))
             output = self.model(x if self.config.use == "anomaly" else corrupted)[0].clamp(-1, 1)
             parts.append((x, corrupted, output, self.model.encode(x)))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def sample(self, folder: Path) -> None:
+        images = self.test_images or self.train_images
         true, corrupted, output, codes = self.reconstruct(
-            self.test_images or self.train_images, GRID_COLUMNS
+            images, self.choose_rows(images, GRID_COLUMNS)
         )
         rows = [
             ("true", true),
@@ -90,7 +98,7 @@ class Autoencoder(FromScratchTask):
             )
         rows += [("from one code to another", interpolation) for interpolation in interpolations]
         rows += [("from random codes", random_samples)] if self.config.model.variational else []
-        write_grid([(title, to_pil(x)) for title, x in rows], folder / "grid.png", tile=64)
+        write_grid([(title, to_pil(x)) for title, x in rows], folder / GRID_NAME, tile=64)
 
     def usage_example(self) -> str:
         return (
@@ -102,41 +110,42 @@ class Autoencoder(FromScratchTask):
         """psnr (dB) and ssim of what comes out; linear_probe: accuracy of a linear reader of the
         codes; for anomalies
         auroc: of their score, the learnt class against all others."""
-        x, _, output, codes = self.reconstruct(self.test_images)
-        truth, has_labels = self.test_images.labels, self.config.data.label_column is not None
+        images = self.test_images
+        x, _, output, codes = self.reconstruct(images, range(len(images)))
+        has_labels = self.config.data.label_column is not None
         if has_labels:
-            plot_codes(
-                codes[:NUM_PLOT_PICTURES],
-                truth[:NUM_PLOT_PICTURES],
-                self.config.output_dir / "samples" / "final" / "codes.png",
-            )
+            rows = torch.tensor(self.choose_rows(images, NUM_PLOT_PICTURES), device=self.device)
+            path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
+            plot_codes(codes[rows], images.labels[rows], images.class_names, path)
         if self.config.use == "anomaly" and has_labels:
-            from sklearn.metrics import roc_auc_score
-
-            is_normal = truth == self.config.data.only_label
+            is_normal = images.labels == self.train_images.labels[0]
             score = torch.cat(
                 [anomaly_score(self.model, part, self.config) for part in x.split(1000)]
             )
-            auroc = float(roc_auc_score(~is_normal.cpu(), score.cpu()))
             return {
-                "auroc": auroc,
+                "auroc": auroc(~is_normal, score),
                 "psnr": psnr(output[is_normal], x[is_normal]),
                 "ssim": ssim(output[is_normal], x[is_normal]),
             }
         metrics = {"psnr": psnr(output, x), "ssim": ssim(output, x)}
-        return metrics | ({"linear_probe": self.linear_probe(codes, truth)} if has_labels else {})
+        if has_labels:
+            metrics["linear_probe"] = self.linear_probe(codes, images.labels)
+        return metrics
 
     def linear_probe(self, codes: Tensor, truth: Tensor) -> float:
-        """Accuracy of logistic regression on standardised codes, fitted on training pictures."""
+        """Accuracy of logistic regression on standardised codes, fitted on training pictures that
+        are drawn by chance; NaN where those are of one class."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        train_codes = self.reconstruct(self.train_images, NUM_PROBE_PICTURES)[3]
+        rows = self.choose_rows(self.train_images, NUM_PROBE_PICTURES)
+        labels = self.train_images.labels[torch.tensor(rows, device=self.device)]
+        if len(labels.unique()) < 2:
+            return float("nan")
+        train_codes = self.reconstruct(self.train_images, rows)[3]
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-        reader.fit(
-            train_codes.cpu().numpy(), self.train_images.labels[: len(train_codes)].cpu().numpy()
-        )
+        reader.fit(train_codes.cpu().numpy(), labels.cpu().numpy())
         return float(reader.score(codes.cpu().numpy(), truth.cpu().numpy()))
 
 
@@ -146,12 +155,11 @@ def encode_pictures(
 ) -> dict[str, list | np.ndarray]:
     """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
     squared error."""
-    model = ConvAutoencoder.from_pretrained(run / "model").to(best_device())
+    model = ConvAutoencoder.from_pretrained(run / MODEL).to(best_device())
     depth = config.data.bit_depth
-    samples, decoder = (
-        [ImageSample(picture_from_file(path, bit_depth=depth)) for path in paths],
-        partial(decode_sample, config=config.data, read_target=None),
-    )
+    samples = [ImageSample(picture_from_file(path, bit_depth=depth)) for path in paths]
+    warn_of_squashing([sample.picture for sample in samples], config)
+    decoder = partial(decode_sample, config=config.data, read_target=None)
     images, codes, scores = ImageSet(samples, decoder, False, model.device), [], []
     for first in tqdm(range(0, len(images), 256), unit="batch"):
         x = to_float(images.take(range(first, min(first + 256, len(images)))))

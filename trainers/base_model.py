@@ -15,8 +15,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
+from trainers.config.dreambooth_rules import base_problem
+from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
+from trainers.run_folder import BASE_DIGESTS_NAME
 
 
 class MemoryOptions(Protocol):
@@ -66,7 +69,7 @@ class LoadedBase:
         self.meta_model = lru_cache(self.new_meta_model)
         self.component_digest = lru_cache(self.compute_digest)
         self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
-        self.needs_autocast = True
+        self.needs_autocast, self.file_digests = True, FileDigests()
         index = self.pipeline.load_config(self.folder)
         if index["_class_name"] != self.pipeline.__name__:
             raise UserError(
@@ -82,6 +85,8 @@ class LoadedBase:
                 self.components[name] = value
         encoders = [name for name in self.components if name.startswith("text_encoder")]
         self.text_encoder_names = sorted(encoders)
+        for part in self.components:
+            check_weight_files(self.folder / part, self.variant)
         self.unload()
 
     def set_autocast(self, needed: bool) -> None:
@@ -99,7 +104,11 @@ class LoadedBase:
         if self.memory.loads_denoiser and self.denoiser_name in names:
             components[self.denoiser_name] = self.memory.load_denoiser(self)
         self.pipe = self.pipeline.from_pretrained(
-            self.folder, dtype=self.dtype, variant=self.variant, **components
+            self.folder,
+            dtype=self.dtype,
+            variant=self.variant,
+            use_safetensors=True,
+            **components,
         )
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
@@ -147,36 +156,60 @@ class LoadedBase:
         """The pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
+    def digests(self, cache_folder: Path) -> dict[str, str]:
+        """The digest of the files of each part that decides what the base computes.
+
+        Precision and place do not count, nor do other formats beside the weights that are loaded.
+        cache_folder: where the digests of files are remembered, so that they are read once.
+        """
+        self.file_digests.load(cache_folder / BASE_DIGESTS_NAME)
+        tokenizers = map(tokenizer_name, self.text_encoder_names)
+        parts = (self.denoiser_name, "vae", *self.text_encoder_names, *tokenizers, "scheduler")
+        digests = {part: self.part_digest(part) for part in parts}
+        self.file_digests.save()
+        return digests
+
+    def part_digest(self, part: str) -> str:
+        return part_digest(self.folder / part, self.variant, self.file_digests)
+
     def tokenizer_digest(self, text_encoder: str) -> str:
         return self.component_digest(tokenizer_name(text_encoder))
 
     def compute_digest(self, part: str) -> str:
-        """A digest of a component's files and the precision that it runs in.
+        """A digest of a component and the precision that it runs in.
 
         `component_digest` computes it once.
         """
         precision = "float32" if part == "vae" else self.dtype
-        digest = hashlib.sha256(f"{self.variant} {precision}".encode())
-        for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
-            digest.update(path.name.encode())
-            # the Hub's cache names large files by their SHA-256
-            blob = path.resolve()
-            if len(blob.name) == 64:
-                digest.update(blob.name.encode())
-                continue
-            with open(path, "rb") as file:
-                while piece := file.read(2**24):
-                    digest.update(piece)
-        return digest.hexdigest()
+        return hashlib.sha256(f"{precision} {self.part_digest(part)}".encode()).hexdigest()
 
 
 def tokenizer_name(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
+def check_weight_files(folder: Path, variant: str | None) -> None:
+    """Raises: UserError where a component's weights are there as pickles alone."""
+    found = {"safetensors": False, "bin": False}
+    for path in folder.glob("*"):
+        # NAME.safetensors, NAME.VARIANT.safetensors; diffusers also takes the first for a variant
+        stem, _, ending = path.name.rpartition(".")
+        if ending in found and (variant or "." not in stem):
+            found[ending] = True
+    if found["bin"] and not found["safetensors"]:
+        raise UserError(
+            f"model.pretrained_model_name_or_path: the weights in {folder} are .bin files alone. "
+            "Such a pickle can run programs when it is read, so it is not loaded: choose a base "
+            "(or a model.variant) with safetensors, or convert it with diffusers' "
+            "save_pretrained on a machine that you can spare"
+        )
+
+
 def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Path:
     """The local folder of the base model, which is downloaded if need be. Raises: UserError."""
     name = model.pretrained_model_name_or_path
+    if problem := base_problem(name):
+        raise UserError(f"model.pretrained_model_name_or_path: {problem}")
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(
@@ -185,7 +218,8 @@ def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Pa
             )
         return Path(name)
     try:
-        return Path(pipeline.download(name, revision=model.revision, variant=model.variant))
+        source = {"revision": model.revision, "variant": model.variant}
+        return Path(pipeline.download(name, use_safetensors=True, **source))
     except Exception as error:
         raise UserError(
             f"model.pretrained_model_name_or_path: {name!r} cannot be downloaded from the Hub "

@@ -1,44 +1,110 @@
-"""What the scripts share: exit statuses, the config of a finished run, quiet libraries."""
+"""What the scripts share: exit statuses, the config of a finished run, quiet libraries.
+
+Nothing slow is imported at the top, so that signals are bound within the first moments.
+"""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
+import os
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from trainers.config import Config, DreamBoothConfig, ModelConfig
 from trainers.errors import Interrupted, UserError
-from trainers.run_folder import load_run_config
+from trainers.training.process_state import ignore_signals, is_first_process, stop_request
+
+if TYPE_CHECKING:
+    from trainers.config import Config, DreamBoothConfig
+
+# a launcher ends the other processes of a machine within this time after the first has ended
+LAUNCHER_SECONDS = 2.0
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is printed as one line, without the source line that raised it."""
+
+    def plain_line(message: Warning | str, *_: object) -> str:
+        return f"warning: {' '.join(str(message).split())}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = plain_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@plain_warnings()
 def run_main(main: Callable[[], int | None]) -> int:
     """Run `main`; 0 or what it returns, 2 for the user's mistake, 1 for a failure around it, 128 +
-    a signal."""
+    a signal.
+
+    The signals stay bound: one that comes while the interpreter ends makes no traceback.
+    """
+    # registered before all else, so called after all else
+    atexit.register(ignore_signals)
+    stop_request.listen(ends_process=True)
     try:
         return main() or 0
     except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+        return report_error(error)
+    except KeyboardInterrupt:  # where a library has bound SIGINT anew
+        return report_stop(Interrupted(SIGINT))
     except Interrupted as stop:
-        print(
-            f"stopped by signal {stop.signal_number}; the same command goes on from the checkpoint",
-            file=sys.stderr,
-        )
-        return 128 + stop.signal_number
+        return report_stop(stop)
+    except Exception:
+        # what the launcher took with it, such as a connection, failed before its end was noticed
+        if stop_request.launcher_is_gone() and not stop_request.signal_number:
+            return report_stop(Interrupted(SIGTERM))
+        raise
+
+
+def report_error(error: UserError) -> int:
+    """Tell what went wrong, a mistake that all processes of a machine make by the first alone."""
+    if error.status == UserError.status and os.environ.get("LOCAL_RANK", "0") != "0":
+        stop_request.is_reported = True
+        time.sleep(LAUNCHER_SECONDS)
+    return report(str(error), error.status)
+
+
+def report_stop(stop: Interrupted) -> int:
+    """Tell that a signal has stopped the run, in the first of its processes."""
+    return report(str(stop) if is_first_process() else "", 128 + stop.signal_number)
+
+
+def report(message: str, status: int) -> int:
+    stop_request.is_reported = True
+    if message:
+        with suppress(OSError):  # nobody reads it any more
+            print(message, file=sys.stderr, flush=True)
+    return status
 
 
 def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     """A run's own config, or the defaults for a LoRA file, a PEFT folder or a tuned pipeline on
     `base`."""
-    if (weights / "config.yaml").is_file():
+    from trainers.config import DreamBoothConfig, ModelConfig
+    from trainers.run_folder import CONFIG_NAME, PIPELINE, load_run_config
+
+    if (weights / CONFIG_NAME).is_file():
         config = load_run_config(weights, "dreambooth")
-        base = base or (None if config.lora else str(weights / "pipeline"))
+        base = base or (None if config.lora else str(weights / PIPELINE))
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
     ):
-        from trainers.families import detect_family  # and so torch, which takes seconds
+        # only now, because it imports torch, which takes seconds
+        silence_libraries()
+        from trainers.families import detect_family
 
         config = DreamBoothConfig(model=ModelConfig(family=detect_family(base)))
     else:
@@ -57,15 +123,27 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def parse_picture_arguments(
-    description: str, kind: str, out: str, help: str
+    description: str,
+    kind: str,
+    out: str,
+    help: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[argparse.Namespace, Config]:
     """The command line RUN PICTURE_OR_FOLDER ... [--out OUT] with all pictures found, and the run's
-    config."""
+    config.
+
+    flags: further options that are on or off, with their help.
+    """
     parser = make_parser(description)
-    parser.add_argument("run", type=Path, help=f"the run folder of a {kind}")
-    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with pictures")
+    parser.add_argument("run", type=Path, help=f"The run folder of a finished {kind}.")
+    help_pictures = "Pictures, or folders with pictures."
+    parser.add_argument("pictures", type=Path, nargs="+", help=help_pictures)
     parser.add_argument("--out", type=Path, default=Path(out), help=help)
+    for flag, flag_help in flags.items():
+        parser.add_argument(flag, action="store_true", help=flag_help)
     arguments = parser.parse_args()
+    from trainers.run_folder import load_run_config
+
     config = load_run_config(arguments.run, kind)
     silence_libraries()
     from trainers.data.pictures import collect_image_files
@@ -87,11 +165,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add CONFIG and section.key=value ...; CONFIG may be left out if there is a default."""
+    usual = "such as configs/quickstart.yaml" if default is None else f"by default {default}"
+    nargs = None if default is None else "?"
+    parser.add_argument("config", nargs=nargs, default=default, help=f"A YAML file, {usual}.")
+    help = "Values that replace those in the file, such as optimizer.learning_rate=1e-4."
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help)
+
+
 def silence_libraries() -> None:
-    """Keep the libraries' notices out of the progress line."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on a CPU it advises a kernel that nothing here needs
+    """Keep the libraries' notices out of the progress line; to be called before they are used."""
+    # on a CPU it advises a kernel that nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers
     import transformers
 

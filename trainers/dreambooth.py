@@ -20,11 +20,14 @@ from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.families import Family
-from trainers.families.sampling import generate_class_images, write_samples
+from trainers.families.class_pictures import prepare_class_pictures
+from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora import export, proof
 from trainers.lora.layers import add_lora
 from trainers.publishing import model_card
+from trainers.run_folder import CACHE, FINAL, PIPELINE, SAMPLES
+from trainers.training.facts import Facts, describe_pools
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once
@@ -130,7 +133,7 @@ class DreamBooth:
         if self.config.lora:
             export.save_lora(self.family, self.encoder.trained_encoders, folder, self.config)
         else:
-            export.save_pipeline(self.family, self.encoder.trained_encoders, folder / "pipeline")
+            export.save_pipeline(self.family, self.encoder.trained_encoders, folder / PIPELINE)
 
     def probe_output(self, prompt: str) -> Tensor:
         """The output that the reloaded weights must reproduce, see `lora.proof`."""
@@ -160,7 +163,7 @@ class DreamBooth:
         reloaded, encode, difference = proof.verify_export(config, self.encoder, expected, prompt)
         self.accelerator.print(f"reload proof: relative difference {difference:.1e}")
         if config.validation.prompts:
-            folder = config.output_dir / "samples" / "final"
+            folder = config.output_dir / SAMPLES / FINAL
             write_samples(reloaded, config, folder, encode, joint_accelerator)
         if is_main:
             digests = [picture.digest for picture in instance_pictures]
@@ -169,8 +172,8 @@ class DreamBooth:
 
 def build(
     config: DreamBoothConfig, accelerator: Accelerator, shard: ShardFunction | None = None
-) -> tuple[DreamBooth, DreamBoothBatches, str]:
-    """Load in stages, and return the task, its batches and a digest of its data.
+) -> tuple[DreamBooth, DreamBoothBatches, Facts]:
+    """Load in stages, and return the task, its batches and the facts of its pictures and base.
 
     Encoders and denoiser are never in memory together, unless the encoders train.
     """
@@ -179,12 +182,10 @@ def build(
     dtype = deepspeed.compute_dtype(accelerator) if config.lora else torch.float32
     family = open_family(config.model, accelerator.device, dtype, shard)
     photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
-    cache_folder = data.cache_dir or config.output_dir / "cache"
+    cache_folder = data.cache_dir or config.output_dir / CACHE
     encoder = CachedEncoder(family, cache_folder, data.cache, trained_encoders(family, config))
     if data.uses_prior:
-        class_folder = data.class_data_dir or config.output_dir / "class_images"
-        generate_class_images(encoder, config, class_folder, accelerator)
-        pools.append(photo_checks.load_class(class_folder, intake, family, config, accelerator))
+        pools.append(prepare_class_pictures(encoder, config, accelerator, intake))
     if data.cache:
         fill_cache(encoder, [*chain(*pools), *held_out], config, accelerator)
     batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
@@ -196,5 +197,4 @@ def build(
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
     task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    contents = [(picture.digest, picture.caption) for picture in batches.drawn_from[0]]
-    return task, batches, f"{derive_seed(*chain(*contents)):x}"
+    return task, batches, {"base": family.digests(cache_folder), "pictures": describe_pools(pools)}

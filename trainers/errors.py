@@ -21,11 +21,19 @@ class RunFailedError(UserError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop, and its checkpoint is written; scripts exit with status 128 +
-    number."""
+    """A signal asked the process to stop; scripts exit with status 128 + number.
 
-    def __init__(self, signal_number: int) -> None:
+    advice: what is left, and how to go on, where that is known.
+    """
+
+    def __init__(self, signal_number: int, advice: str = "") -> None:
+        super().__init__(signal_number, advice)
         self.signal_number = signal_number
+        self.advice = advice
+
+    def __str__(self) -> str:
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"stopped by signal {self.signal_number}{advice}"
 
 
 @contextmanager

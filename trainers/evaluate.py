@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from trainers.atomic import replacing_file, write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.folders import collect_image_files
@@ -24,7 +25,14 @@ from trainers.lora.peft_format import from_peft
 from trainers.lora.sampler import LoraSampler, PromptSeeds, save_pictures
 from trainers.metrics.feature_networks import FeatureNetwork
 from trainers.metrics.lora_quality import MetricsRow, best_row, find_memorization, lora_metrics
-from trainers.run_folder import WEIGHT_NAME
+from trainers.run_folder import (
+    BEST,
+    EVALUATION,
+    EVALUATION_NAME,
+    FINAL,
+    WEIGHT_NAME,
+    parse_step,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def evaluate(
     networks: from `find_networks`. Raises: UserError where there is no LoRA.
     """
     check_evaluable(config, run)
-    training, out = load_instance_pictures(config.data), run / "evaluation"
+    training, out = load_instance_pictures(config.data), run / EVALUATION
     photo_folder = options.photos or config.data.held_out_dir
     photos = load_held_out_photos(photo_folder, training) if photo_folder else training
     prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
@@ -65,14 +73,14 @@ def evaluate(
     base = sampler("base", prompt_seeds, out / "base")
     measure = partial(lora_metrics, networks, base=base, photos=target, prompts=prompts)
     rows: list[MetricsRow] = [{"checkpoint": "base", "step": 0, **measure(base)}]
-    for name in sampler.folders:  # "final" is the last
-        step = config.train.max_train_steps if name == "final" else int(name.removeprefix("step-"))
+    for name in sampler.folders:  # FINAL is the last
+        step = config.train.max_train_steps if name == FINAL else parse_step(name)
         generated = sampler(name, prompt_seeds, out / name)
         rows.append({"checkpoint": name, "step": step, **measure(generated)})
     few = {row: seeds for row, seeds in prompt_seeds.items() if row in ("subject", "class")}
     strength = []
     for scale in options.strengths:
-        row = measure(sampler("final", few, out / f"strength-{scale:.2f}", scale))
+        row = measure(sampler(FINAL, few, out / f"strength-{scale:.2f}", scale))
         strength.append({"scale": scale} | {name: row[name] for name in ("subject", "prior_drift")})
     prompt_network = next((network for network in networks if network.text_features), None)
     result = {
@@ -86,7 +94,7 @@ def evaluate(
         **rank_usage(run),
         "memorisation": find_memorization(networks[0], generated, training_pixels),
     }
-    (run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomic(run / EVALUATION_NAME, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -103,8 +111,9 @@ def check_evaluable(config: DreamBoothConfig, run: Path) -> None:
 def keep_best(run: Path, rows: Sequence[MetricsRow], folders: dict[str, Path]) -> str:
     """Copy the best checkpoint's LoRA to RUN/best; its name is returned."""
     name = best_row(rows)["checkpoint"]
-    (run / "best").mkdir(exist_ok=True)
-    shutil.copyfile(folders[name] / WEIGHT_NAME, run / "best" / WEIGHT_NAME)
+    (run / BEST).mkdir(exist_ok=True)
+    with replacing_file(run / BEST / WEIGHT_NAME) as temporary:
+        shutil.copyfile(folders[name] / WEIGHT_NAME, temporary)
     return name
 
 
@@ -113,7 +122,7 @@ def rank_usage(run: Path) -> dict[str, int | dict[str, float]]:
     # DoRA's magnitudes are no low-rank update
     weights = load_file(run / WEIGHT_NAME).items()
     plain = {name: value for name, value in weights if "magnitude" not in name}
-    energies = energy_by_rank(from_peft(plain, {}))
+    energies = energy_by_rank(from_peft(plain))
     spectrum = {str(rank): share for rank, share in enumerate(energies, 1)}
     return {"suggested_rank": smallest_rank(energies), "spectrum": spectrum}
 

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from trainers.config import GanConfig
 from trainers.data.imaging import to_float, to_pil, write_gif, write_grid
-from trainers.data.rng import SampleRng
-from trainers.errors import UserError
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.from_scratch.adversarial import LOSSES, freeze
 from trainers.from_scratch.augment import differentiable_augment
 from trainers.from_scratch.balance import WatchBalance, class_balance
+from trainers.from_scratch.checks import check_gan_measurable
 from trainers.from_scratch.classifier import classifier_features, train_classifier
 from trainers.from_scratch.networks import Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.feature_networks import inception_features, mobilenet_features
 from trainers.metrics.image_quality import distribution_metrics
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 from trainers.training.loop import StepMetrics, averaged_weights
 
 NUM_METRIC_PICTURES = 10000  # generated for the metrics
-MIN_HELD_OUT = 10  # held-out pictures
 
 
 class Gan(FromScratchTask):
@@ -37,11 +37,9 @@ class Gan(FromScratchTask):
 
     def __init__(self, config: GanConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        if self.test_images is not None and len(self.test_images) < MIN_HELD_OUT:
-            raise UserError(
-                f"{len(self.test_images)} pictures are held out, {MIN_HELD_OUT} are the fewest to "
-                f"measure with"
-            )
+        if self.test_images is not None:
+            by_classifier = config.validation.features == "classifier"
+            check_gan_measurable(self.train_images, self.test_images, by_classifier)
         data, model = config.data, config.model
         classes = int(self.train_images.labels.max()) + 1 if model.conditional else 0
         shape = {
@@ -140,12 +138,12 @@ class Gan(FromScratchTask):
             ("", to_pil(self.generate(range(first, first + GRID_COLUMNS))))
             for first in range(0, GRID_COLUMNS * GRID_COLUMNS, GRID_COLUMNS)
         ]
-        write_grid([("made", rows[0][1]), *rows[1:]], folder / "grid.png", tile=64)
+        write_grid([("made", rows[0][1]), *rows[1:]], folder / GRID_NAME, tile=64)
 
     def finish(self, steps: int) -> None:
         super().finish(steps)
         with averaged_weights(self):
-            write_gif(self.interpolate(), self.config.output_dir / "samples" / "final" / "walk.gif")
+            write_gif(self.interpolate(), self.config.output_dir / SAMPLES / FINAL / "walk.gif")
 
     @torch.no_grad()
     def interpolate(
@@ -159,14 +157,14 @@ class Gan(FromScratchTask):
                 yield to_pil(self.model(a * angle.cos() + b * angle.sin(), label))
 
     def usage_example(self) -> str:
-        label = (
-            f", torch.arange(10) % {self.model.config.classes}"
-            if self.config.model.conditional
-            else ""
-        )
+        label, legend = "", ""
+        if self.config.model.conditional:
+            label = f", torch.arange(10) % {self.model.config.classes}"
+            names = enumerate(self.train_images.class_names)
+            legend = "; labels: " + ", ".join(f"{index} is {name!r}" for index, name in names)
         return (
             f"x = model(torch.randn(10, {self.config.model.latent_dim}){label})  # "
-            f"{describe_input(self.config)}"
+            f"{describe_input(self.config)}{legend}"
         )
 
     def evaluate(self) -> dict[str, float | str]:
@@ -180,14 +178,13 @@ class Gan(FromScratchTask):
         name, features = (
             classifier_features(classifier, self.test_images) if classifier else load(self.device)
         )
-        count = min(NUM_METRIC_PICTURES, len(self.test_images))
+        seed = derive_seed(self.config.seed, "measured")
+        rows = choose_rows(seed, len(self.test_images), NUM_METRIC_PICTURES)
         generated = torch.cat(
-            [self.generate(range(i, min(i + 500, count))) for i in range(0, count, 500)]
+            [self.generate(range(i, min(i + 500, len(rows)))) for i in range(0, len(rows), 500)]
         )
         metrics = {
             "features": name,
-            **distribution_metrics(
-                generated, to_float(self.test_images.take(range(count))), features
-            ),
+            **distribution_metrics(generated, to_float(self.test_images.take(rows)), features),
         }
         return metrics | (class_balance(generated, classifier) if classifier else {})

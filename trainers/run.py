@@ -9,20 +9,23 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 
 from trainers import dreambooth
+from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
 from trainers.config import Config, loading
-from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.accelerator import make_accelerator, record_precision
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
 from trainers.efficiency.attention import attention_kernel
 from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
+from trainers.publishing.public import TRACKER_OPTIONS
 from trainers.publishing.report import write_report
-from trainers.run_folder import lock_run_folder, write_atomic
+from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
-from trainers.training.checkpoint import RunState, resume, resume_facts, save_checkpoint
+from trainers.training.checkpoint import RunState, resume, save_checkpoint
+from trainers.training.facts import Facts, resume_facts
 from trainers.training.failures import friendly_errors
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
@@ -46,6 +49,7 @@ def run(settings: Config) -> None:
     with ExitStack() as stack:
         stack.enter_context(restored_process())
         accelerator, shard = make_accelerator(settings)
+        settings = record_precision(settings, accelerator)
         stack.enter_context(friendly_errors(settings, accelerator.num_processes))
         repo = run_on_main(accelerator, lambda: check_access(settings))
         run_on_main(accelerator, lambda: stack.enter_context(lock_run_folder(settings.output_dir)))
@@ -58,13 +62,13 @@ def train_and_export(
     for preset, values in settings.applied_presets.items():
         accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
     processes = ProcessGroup(accelerator)
-    task, batches, data_digest = build_task(settings, accelerator, shard)
-    facts = resume_facts(settings, accelerator.num_processes, data_digest)
+    task, batches, inputs = build_task(settings, accelerator, shard)
+    facts = resume_facts(settings, accelerator, inputs)
     state = resume_together(settings, task, processes, facts)
     if accelerator.is_main_process:
-        write_atomic(settings.output_dir / "config.yaml", loading.dump_config(settings))
+        write_atomic(settings.output_dir / CONFIG_NAME, loading.dump_config(settings))
     with warn_on_error("the tracker"):
-        accelerator.init_trackers(settings.tracking.project_name)
+        accelerator.init_trackers(settings.tracking.project_name, init_kwargs=TRACKER_OPTIONS)
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)
@@ -84,13 +88,15 @@ def train_and_export(
 
 def build_task(
     settings: Config, accelerator: Accelerator, shard: ShardFunction | None
-) -> tuple[Task, Batches, str]:
-    """The task, its batches and a digest of its data."""
+) -> tuple[Task, Batches, Facts]:
+    """The task, its batches and the facts of its pictures and base."""
     build = TASKS[settings.kind]
     return build(settings, accelerator, shard) if shard else build(settings, accelerator)
 
 
-def resume_together(settings: Config, task: Task, processes: ProcessGroup, facts: dict) -> RunState:
+def resume_together(
+    settings: Config, task: Task, processes: ProcessGroup, facts: Facts
+) -> RunState:
     """The state of the newest checkpoint. Raises: UserError if processes find different ones."""
     state = resume(settings, task, processes.accelerator, facts)
     newest, minus_oldest = processes.all_max(state.step, -state.step)
@@ -124,7 +130,8 @@ class Training:
                 state = self.roll_back(error, state)
                 continue
             if reason.signal_number:
-                raise Interrupted(reason.signal_number)
+                advice = "the same command goes on from the checkpoint"
+                raise Interrupted(reason.signal_number, advice)
             return reason.step
         return state.step
 
@@ -151,7 +158,7 @@ class Training:
             reason = train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
-            checkpoints.save_end(reason)
+            reason = checkpoints.save_end(reason)
         return reason
 
     def roll_back(self, error: DivergenceError, state: RunState) -> RunState:

@@ -6,25 +6,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from trainers.config import UNetConfig
+from trainers.config import PairsConfig, UNetConfig
 from trainers.data.imaging import to_pil, write_grid
-from trainers.data.pictures import picture_from_file
-from trainers.data.rng import SampleRng
+from trainers.data.pictures import Picture, picture_from_file
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.adversarial import LOSSES, freeze
-from trainers.from_scratch.image_sets import ImageSet
+from trainers.from_scratch.image_samples import ImageSample, list_samples
+from trainers.from_scratch.image_sets import ImageSet, decode_sample
 from trainers.from_scratch.networks import PatchDiscriminator, UNet
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask
 from trainers.from_scratch.tiling import predict_tiled
 from trainers.from_scratch.uses import USES
+from trainers.from_scratch.uses.base import resize
 from trainers.from_scratch.uses.colorize import Colorize
 from trainers.from_scratch.uses.segment import Segment
+from trainers.run_folder import GRID_NAME, MODEL
 
 
 class UNetTask(FromScratchTask):
@@ -40,6 +42,8 @@ class UNetTask(FromScratchTask):
     def __init__(self, config: UNetConfig, accelerator: Accelerator) -> None:
         self.use = USES[config.use](config)
         self.num_mask_channels, self.read_target = self.use.num_mask_channels, self.use.read_target
+        if isinstance(self.use, Segment):
+            self.use.prepare(*(list_targets(config.data, held_out) for held_out in (False, True)))
         super().__init__(config, accelerator)
         if isinstance(self.use, Colorize):
             self.use.prepare(self.train_images, self.test_images)
@@ -81,7 +85,8 @@ class UNetTask(FromScratchTask):
 
     def sample(self, folder: Path) -> None:
         images, sheet = self.test_images or self.train_images, {"shown": [], "made": [], "true": []}
-        for i in range(min(GRID_COLUMNS if self.config.data.resolution <= 64 else 3, len(images))):
+        columns = GRID_COLUMNS if self.config.data.resolution <= 64 else 3
+        for i in choose_rows(derive_seed(self.config.seed, "shown"), len(images), columns):
             x, generated, y = self.predict(images, range(i, i + 1))
             for row, picture in zip(
                 sheet.values(),
@@ -89,7 +94,7 @@ class UNetTask(FromScratchTask):
                 strict=True,
             ):
                 row += to_pil(picture)
-        write_grid(list(sheet.items()), folder / "grid.png")
+        write_grid(list(sheet.items()), folder / GRID_NAME)
 
     def usage_example(self) -> str:
         noise = ", the last one noise from N(0, 1)" if self.use.num_noise_channels else ""
@@ -100,7 +105,7 @@ class UNetTask(FromScratchTask):
 
     def evaluate(self) -> dict[str, float | str]:
         """The use's figures over all pixels; of pictures that may be of several sizes, the means of
-        theirs."""
+        theirs, over those that define them."""
         count, size = len(self.test_images), 1 if self.config.data.resize_to is None else 100
         parts = [
             self.predict(self.test_images, range(i, min(i + size, count)))
@@ -112,36 +117,49 @@ class UNetTask(FromScratchTask):
         if size > 1:
             return self.use.metrics(*(torch.cat(part) for part in zip(*parts, strict=True)))
         metrics = [self.use.metrics(*part) for part in parts]
-        return {name: sum(figure[name] for figure in metrics) / count for name in metrics[0]}
+        return {
+            name: float(torch.tensor([figure[name] for figure in metrics]).nanmean())
+            for name in metrics[0]
+        }
+
+
+def list_targets(config: PairsConfig, held_out: bool) -> list[Picture]:
+    """The second pictures of the pairs to learn from, or of those that are held out."""
+    samples = list_samples(config, held_out, pairs=True) or []
+    return [sample.target for sample in samples]
 
 
 class Translator:
     """A finished run, to be called with the path of a picture of any size; gives a picture of its
     size.
 
-    Masks come as classes, 0 and 255 if there are two.
+    A model that was trained on resized pictures is shown pictures of that size, and its result is
+    resized to the picture's own; `full_size` goes over them in tiles instead, as over those of a
+    model that was trained on crops. Masks come as classes, 0 and 255 if there are two.
     """
 
-    def __init__(self, config: UNetConfig, run: Path) -> None:
+    def __init__(self, config: UNetConfig, run: Path, full_size: bool = False) -> None:
         self.use, self.tile = USES[config.use](config), config.data.resolution
-        self.model = UNet.from_pretrained(run / "model").to(best_device())
-        self.bit_depth = config.data.bit_depth
-        self.mode = "L" if config.data.channels == 1 else "RGB"
+        self.model = UNet.from_pretrained(run / MODEL).to(best_device())
+        # cropped pictures keep their size
+        self.own_size = config.data.model_copy(update={"crop": True})
+        side = config.data.resolution // self.use.scale
+        self.shown_size = config.data.model_copy(update={"resolution": side})
+        if full_size:
+            self.shown_size = self.own_size
+
+    def read(self, path: Path, config: PairsConfig) -> Tensor:
+        """(1, C, H, W) uint8, as in training."""
+        sample = ImageSample(picture_from_file(path, bit_depth=config.bit_depth))
+        return decode_sample(sample, config, read_target=None)[None].to(self.model.device)
 
     @torch.no_grad()
     def __call__(self, path: Path) -> Image.Image:
-        picture = picture_from_file(path, bit_depth=self.bit_depth)
-        image = np.array(picture.decode().convert(self.mode))
-        pixels = (
-            torch.from_numpy(image)
-            .reshape(*image.shape[:2], -1)
-            .permute(2, 0, 1)[None]
-            .to(self.model.device)
-        )
-        x = self.use.to_input(pixels)
-        y = self.use.postprocess(predict_tiled(self.model, x, self.tile))
+        pixels = self.read(path, self.own_size)
+        x = self.use.to_input(self.read(path, self.shown_size))
+        prediction = predict_tiled(self.model, x, self.tile)
         if isinstance(self.use, Segment):
-            return Image.fromarray(
-                y[0].byte().cpu().numpy() * (255 if self.use.out_channels == 2 else 1)
-            )
-        return to_pil(self.use.to_image(x, y))[0]
+            classes = self.use.postprocess(resize(prediction, pixels.shape[2:], "bilinear"))
+            levels = 255 if self.use.out_channels == 2 else 1
+            return Image.fromarray(classes[0].byte().cpu().numpy() * levels)
+        return to_pil(self.use.render(pixels, x, prediction))[0]

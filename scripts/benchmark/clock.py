@@ -1,5 +1,6 @@
-"""Runs a training script as it is, and writes when it had loaded, when each optimiser step ended,
-and peak memory.
+"""Run a training script as it is, and write when it had loaded and when each step ended.
+
+Peak memory is written too.
 
 python clock.py SCRIPT [ARGUMENT ...]   with the file to write in BENCHMARK_CLOCK
 """
@@ -25,7 +26,8 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.ready, self.steps, self.cpu, self.events = 0.0, [], [], []
+        self.ready = 0.0
+        self.steps, self.cpu, self.events = [], [], []
         prepare = Accelerator.prepare
 
         def prepared(*args, **kwargs):
@@ -49,21 +51,16 @@ class Clock:
             self.steps.append(time.time())
 
     def write(self) -> None:
-        record = {
-            "ready": self.ready,
-            "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        }
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record = {"ready": self.ready, "peak_rss": peak, "steps": self.steps, "cpu": self.cpu}
         if self.events:
             torch.cuda.synchronize()
-            first = self.events[0]
-            self.steps += [
-                self.steps[0] + first.elapsed_time(event) / 1000 for event in self.events[1:]
-            ]
+            start, *others = self.events
+            for event in others:
+                self.steps.append(self.steps[0] + start.elapsed_time(event) / 1000)
             record["peak_allocated"] = torch.cuda.max_memory_allocated()
             record["peak_reserved"] = torch.cuda.max_memory_reserved()
-        Path(os.environ["BENCHMARK_CLOCK"]).write_text(
-            json.dumps(record | {"steps": self.steps, "cpu": self.cpu})
-        )
+        Path(os.environ["BENCHMARK_CLOCK"]).write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""MNIST: what 32 numbers keep, tell apart and find strange, beside PCA with as many
-(docs/results.md).
+"""MNIST: what 32 numbers keep, tell apart and find strange, beside PCA with as many.
 
-python scripts/results/autoencoder.py [--data FOLDER] [--out runs/results] [--seed 0] [--digits 0 1
-...]
+python scripts/results/autoencoder.py [--data FOLDER] [--out runs/results] [--seed 0]
+    [--digits 0 1 ...]
+
+See docs/results.md.
 """
 
+import argparse
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from common import parse_arguments, print_table, train
+from common import Metrics, print_table, results_parser, train
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -19,103 +22,117 @@ from sklearn.preprocessing import StandardScaler
 from trainers.autoencoder import NUM_PROBE_PICTURES
 from trainers.cli import run_main, silence_libraries
 from trainers.config.loading import load_config
+from trainers.data.rng import choose_rows
 from trainers.from_scratch.image_sets import load_images
 
 NOISE = 0.3
+CODE = 32  # numbers that a picture becomes
+
+Row = tuple[str, float, float, float]  # what is measured, ours, PCA's, seconds of training
+
+
+@dataclass
+class Digits:
+    """Pictures (N, 784) in 0..1 and their labels (N,), to train on and held out."""
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = results_parser(__doc__, "ylecun/mnist")
+    parser.add_argument("--seed", type=int, default=0, help="The seed of our runs.")
+    help = "The digits that are learned as normal, each by a run."
+    parser.add_argument("--digits", type=int, nargs="+", default=list(range(10)), help=help)
+    return parser.parse_args()
 
 
 def main() -> None:
-    digits = {
-        "type": int,
-        "nargs": "+",
-        "default": list(range(10)),
-        "help": "normal classes to learn",
-    }
-    arguments = parse_arguments(
-        __doc__, "ylecun/mnist", seed={"type": int, "default": 0}, digits=digits
-    )
+    arguments = parse_arguments()
     silence_libraries()
-    table = []
-
-    def run_trainer(config: str, name: str, *overrides: str) -> tuple[dict, float]:
-        source = [f"data.dataset_name={arguments.data}", f"seed={arguments.seed}"]
-        return train(config, arguments.out / f"{name}_seed{arguments.seed}", *source, *overrides)
-
-    flat, labels, test, truth = pictures(arguments.data)
-    baseline = {"linear_probe": probe(PCA(32, random_state=0), flat, labels, test, truth)}
-    baseline["raw"] = probe(None, flat, labels, test, truth)
-    rng = np.random.default_rng(arguments.seed)
-    noisy = np.clip(test + NOISE * rng.standard_normal(test.shape), 0, 1)
-    for count in (32, 100):
-        pca = PCA(count, random_state=0).fit(flat)
-        baseline[f"psnr_{count}"] = psnr(reconstruct_by_pca(pca, test), test)
-        baseline[f"denoise_{count}"] = psnr(reconstruct_by_pca(pca, noisy), test)
-    reconstructed, seconds = run_trainer("autoencoder_mnist", "reconstruct")
-    table.append(("PSNR of 32 numbers, dB", reconstructed["psnr"], baseline["psnr_32"], seconds))
-    table.append(
-        (
-            "linear probe of 32 numbers",
-            reconstructed["linear_probe"],
-            baseline["linear_probe"],
-            seconds,
-        )
-    )
-    table.append(
-        ("linear probe of raw pixels", reconstructed["linear_probe"], baseline["raw"], seconds)
-    )
-    clean, seconds = run_trainer(
-        "autoencoder_mnist", "denoise", "use=denoise", f"objective.noise={NOISE}"
-    )
-    table.append(("noise 0.3 removed, dB (PCA-32)", clean["psnr"], baseline["denoise_32"], seconds))
-    table.append(
-        ("noise 0.3 removed, dB (PCA-100)", clean["psnr"], baseline["denoise_100"], seconds)
-    )
-    aurocs, theirs, smooth, spent = [], [], [], []
-    for digit in arguments.digits:
-        metrics, seconds = run_trainer(
-            "autoencoder_anomaly", f"anomaly_{digit}", f"data.only_label={digit}"
-        )
-        pca = PCA(32, random_state=0).fit(flat[labels == digit])
-        error = (reconstruct_by_pca(pca, test) - test).reshape(-1, 1, 28, 28)
-        mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 3, 1, 1).numpy()
-        aurocs.append(metrics["auroc"])
-        theirs.append(roc_auc_score(truth != digit, (error**2).mean((1, 2, 3))))
-        smooth.append(roc_auc_score(truth != digit, (mean**2).mean((1, 2, 3))))
-        spent.append(seconds)
-        table.append((f"AUROC, normal class {digit}", aurocs[-1], theirs[-1], seconds))
-    table.append(("AUROC, mean", np.mean(aurocs), np.mean(theirs), np.sum(spent)))
-    table.append(
-        (
-            "AUROC, mean, PCA with our averaged error",
-            np.mean(aurocs),
-            np.mean(smooth),
-            np.sum(spent),
-        )
-    )
-    print_table(["", "ours", "PCA", "training, s"], table)
+    digits = load_digits(arguments.data)
+    rows = [*code_rows(arguments, digits), *anomaly_rows(arguments, digits)]
+    print_table(["", "ours", "PCA", "training, s"], rows)
 
 
-def pictures(source: str) -> list[np.ndarray]:
+def load_digits(source: str) -> Digits:
     config = load_config("configs/autoencoder_mnist.yaml", [f"data.dataset_name={source}"])
-    parts = []
+    arrays = []
     for held_out in (False, True):
         images = load_images(config.data, "cpu", held_out)
-        parts += [images.pixels.flatten(1).numpy() / np.float32(255), images.labels.numpy()]
-    return parts
+        arrays += [images.pixels.flatten(1).numpy() / np.float32(255), images.labels.numpy()]
+    return Digits(*arrays)
 
 
-def probe(pca: PCA | None, flat, labels, test, truth) -> float:
-    """The same reader as for our codes, on as many pictures; the components from all. Raw pixels do
-    better unscaled."""
+def run_trainer(
+    arguments: argparse.Namespace, config: str, name: str, *overrides: str
+) -> tuple[Metrics, float]:
+    source = [f"data.dataset_name={arguments.data}", f"seed={arguments.seed}"]
+    return train(config, arguments.out / f"{name}_seed{arguments.seed}", *source, *overrides)
+
+
+def code_rows(arguments: argparse.Namespace, digits: Digits) -> list[Row]:
+    """How well codes give pictures back, tell digits apart, and leave noise out."""
+    test = digits.test
+    rng = np.random.default_rng(arguments.seed)
+    noisy = np.clip(test + NOISE * rng.standard_normal(test.shape), 0, 1)
+    pcas = {count: PCA(count, random_state=0).fit(digits.train) for count in (CODE, 100)}
+    probes = [probe(PCA(CODE, random_state=0), digits), probe(None, digits)]
+    config = "autoencoder_mnist"
+    ours, seconds = run_trainer(arguments, config, "reconstruct")
+    psnr_of_codes = psnr(reconstruct(pcas[CODE], test), test)
+    rows = [
+        (f"PSNR of {CODE} numbers, dB", ours["psnr"], psnr_of_codes, seconds),
+        (f"linear probe of {CODE} numbers", ours["linear_probe"], probes[0], seconds),
+        ("linear probe of raw pixels", ours["linear_probe"], probes[1], seconds),
+    ]
+    options = ["use=denoise", f"objective.noise={NOISE}"]
+    ours, seconds = run_trainer(arguments, config, "denoise", *options)
+    for count, pca in pcas.items():
+        name = f"noise {NOISE} removed, dB (PCA-{count})"
+        rows.append((name, ours["psnr"], psnr(reconstruct(pca, noisy), test), seconds))
+    return rows
+
+
+def anomaly_rows(arguments: argparse.Namespace, digits: Digits) -> list[Row]:
+    """How well each digit is told from all others by whom has seen that digit alone."""
+    rows, smoothed = [], []
+    for digit in arguments.digits:
+        only = f"data.only_label={digit}"
+        ours, seconds = run_trainer(arguments, "autoencoder_anomaly", f"anomaly_{digit}", only)
+        pca = PCA(CODE, random_state=0).fit(digits.train[digits.train_labels == digit])
+        error = (reconstruct(pca, digits.test) - digits.test).reshape(-1, 1, 28, 28)
+        mean = torch.nn.functional.avg_pool2d(torch.from_numpy(error), 3, 1, 1).numpy()
+        is_strange = digits.test_labels != digit
+        theirs = float(roc_auc_score(is_strange, (error**2).mean((1, 2, 3))))
+        smoothed.append(float(roc_auc_score(is_strange, (mean**2).mean((1, 2, 3)))))
+        rows.append((f"AUROC, normal class {digit}", ours["auroc"], theirs, seconds))
+    _, ours, theirs, seconds = zip(*rows, strict=True)
+    for name, other in (("", theirs), (", PCA with our averaged error", smoothed)):
+        means = float(np.mean(ours)), float(np.mean(other))
+        rows.append((f"AUROC, mean{name}", *means, float(np.sum(seconds))))
+    return rows
+
+
+def probe(pca: PCA | None, digits: Digits) -> float:
+    """The accuracy of the same reader as for our codes, on as many pictures drawn by chance.
+
+    The components are of all pictures. Raw pixels do better unscaled.
+    """
     reader = LogisticRegression(max_iter=500)
+    train, test = digits.train, digits.test
     if pca is not None:
-        pca.fit(flat)
-        flat, test = pca.transform(flat[:NUM_PROBE_PICTURES]), pca.transform(test)
+        pca.fit(train)
+        train, test = pca.transform(train), pca.transform(test)
         reader = make_pipeline(StandardScaler(), reader)
-    return reader.fit(flat[:NUM_PROBE_PICTURES], labels[:NUM_PROBE_PICTURES]).score(test, truth)
+    rows = choose_rows(0, len(train), NUM_PROBE_PICTURES)
+    reader.fit(train[rows], digits.train_labels[rows])
+    return float(reader.score(test, digits.test_labels))
 
 
-def reconstruct_by_pca(pca: PCA, x: np.ndarray) -> np.ndarray:
+def reconstruct(pca: PCA, x: np.ndarray) -> np.ndarray:
     return np.clip(pca.inverse_transform(pca.transform(x)), 0, 1).astype(np.float32)
 
 

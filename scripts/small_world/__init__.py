@@ -1,2 +1,4 @@
-"""A tiny world in which what a LoRA learns can be measured in minutes: drawings, and a judge that
-reads them."""
+"""A tiny world in which what a LoRA learns can be measured in minutes.
+
+It is made of drawings, and of a judge that reads them.
+"""

@@ -1,5 +1,4 @@
-"""The small world: drawn 32 px objects with captions, a judge that reads them, and the figures of
-what a LoRA learned.
+"""The drawings of the small world: objects of 32 pixels, with captions.
 
 A base is trained on plain objects only. The subject of the quickstart, a purple and yellow striped
 star with a face, is therefore new in every way but its shape: no stripes, no faces, no second
@@ -7,10 +6,12 @@ colours. The judge has seen them all and never gives a training signal.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 ASSETS = Path(__file__).parent / "assets"
@@ -70,15 +71,14 @@ def plain_thing(rng: np.random.Generator) -> Thing:
 def rich_thing(rng: np.random.Generator) -> Thing:
     """What the judge and the autoencoder are trained on: any pattern, with or without a face."""
     thing, pattern = plain_thing(rng), pick(PATTERNS, rng)
-    color2 = (
-        "" if pattern == "plain" else pick([name for name in COLORS if name != thing.color], rng)
-    )
+    color2 = ""
+    if pattern != "plain":
+        color2 = pick([name for name in COLORS if name != thing.color], rng)
     return replace(thing, pattern=pattern, color2=color2, face=bool(rng.random() < 0.5))
 
 
 def is_subject(thing: Thing) -> bool:
-    """The subject's shape, pattern and pair of colours, in either order and with or without its
-    face."""
+    """Whether it has the subject's shape, pattern and pair of colors, with or without its face."""
     colors = {thing.color, thing.color2}
     return thing.shape == "star" and thing.pattern == "stripes" and colors == {"purple", "yellow"}
 
@@ -101,56 +101,86 @@ def caption(thing: Thing, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
+class Placement:
+    """Where an object lies on a square canvas, by chance.
+
+    Object coordinates have the object's radius as their unit, and y points down.
+    """
+
+    def __init__(self, canvas: int, rng: np.random.Generator, jitter: float) -> None:
+        self.canvas = canvas
+        self.radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
+        self.center = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
+        angle = math.radians(jitter * rng.uniform(-15, 15))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        self.turn = np.array([[cosine, -sine], [sine, cosine]])
+
+    def points(self, points: Sequence) -> list[tuple[float, float]]:
+        """Object coordinates (N, 2) as pixels of the canvas."""
+        placed = self.center + self.radius * np.asarray(points, float) @ self.turn.T
+        return [tuple(point) for point in placed]
+
+    def disc(self, x: float, y: float, radius: float) -> list[float]:
+        """The pixels of a disc's left, upper, right and lower end."""
+        ((x, y),) = self.points([(x, y)])
+        radius *= self.radius
+        return [x - radius, y - radius, x + radius, y + radius]
+
+
 def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.Image:
-    """A SIZE x SIZE RGB picture; `jitter` scales the spread of place, size and angle (1: a quarter
-    of the object)."""
+    """A SIZE x SIZE RGB picture.
+
+    jitter: scales the spread of place, size and angle; with 1 it is a quarter of the object.
+    """
     canvas = SIZE * 4
-    radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
-    center = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
-    angle = math.radians(jitter * rng.uniform(-15, 15))
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-
-    def place(points) -> list[tuple[float, float]]:
-        """Object coordinates (the object's radius is 1, y points down) -> canvas pixels."""
-        return [tuple(xy) for xy in center + radius * np.asarray(points, float) @ turn.T]
-
-    def disc(x, y, r) -> list[float]:
-        ((x, y),) = place([(x, y)])
-        return [x - r * radius, y - r * radius, x + r * radius, y + r * radius]
-
-    color, color2 = (
-        _shade(COLORS[name], rng, 12) for name in (thing.color, thing.color2 or thing.color)
-    )
+    placement = Placement(canvas, rng, jitter)
+    color = _shade(COLORS[thing.color], rng, 12)
+    color2 = _shade(COLORS[thing.color2 or thing.color], rng, 12)
     paint = Image.new("RGB", (canvas, canvas), color)
     brush = ImageDraw.Draw(paint)
-    if thing.pattern == "stripes":
-        for y in np.arange(-3.2, 3.3, 0.8):
-            brush.polygon(
-                place([(-4, y - 0.2), (4, y - 0.2), (4, y + 0.2), (-4, y + 0.2)]), fill=color2
-            )
-    elif thing.pattern == "dots":
-        for i in range(-2, 3):
-            for j in range(-2, 3):
-                brush.ellipse(disc(0.55 * (i + 0.5 * (j % 2)), 0.55 * j, 0.17), fill=color2)
-    elif thing.pattern == "halves":
-        brush.polygon(place([(0, -4), (4, -4), (4, 4), (0, 4)]), fill=color2)
+    _paint_pattern(brush, thing.pattern, color2, placement)
     if thing.face:
-        for x in (-0.3, 0.3):
-            brush.ellipse(disc(x, -0.1, 0.22), fill=(255, 255, 255))
-            brush.ellipse(disc(x, -0.1, 0.11), fill=(0, 0, 0))
-        brush.chord(disc(0, 0.27, 0.28), 0, 180, fill=(200, 20, 40))
-
+        _paint_face(brush, placement)
     mask = Image.new("L", (canvas, canvas))
     for polygon in _outline(thing.shape):
-        ImageDraw.Draw(mask).polygon(place(polygon), fill=255)
+        ImageDraw.Draw(mask).polygon(placement.points(polygon), fill=255)
     picture = _scenery(thing.background, rng).resize((canvas, canvas), Image.Resampling.BICUBIC)
     picture.paste(tuple(int(0.45 * c) for c in color), mask=mask.filter(ImageFilter.MaxFilter(5)))
     picture.paste(paint, mask=mask)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
+def to_pixels(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in -1..1."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def pick(names, rng: np.random.Generator) -> str:
     return list(names)[rng.integers(len(names))]
+
+
+def _paint_pattern(
+    brush: ImageDraw.ImageDraw, pattern: str, color: tuple[int, ...], placement: Placement
+) -> None:
+    if pattern == "stripes":
+        for y in np.arange(-3.2, 3.3, 0.8):
+            stripe = [(-4, y - 0.2), (4, y - 0.2), (4, y + 0.2), (-4, y + 0.2)]
+            brush.polygon(placement.points(stripe), fill=color)
+    elif pattern == "dots":
+        for i in range(-2, 3):
+            for j in range(-2, 3):
+                dot = placement.disc(0.55 * (i + 0.5 * (j % 2)), 0.55 * j, 0.17)
+                brush.ellipse(dot, fill=color)
+    elif pattern == "halves":
+        half = [(0, -4), (4, -4), (4, 4), (0, 4)]
+        brush.polygon(placement.points(half), fill=color)
+
+
+def _paint_face(brush: ImageDraw.ImageDraw, placement: Placement) -> None:
+    for x in (-0.3, 0.3):
+        brush.ellipse(placement.disc(x, -0.1, 0.22), fill=(255, 255, 255))
+        brush.ellipse(placement.disc(x, -0.1, 0.11), fill=(0, 0, 0))
+    brush.chord(placement.disc(0, 0.27, 0.28), 0, 180, fill=(200, 20, 40))
 
 
 def _shade(

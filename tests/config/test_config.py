@@ -140,7 +140,7 @@ def test_an_override_equals_the_same_words_in_the_file(settings, written):
         ("data.instance_prompt=a {b: c", "data.instance_prompt"),
         ("train=abc", "train: input should be"),
         ("train=[1]", "train: input should be"),
-        ("seed=2020-13-45", "not a YAML value"),
+        ("seed=2020-13-45", "valid integer"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_helps(settings, override, told):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config import DataConfig, DreamBoothConfig, ImagesConfig, PairsConfig
+from trainers.config import AutoencoderConfig, DataConfig, DreamBoothConfig, UNetConfig
 from trainers.data.dreambooth_batches import repeat_pictures
 from trainers.data.intake import Intake
 from trainers.data.photo_checks import load_photos
 from trainers.data.pictures import load_instance_pictures
 from trainers.errors import UserError
+from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import load_images
 
 
@@ -141,9 +142,12 @@ def test_a_year_is_no_number_of_repeats_and_zero_is_refused(put, tmp_path):
 def test_small_networks_say_what_they_do_not_use(put, tmp_path):
     put("0.png", (8, 8)), put("sub/1.png", (4, 8)), put("0.txt", content=b"x")
     intake = Intake()
-    config = ImagesConfig(image_dir=tmp_path / "photos", resolution=8)
-    assert len(load_images(config, "cpu", intake=intake)) == 2
+    config = AutoencoderConfig(data={"image_dir": tmp_path / "photos", "resolution": 8})
+    images = load_images(config.data, "cpu")
+    assert len(images) == 2
+    warn_of_data(config, images, None, intake)
     text = "\n".join(note.text for note in intake.notes)
+    assert "2 pictures in photos" in text
     assert "not used: 1 .txt (0.txt)" in text
     assert "1 of 2 pictures are smaller than data.resolution=8, so enlarged: 1.png" in text
 
@@ -152,7 +156,8 @@ def test_pairs_leave_out_what_has_neither_ending_and_say_so(put, tmp_path):
     for name in ("0_image.png", "0_mask.png", "a/0_image.png", "a/0_mask.png", "0_other.png"):
         put(name)
     intake = Intake()
-    config = PairsConfig(image_dir=tmp_path / "photos", resolution=8)
-    images = load_images(config, "cpu", read_target=lambda picture: picture.decode(), intake=intake)
+    config = UNetConfig(use="pix2pix", data={"image_dir": tmp_path / "photos", "resolution": 8})
+    images = load_images(config.data, "cpu", read_target=lambda picture: picture.decode())
     assert len(images) == 2
-    assert any("not used: 1 .png (0_other.png)" in note.text for note in intake.notes)
+    warn_of_data(config, images, None, intake)
+    assert "not used: 1 .png (0_other.png)" in [note.text for note in intake.notes]

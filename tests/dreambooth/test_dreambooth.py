@@ -150,18 +150,16 @@ def test_class_images_are_completed_not_remade(settings):
 
 
 def test_divergence_stops_with_a_message(settings):
+    config = settings("lora=null", "data.cache=false")
+    # no config can ask for these
+    optimizer = config.optimizer.model_copy(update={"learning_rate": 1e30})
+    train = config.train.model_copy(update={"max_grad_norm": 1e30})
+    config = config.model_copy(update={"optimizer": optimizer, "train": train})
     with pytest.raises(
         RunFailedError,
         match=r"5 steps in a row had no finite gradient, .* step 6: .* Lower optimizer",
     ):
-        run(
-            settings(
-                "lora=null",
-                "optimizer.learning_rate=1e30",
-                "train.max_grad_norm=1e30",
-                "data.cache=false",
-            )
-        )
+        run(config)
 
 
 def test_unknown_target_modules_name_what_exists(settings):

@@ -156,8 +156,8 @@ def test_class_pictures_that_are_not_used_are_counted(put, tmp_path):
         put(f"{i}.png")
     intake = Intake()
     config = DataConfig(class_prompt="a dog", num_class_images=2)
-    load_class_pictures(tmp_path / "photos", config, intake)
-    assert any("of 3 class pictures the first 2 are used" in note.text for note in intake.notes)
+    load_class_pictures(tmp_path / "photos", config, intake=intake)
+    assert any("of 3 class pictures 2 are used" in note.text for note in intake.notes)
 
 
 # Lengths of captions

@@ -105,7 +105,7 @@ def test_two_processes_measure_a_gan_with_a_classifier(make, tmp_path):
     command = ("train.py", written(two, tmp_path / "two.yaml"))
     statuses = launch(*command, log=tmp_path / "log", processes=2, before=measure_quickly)
     assert statuses == [0, 0], (tmp_path / "log.0").read_text()
-    assert figures(two)["fid"] > 0
+    assert figures(two)["kid"] > 0
 
 
 def test_accumulation_equals_one_batch_or_is_refused(kind, make, whole):

@@ -12,62 +12,56 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.shared.lora_files import denoiser_names
 from tests.shared.saved_loras import ALL, check, family_of, products, random_lora
 from trainers.config.family_facts import family_facts
 from trainers.errors import UserError
 from trainers.families import FAMILIES
-from trainers.lora import diffusers_format, peft_format
-from trainers.lora.base_layers import adaptable_layers
+from trainers.lora import diffusers_format, kohya, peft_format
+from trainers.lora.base_layers import adaptable_layers, adaptable_shapes
 from trainers.lora.files import read_lora
-from trainers.lora.formats import FORMATS, detect_format, load_format
-from trainers.lora.kohya import from_kohya, kohya_names, swapped_layers, to_kohya
-from trainers.lora.update import LoraUpdate, max_relative_difference
+from trainers.lora.formats import READ_FORMATS
+from trainers.lora.kohya import to_kohya
+from trainers.lora.names import swapped_layers
+from trainers.lora.update import LoraUpdate, Rows, max_relative_difference, split_update
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_format_recognizes_what_it_writes(bases, tmp_path, name):
-    family = family_of(bases["sd15"], "sd15")
-    layers = dict(list(adaptable_layers(family).items())[:1])
-    lora = random_lora(layers, dict.fromkeys(layers, (3,)))
-    out = tmp_path / f"out{load_format(name).SUFFIX}"
-    load_format(name).write(lora, family, out, {})
-    assert detect_format(out) is load_format(name)
-
-
-def test_a_path_where_nothing_is_is_the_users_mistake(tmp_path):
+def test_a_path_where_nothing_is_is_the_users_mistake(bases, tmp_path):
     with pytest.raises(UserError, match="there is no such file or folder"):
-        detect_format(tmp_path / "absent")
+        read_lora(tmp_path / "absent", family_of(bases["sd15"], "sd15"))
 
 
 def test_a_new_format_is_a_module_and_a_row(bases, tmp_path, monkeypatch):
     """Its module need not lie in the package."""
     family = family_of(bases["sd15"], "sd15")
-    layer = next(iter(adaptable_layers(family)))
-    lora = {layer: LoraUpdate(torch.ones(1, 3), torch.ones(2, 1))}
-    module = SimpleNamespace(
-        SUFFIX=".new",
-        recognizes=lambda path: path.suffix == ".new",
-        read=lambda path, family: (lora, []),
-    )
+    layer = "unet.down_blocks.0.attentions.0.proj_in"
+    module = SimpleNamespace(layer_names=lambda family: {"anything": Rows((layer,))})
     monkeypatch.setitem(sys.modules, "new_format", module)
-    rows = {"new": "new_format", **FORMATS}
-    monkeypatch.setattr("trainers.lora.formats.FORMATS", rows)
-    assert read_lora(tmp_path / "file.new", family) == lora
+    monkeypatch.setitem(READ_FORMATS, "new", "new_format")
+    state = {"anything.lora_A": torch.ones(1, 8, 1, 1), "anything.lora_B": torch.ones(8, 1, 1, 1)}
+    save_file(state, tmp_path / "file.safetensors")
+    found = read_lora(tmp_path / "file.safetensors", family)
+    assert found.keys() == {layer}
+    assert torch.equal(found[layer].delta_weight(), torch.ones(8, 8))
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ranks", [(2,), (1, 3, 2)], ids=["one rank", "several"])
-@pytest.mark.parametrize("wanted", ["", "to_q", "to_v", "proj_mlp", "ff"])
+@pytest.mark.parametrize("wanted", ["", "to_q", "to_v", "mlp", "ff"])
 def test_kohya_and_back_is_exact_with_whole_and_with_partly_trained_layers(
-    bases, name, ranks, wanted
+    bases, tmp_path, name, ranks, wanted
 ):
-    layers = adaptable_layers(family_of(bases[name], name))
-    chosen = {key: outputs for key, outputs in layers.items() if wanted in key}
-    lora = random_lora(chosen, dict.fromkeys(chosen, (3,)), ranks=ranks)
-    kohya = family_facts(name).kohya
-    back, unknown = from_kohya(to_kohya(lora, layers, kohya), layers, kohya)
-    assert not unknown
+    family = family_of(bases[name], name)
+    shapes = adaptable_shapes(family)
+    chosen = {key: shape for key, shape in shapes.items() if wanted in key}
+    lora = random_lora(
+        {key: shape[0] for key, shape in chosen.items()},
+        {key: shape[1:] for key, shape in chosen.items()},
+        ranks=ranks,
+    )
+    kohya.write(lora, family, tmp_path / KOHYA_NAME, {})
+    back = read_lora(tmp_path / KOHYA_NAME, family)
     assert back.keys() == lora.keys()
     for key, update in lora.items():
         assert torch.equal(back[key].a, update.a)
@@ -78,19 +72,19 @@ def test_layers_that_share_their_first_half_stay_as_small_as_they_were():
     layers = {f"transformer.transformer_blocks.0.attn.to_{x}": 4 for x in "qkv"}
     a = torch.randn(2, 3)
     lora = {name: LoraUpdate(a, torch.randn(4, 2)) for name in layers}
-    assert to_kohya(lora, layers, family_facts("flux").kohya)[
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"
-    ].shape == (2, 3)
-    kohya = family_facts("flux").kohya
-    back, _ = from_kohya(to_kohya(lora, layers, kohya), layers, kohya)
+    state = to_kohya(lora, layers, denoiser_names(layers, "flux"))
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert state[f"{stem}.lora_down.weight"].shape == (2, 3)
+    whole = LoraUpdate(state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"])
+    back = dict(zip(layers, split_update(whole, list(layers.values())), strict=True))
     assert max_relative_difference(lora, back) == 0
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_two_layers_share_a_name_and_none_is_left_out(bases, name):
-    layers = adaptable_layers(family_of(bases[name], name))
-    names = kohya_names(layers, family_facts(name).kohya)
-    parts = [part for parts in names.values() for part in parts]
+    family = family_of(bases[name], name)
+    layers = adaptable_layers(family)
+    parts = [part for rows in kohya.written_names(family, layers).values() for part in rows.layers]
     assert len(parts) == len(set(parts))
     assert layers.keys() <= set(parts)
     assert swapped_layers(layers, family_facts(name).kohya) <= layers.keys() | {""}

@@ -8,8 +8,8 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 
+from tests.shared.lora_files import denoiser_names
 from tests.shared.saved_loras import check, products, random_lora
-from trainers.config.family_facts import family_facts
 from trainers.lora.kohya import to_kohya
 
 SIDE = 8  # width of the released SD3 in these tests
@@ -118,7 +118,7 @@ def test_released_models_get_the_updates_that_diffusers_would(name):
     zeros = converted(shapes, {}, name)
     layers = {key: len(weight) for key, weight in zeros.items()}
     lora = random_lora(layers, {key: weight.shape[1:] for key, weight in zeros.items()})
-    state = to_kohya(lora, layers, family_facts(name).kohya)
+    state = to_kohya(lora, layers, denoiser_names(layers, name))
     weights = {}
     for key, shape in shapes.items():
         stem = "lora_unet_" + key.replace(".", "_")
@@ -136,7 +136,7 @@ def test_diffusers_reader_of_sd_scripts_flux_files_finds_every_update_at_full_wi
     layers = {key: len(w) for key, w in zeros.items() if "blocks." in key and ".norm" not in key}
     lora = random_lora(layers, {key: zeros[key].shape[1:] for key in layers})
     found = _convert_kohya_flux_lora_to_diffusers(
-        to_kohya(lora, layers, family_facts("flux").kohya)
+        to_kohya(lora, layers, denoiser_names(layers, "flux"))
     )
     stems = [key.removesuffix(".lora_A.weight") for key in found if key.endswith(".lora_A.weight")]
     check(

@@ -29,12 +29,12 @@ def test_dice_and_iou_equal_sklearns():
 
 
 def test_psnr_and_ssim_equal_their_closed_forms():
-    """Of pictures of one value each, ssim is the comparison of luminance alone."""
+    """Of pictures of one value each, ssim is the comparison of luminance alone, in 0..1."""
     generated, true = torch.full((2, 1, 16, 16), 0.3), torch.full((2, 1, 16, 16), -0.1)
     assert psnr(generated, true) == pytest.approx(10 * math.log10(2**2 / 0.4**2), rel=1e-5)
-    c = (0.01 * 2) ** 2
+    c, bright, dark = 0.01**2, 0.65, 0.45
     assert ssim(generated, true) == pytest.approx(
-        (2 * 0.3 * -0.1 + c) / (0.3**2 + 0.1**2 + c), rel=1e-4
+        (2 * bright * dark + c) / (bright**2 + dark**2 + c), rel=1e-4
     )
     x, y = 2 * random(2, 3, 16, 16) - 1, 2 * random(2, 3, 16, 16, seed=1) - 1
     assert psnr(x, y) == pytest.approx(10 * math.log10(4 / np.mean((x - y).numpy() ** 2)), rel=1e-5)

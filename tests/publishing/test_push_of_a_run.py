@@ -53,6 +53,9 @@ def test_a_pushed_lora_loads_from_the_hub_and_makes_the_runs_own_picture(hub, se
     run(config)
     (code,) = re.findall(r"```python\n(.*?)```", clone()["README.md"].decode(), re.DOTALL)
     scope = {}
+    assert "PRETRAINED_MODEL_NAME_OR_PATH" in code, "the path of a local base is not published"
+    base = config.model.pretrained_model_name_or_path
+    code = code.replace("PRETRAINED_MODEL_NAME_OR_PATH", base)
     exec(code.replace("PATH_OR_REPO", "me/mine"), scope)
     final = Image.open(config.output_dir / "samples/final/00-0.png")
     assert scope["image"].tobytes() == final.tobytes()

@@ -193,7 +193,7 @@ def test_the_script_prints_what_it_measured_and_with_what(settings, nets, bare, 
     assert str(nets[0]) in result["net"] in printed
     assert str(nets[1]) in result["prompt_net"] in printed
     assert result["best"] is None
-    kept = energy_by_rank(from_peft(load_file(config.output_dir / WEIGHTS), {}))
+    kept = energy_by_rank(from_peft(load_file(config.output_dir / WEIGHTS)))
     assert result["spectrum"] == {"1": kept[0], "2": kept[1]}
     before, kept = (
         result["rows"][-1]["clip_t"],

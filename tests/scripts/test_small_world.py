@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from small_world.judge import format_gate, gate, load_judge, load_pipeline, measure_samples
+from small_world.gate import format_gate, gate
+from small_world.judge import load_judge
+from small_world.measure import load_pipeline, measure_samples
 from small_world.world import (
     ASSETS,
     HELD_OUT_SEED,

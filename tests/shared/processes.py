@@ -4,11 +4,14 @@ already."""
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import torch
+
+from trainers.training.process_state import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[2]
 server = multiprocessing.get_context("forkserver")
@@ -77,10 +80,14 @@ def become(script, arguments, log, before, environment):
 def call(script, *arguments):
     """Run scripts/`script` in this process; its exit status."""
     before, sys.argv = sys.argv, [script, *(str(a) for a in arguments)]
+    # a script keeps the signals to its end
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
     except SystemExit as end:
         return end.code or 0
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     raise AssertionError(f"{script} did not end by sys.exit")

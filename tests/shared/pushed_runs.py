@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from tests.shared.local_hub import serving
 from trainers.config.loading import dump_config
 from trainers.publishing import hub as publishing_hub
+from trainers.publishing.public import public_text
 
 PUBLIC = [
     *(
@@ -92,7 +93,8 @@ def clone(name="me/mine", **options):
 
 
 def files(config):
-    return {name: (config.output_dir / name).read_bytes() for name in PUBLIC}
+    found = {name: (config.output_dir / name).read_bytes() for name in PUBLIC}
+    return found | {"config.yaml": public_text(config).encode()}
 
 
 def same(one, other):

@@ -1,13 +1,16 @@
 """Laws of stopping early: a callback may ask for it, and it counts as the end of the run."""
 
 import json
+import signal
 
 import pytest
 from safetensors.torch import load, load_file
 from torch.testing import assert_close
 
 from trainers import dreambooth
+from trainers.errors import Interrupted
 from trainers.run import run
+from trainers.training import callbacks
 from trainers.training.checkpoint import read_checkpoint
 from trainers.training.loop import StopReason
 
@@ -78,3 +81,22 @@ def test_all_callbacks_see_the_step_after_which_one_asks_to_stop(settings, stop_
     run(config)
     lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_signal_at_the_step_after_which_a_callback_stops_is_not_lost(
+    settings, stop_after, monkeypatch
+):
+    save = callbacks.save_checkpoint
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", signalled)
+    stop_after(3)
+    config = settings("checkpoint.checkpointing_steps=4")
+    with pytest.raises(Interrupted, match="the same command goes on from the checkpoint"):
+        run(config)
+    assert not (config.output_dir / "pytorch_lora_weights.safetensors").exists()
+    manifest, _ = read_checkpoint(config.output_dir / "checkpoints/step-000003")
+    assert manifest["end"] == "the held-out loss rises"

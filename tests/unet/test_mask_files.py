@@ -42,7 +42,7 @@ def test_a_palette_of_grays_that_are_no_classes_holds_indices():
 
 def test_a_mask_of_fractions_is_refused():
     image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
-    with pytest.raises(UserError, match=r"has the values 0\.5"):
+    with pytest.raises(UserError, match=r"has the value 0\.5"):
         read_mask(picture_of(image, "TIFF"), 2)
 
 

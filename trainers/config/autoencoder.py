@@ -5,32 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
-
 from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
 from trainers.config.base_sections import Section, field
+from trainers.config.bounds import Channels, CodeSize, LossWeight, NoiseLevel, PathField
 from trainers.config.from_scratch import ScratchConfig
 
 
 class AutoencoderModelConfig(Section):
-    latent_dim: PositiveInt = field(32, "Numbers in the code of a picture.")
-    width: PositiveInt = field(
-        32, "Channels of the first level; doubled at each further one.", multiple_of=8
-    )
+    latent_dim: CodeSize = field(32, "Numbers in the code of a picture.")
+    width: Channels = field(32, "Channels of the first level; doubled at each further one.")
     variational: bool = field(
         False, "The encoder gives a Gaussian, not a point (Kingma and Welling 2014)."
     )
 
 
 class AutoencoderObjectiveConfig(Section):
-    noise: float = field(
-        0.3, "denoise: standard deviation of the noise; pictures are in 0..1.", ge=0
+    noise: NoiseLevel = field(
+        0.3, "denoise: standard deviation of the noise; pictures are in 0..1."
     )
     hidden: float = field(
         0.5, "anomaly: share of patches of 4 x 4 pixels that are hidden.", gt=0, lt=1
     )
-    kl_weight: float = field(
-        0.001, "variational: weight of the divergence from the unit Gaussian, per number.", ge=0
+    kl_weight: LossWeight = field(
+        0.001, "variational: weight of the divergence from the unit Gaussian, per number."
     )
 
 
@@ -42,7 +39,7 @@ KEYS_BY_USE = [
 
 class AutoencoderConfig(ScratchConfig):
     kind: Literal["autoencoder"] = field("autoencoder", "Which trainer runs.")
-    output_dir: Path = field(
+    output_dir: PathField = field(
         Path("runs/autoencoder"), "The run folder: everything that the run writes."
     )
     use: Literal["reconstruct", "denoise", "anomaly"] = field(

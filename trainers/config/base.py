@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import NonNegativeInt
-
 from trainers.config import base_rules as rules
 from trainers.config.base_sections import (
     CheckpointConfig,
@@ -19,14 +17,17 @@ from trainers.config.base_sections import (
     ValidationConfig,
     field,
 )
+from trainers.config.bounds import Name, PathField, Seed
 
 
 class Config(Section):
     """What every trainer has."""
 
-    kind: str = field("", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/run"), "The run folder: everything that the run writes.")
-    seed: NonNegativeInt = field(0, "Seed of data order, noise and times.")
+    kind: Name = field("", "Which trainer runs.")
+    output_dir: PathField = field(
+        Path("runs/run"), "The run folder: everything that the run writes."
+    )
+    seed: Seed = field(0, "Seed of data order, noise and times.")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -75,7 +76,8 @@ class Config(Section):
 
     def errors(self) -> rules.Errors:
         """Rules that one field's type cannot state, as (path, message)."""
-        yield from rules.warmup_errors(self.optimizer, self.train)
+        yield from rules.output_errors(self.output_dir)
+        yield from rules.optimizer_errors(self)
         yield from rules.package_errors(self)
         if not self.can_accumulate:
             yield from rules.accumulation_errors(self.train)

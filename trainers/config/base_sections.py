@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from trainers.config.bounds import Fraction, LearningRate, Name, Steps
 
 
 class Section(BaseModel):
@@ -14,40 +14,99 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def reject_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false as a number: Python would count them as 1 and 0."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        types = leaf_types(cls.model_fields[info.field_name].annotation)
+        takes_numbers_only = {int, float} & types and bool not in types
+        if takes_numbers_only and any(isinstance(part, bool) for part in values):
+            raise ValueError("input should be a number")
+        return value
+
+
+def leaf_types(annotation: Any) -> set[type]:
+    """The types that an annotation is made of, and those of the values of a Literal."""
+    arguments = get_args(annotation)
+    if not arguments:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set().union(*(leaf_types(argument) for argument in arguments))
+
 
 def field(default: Any, help: str, **limits: Any) -> Any:
     """A key with its default and its help; limits: pydantic's, such as ge=0."""
     return Field(default, description=help, **limits)
 
 
+ADAM_KEYS = ("betas", "eps", "weight_decay")
+# The settings that each optimizer takes beside its rate.
+OPTIMIZER_KEYS = {
+    "adamw": ADAM_KEYS,
+    "adamw_8bit": ADAM_KEYS,
+    "paged_adamw_8bit": ADAM_KEYS,
+    "adafactor": ("weight_decay",),
+    "prodigy": ADAM_KEYS,
+}
+# Prodigy finds the rate itself and multiplies it with this.
+PRODIGY_RATE = 1.0
+
+
 class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field(
         "adamw", "Optimizer."
     )
-    learning_rate: float = field(1e-4, "Peak learning rate (1.0 for prodigy).", ge=0)
-    text_encoder_lr: float | None = field(
-        None, "Learning rate of the text encoder; null means learning_rate.", ge=0
+    learning_rate: LearningRate = field(1e-4, "Peak learning rate (1.0 for prodigy).")
+    text_encoder_lr: LearningRate | None = field(
+        None, "Learning rate of the text encoder; null means learning_rate."
     )
     betas: tuple[Fraction, Fraction] = field((0.9, 0.999), "Adam's running averages.")
-    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0)
-    eps: PositiveFloat = field(1e-8, "Adam's epsilon.")
+    weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0, le=10)
+    # float32 rounds what is much smaller to zero
+    eps: float = field(1e-8, "Adam's epsilon.", ge=1e-30, le=1)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = field("constant", "Learning rate over the steps.")
-    lr_warmup_steps: NonNegativeInt = field(0, "Steps of linear warm-up.")
-    lr_num_cycles: PositiveInt = field(1, "Restarts of cosine_with_restarts.")
-    lr_power: PositiveFloat = field(1.0, "Power of polynomial.")
+    lr_warmup_steps: int = field(0, "Steps of linear warm-up.", ge=0, le=10_000_000)
+    lr_num_cycles: int = field(1, "Restarts of cosine_with_restarts.", ge=1, le=10_000)
+    lr_power: float = field(1.0, "Power of polynomial.", gt=0, le=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def apply_prodigy_rate(cls, tree: Any) -> Any:
+        """Prodigy's own default rate, where the config names none."""
+        if isinstance(tree, dict) and tree.get("name") == "prodigy":
+            return {"learning_rate": PRODIGY_RATE} | tree
+        return tree
+
+
+MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
+PRECISION_HELP = (
+    "What is computed in half precision: bf16, fp16 or no; auto: bf16 where the accelerator has "
+    "it, fp16 on older ones, no on a CPU. The launcher's --mixed_precision wins."
+)
 
 
 class TrainConfig(Section):
-    max_train_steps: PositiveInt = field(800, "Optimizer steps.")
-    train_batch_size: PositiveInt = field(
-        1, "Pictures per process and micro-batch (as many class pictures are added)."
+    max_train_steps: Steps = field(800, "Optimizer steps.")
+    train_batch_size: int = field(
+        1,
+        "Pictures per process and micro-batch (as many class pictures are added).",
+        ge=1,
+        le=65_536,
     )
-    gradient_accumulation_steps: PositiveInt = field(1, "Micro-batches per optimizer step.")
-    max_grad_norm: PositiveFloat = field(1.0, "Gradients are clipped to this norm.")
-    max_skipped_steps: PositiveInt = field(
-        5, "Steps without a finite gradient are skipped; this many in a row end the run."
+    gradient_accumulation_steps: int = field(
+        1, "Micro-batches per optimizer step.", ge=1, le=65_536
+    )
+    mixed_precision: MixedPrecision = field(
+        "no", f"{PRECISION_HELP} The small networks have no measurement of it on a GPU yet."
+    )
+    max_grad_norm: float = field(1.0, "Gradients are clipped to this norm.", gt=0, le=1e6)
+    max_skipped_steps: int = field(
+        5,
+        "Steps without a finite gradient are skipped; this many in a row end the run.",
+        ge=1,
+        le=10_000,
     )
     on_divergence: Literal["rollback", "stop"] = field(
         "rollback",
@@ -65,45 +124,43 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    checkpointing_steps: PositiveInt = field(
+    checkpointing_steps: Steps = field(
         500, "Steps between checkpoints; the last step is always saved."
     )
-    every_minutes: PositiveFloat | None = field(
-        None, "Minutes between checkpoints, in addition to checkpointing_steps."
+    every_minutes: float | None = field(
+        None, "Minutes between checkpoints, in addition to checkpointing_steps.", gt=0, le=100_000
     )
-    checkpoints_total_limit: PositiveInt = field(2, "Older checkpoints are removed.")
-    resume_from_checkpoint: str | None = field(
+    checkpoints_total_limit: int = field(2, "Older checkpoints are removed.", ge=1, le=100_000)
+    resume_from_checkpoint: Name | None = field(
         "latest", "latest, the path of a checkpoint, or null to start from step 0."
     )
 
 
 class ValidationConfig(Section):
-    validation_steps: PositiveInt = field(
+    validation_steps: Steps = field(
         100, "Steps between samples; the finished run is always sampled."
     )
 
 
 class TrackingConfig(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
-        ["tensorboard"], "Trackers; metrics.jsonl is always written."
+        ["tensorboard"], "Trackers; metrics.jsonl is always written.", max_length=3
     )
-    project_name: str = field("diffusion-trainers", "Project in the tracker.")
-    log_every: PositiveInt = field(10, "Steps between log lines.")
+    project_name: Name = field("diffusion-trainers", "Project in the tracker.")
+    log_every: Steps = field(10, "Steps between log lines.")
 
 
 class HubConfig(Section):
     push_to_hub: bool = field(False, "Upload the result when the run ends.")
-    hub_model_id: str | None = field(
+    hub_model_id: Name | None = field(
         None, "USER/NAME of the repository; null means the output folder's name."
     )
     private: bool = field(False, "Create the repository as private.")
-    hub_revision: str | None = field(
+    hub_revision: Name | None = field(
         None, "Branch to push to, created if it does not exist; null means main."
     )
     create_pr: bool = field(False, "Open a pull request instead of pushing to the branch.")
-    push_every: PositiveInt | None = field(
-        None, "Steps between uploads of the weights during training."
-    )
+    push_every: Steps | None = field(None, "Steps between uploads of the weights during training.")
     required: bool = field(
         False, "A failed upload makes the exit status 1; otherwise it is only reported."
     )

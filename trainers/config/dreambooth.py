@@ -12,6 +12,7 @@ from trainers.config import dreambooth_rules as rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
+from trainers.config.bounds import PathField
 from trainers.config.dreambooth_sections import (
     DataConfig,
     DreamBoothTrainConfig,
@@ -36,7 +37,7 @@ MEMORY_PRESETS = {
 
 class DreamBoothConfig(Config):
     kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
-    output_dir: Path = field(
+    output_dir: PathField = field(
         Path("runs/dreambooth"), "The run folder: everything that the run writes."
     )
     model: ModelConfig = ModelConfig()
@@ -56,7 +57,8 @@ class DreamBoothConfig(Config):
     def apply_preset(cls, tree: Any) -> Any:
         """Write out what `train.memory` stands for, without what the run cannot have.
 
-        A key that the config sets itself keeps its value.
+        A key that the config sets itself keeps its value, and what cannot be combined with it is
+        left out.
         """
         if not isinstance(tree, dict):
             return tree
@@ -65,14 +67,22 @@ class DreamBoothConfig(Config):
             return tree
         # the tree is not validated yet: what is wrong in it is found afterwards
         preset = MEMORY_PRESETS.get(str(parts["train"].get("memory")), {})
+        model, train = parts["model"], parts["train"]
         is_frozen = tree.get("lora", {}) is not None
-        family = parts["model"].get("family", ModelConfig().family)
-        can_cache_modulation = (
-            is_frozen
-            and family in families_with("model", "modulation_cache")
-            and not parts["train"].get("train_text_encoder")
-        )
-        possible = {"modulation_cache": can_cache_modulation, "quantization": is_frozen}
+        family = model.get("family", ModelConfig().family)
+        obstacles = {
+            "modulation_cache": (
+                family not in families_with("model", "modulation_cache"),
+                train.get("train_text_encoder"),
+                model.get("quantization") in ("nf4", "int8"),
+            ),
+            "quantization": (
+                model.get("modulation_cache"),
+                model.get("offload"),
+                train.get("compile"),
+            ),
+        }
+        possible = {key: is_frozen and not any(found) for key, found in obstacles.items()}
         for section, values in preset.items():
             suitable = {key: value for key, value in values.items() if possible.get(key, True)}
             parts[section] = suitable | parts[section]
@@ -144,10 +154,11 @@ class DreamBoothConfig(Config):
 
     def errors(self) -> Errors:
         yield from super().errors()
+        yield from rules.base_errors(self.model)
         yield from rules.picture_errors(self.data)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
-            yield from rules.lora_errors(self.lora, self.train)
+            yield from rules.lora_errors(self.lora, self.train, self.model.family)

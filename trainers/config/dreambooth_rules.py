@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 from trainers.config.base import Config
-from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import OptimizerConfig
 from trainers.config.dreambooth_sections import (
     DataConfig,
@@ -15,6 +17,11 @@ from trainers.config.dreambooth_sections import (
     ObjectiveConfig,
 )
 from trainers.config.family_facts import families_with, family_facts, family_names
+from trainers.config.layer_patterns import pattern_problem
+
+HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def picture_errors(data: DataConfig) -> Errors:
@@ -28,9 +35,7 @@ def picture_errors(data: DataConfig) -> Errors:
         )
         yield "data.dataset_name", message
     for key in ("instance_data_dir", "held_out_dir"):
-        folder = getattr(data, key)
-        if folder is not None and not folder.is_dir():
-            yield f"data.{key}", f"no such folder: {folder}"
+        yield from folder_errors(f"data.{key}", getattr(data, key))
     if data.class_data_dir is not None and not data.uses_prior:
         message = (
             "data.num_class_images is 0, so these class pictures would not be used: set how many "
@@ -43,6 +48,40 @@ def picture_errors(data: DataConfig) -> Errors:
     if data.class_prompt and not data.uses_prior:
         message = "a class prompt requires class pictures: set how many to use, for example 100"
         yield "data.num_class_images", message
+
+
+def base_errors(model: ModelConfig) -> Errors:
+    if problem := base_problem(model.pretrained_model_name_or_path):
+        yield "model.pretrained_model_name_or_path", problem
+
+
+def base_problem(name: str) -> str | None:
+    """What keeps a name from being a base model, as far as can be seen without the Hub."""
+    path = Path(name)
+    if page := HUB_PAGE.match(name):
+        return f"{name} is an address: write the name of the repository, {page[1]}"
+    if "://" in name:
+        return f"{name} is an address: write USER/NAME of a repository on the Hub, or a folder"
+    if not name.strip():
+        return "must not be empty: write USER/NAME of a repository on the Hub, or a folder"
+    if name.lower().endswith(SINGLE_FILE_SUFFIXES) or is_kind(path, Path.is_file):
+        return (
+            f"{name} is a single file, and a base model is a folder in the diffusers layout. To "
+            "convert it, load it with the pipeline's from_single_file and save it with "
+            "save_pretrained"
+        )
+    is_path = name[0] in "./~" or name.count("/") > 1 or "\\" in name
+    if is_path and not is_kind(path, Path.is_dir):
+        return f"no such folder: {name}"
+    return None
+
+
+def is_kind(path: Path, test: Callable[[Path], bool]) -> bool:
+    """False too where the path is none that the file system takes."""
+    try:
+        return test(path)
+    except (OSError, ValueError):
+        return False
 
 
 def family_errors(config: Config) -> Errors:
@@ -145,7 +184,7 @@ def training_errors(
         yield "optimizer.text_encoder_lr", message
 
 
-def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig) -> Errors:
+def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig, family: str) -> Errors:
     if lora.use_dora and lora.kohya:
         message = (
             "cannot be combined with lora.use_dora, because kohya's format stores plain LoRA only: "
@@ -158,8 +197,8 @@ def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig) -> Errors:
             "a text encoder: remove one of them"
         )
         yield "lora.use_dora", message
-    if isinstance(lora.target_modules, str):
-        try:
-            re.compile(lora.target_modules)
-        except re.error as error:
-            yield "lora.target_modules", f"not a valid regex: {error}"
+    is_preset = lora.target_modules in LORA_PRESETS
+    if isinstance(lora.target_modules, str) and not is_preset:
+        problem = pattern_problem(lora.target_modules, family_facts(family))
+        if problem:
+            yield "lora.target_modules", problem

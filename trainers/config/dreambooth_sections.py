@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from trainers.config.base_sections import Section, TrainConfig, ValidationConfig, field
+from trainers.config.base_sections import (
+    PRECISION_HELP,
+    MixedPrecision,
+    Section,
+    TrainConfig,
+    ValidationConfig,
+    field,
+)
+from trainers.config.bounds import (
+    Fraction,
+    Guidance,
+    LossWeight,
+    Name,
+    NameOrPath,
+    PathField,
+    Pixels,
+    Probability,
+    Prompt,
+    Seed,
+)
 from trainers.config.family_facts import default_family, families_with, family_facts, family_names
 
 FamilyName = Literal[family_names()]
+Prompts = Annotated[list[Prompt], Field(max_length=1000)]
+Shift = Annotated[float, Field(gt=0, le=100)]
 
 
 def family_field(section: str, key: str, default: Any, help: str, **limits: Any) -> Any:
@@ -30,12 +50,12 @@ def t5_tokens() -> str:
 
 class ModelConfig(Section):
     family: FamilyName = field(default_family(), "Which architecture the base model has.")
-    pretrained_model_name_or_path: str = field(
+    pretrained_model_name_or_path: NameOrPath = field(
         family_facts(default_family()).default_base,
         "Hub repository or local folder in the diffusers layout.",
     )
-    revision: str | None = field(None, "Branch, tag or commit of the Hub repository.")
-    variant: str | None = field(None, "Weight file variant, such as fp16.")
+    revision: Name | None = field(None, "Branch, tag or commit of the Hub repository.")
+    variant: Name | None = field(None, "Weight file variant, such as fp16.")
     quantization: Literal["none", "nf4", "int8", "fp8"] = field(
         "none", "Keep the frozen base in 8 or 4 bits; LoRA on top stays float32 (QLoRA)."
     )
@@ -54,15 +74,17 @@ class ModelConfig(Section):
     text_encoder_3: Literal["load"] | None = family_field(
         "model", "text_encoder_3", "load", "null leaves the T5 out, as the pipeline allows."
     )
-    max_sequence_length: PositiveInt | None = field(
-        None, f"Tokens that the T5 reads; null means the pipeline's own number ({t5_tokens()})."
+    max_sequence_length: int | None = field(
+        None,
+        f"Tokens that the T5 reads; null means the pipeline's own number ({t5_tokens()}).",
+        ge=1,
+        le=512,
     )
-    guidance_scale: float = family_field(
+    guidance_scale: Guidance = family_field(
         "model",
         "guidance_scale",
         1.0,
         "guidance value passed to the dev model during training.",
-        ge=0,
     )
     allow_schnell: bool = family_field(
         "model",
@@ -73,17 +95,23 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: PositiveInt = field(16, "Inner width of the low-rank update.")
-    alpha: PositiveFloat | None = field(
-        None, "The update is scaled by alpha / rank; null means alpha = rank."
+    rank: int = field(16, "Inner width of the low-rank update.", ge=1, le=4096)
+    alpha: float | None = field(
+        None,
+        "The update is scaled by alpha / rank; null means alpha = rank.",
+        gt=0,
+        le=65_536,
     )
-    dropout: float = field(0.0, "Dropout on the input of each LoRA layer.", ge=0, lt=1)
-    target_modules: str | list[str] = field(
+    dropout: Fraction = field(0.0, "Dropout on the input of each LoRA layer.")
+    target_modules: Name | Annotated[list[Name], Field(max_length=1000)] = field(
         "attention",
         "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex.",
     )
-    blocks: list[str] | None = field(
-        None, "Only layers in these blocks, such as [transformer_blocks.3].", min_length=1
+    blocks: list[Name] | None = field(
+        None,
+        "Only layers in these blocks, such as [transformer_blocks.3].",
+        min_length=1,
+        max_length=1000,
     )
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field(
         "gaussian", "Initialization of lora_A."
@@ -97,50 +125,53 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    instance_data_dir: Path | None = field(
+    instance_data_dir: PathField | None = field(
         None, "Folder with the training pictures, in sub-folders too."
     )
-    held_out_dir: Path | None = field(
+    held_out_dir: PathField | None = field(
         None, "Other pictures of the subject, used for evaluation only: held_out_loss."
     )
-    dataset_name: str | None = field(
+    dataset_name: NameOrPath | None = field(
         None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
     )
-    dataset_split: str = field("train", "Split of dataset_name.")
-    image_column: str = field("image", "Column of dataset_name that holds the pictures.")
-    caption_column: str | None = field(
+    dataset_split: Name = field("train", "Split of dataset_name.")
+    image_column: Name = field("image", "Column of dataset_name that holds the pictures.")
+    caption_column: Name | None = field(
         None,
         "Column of dataset_name, metadata.jsonl or metadata.csv with the captions; null: the first "
         "of text, caption and prompt in metadata, none of dataset_name.",
     )
-    instance_prompt: str | None = field(None, "Caption of every picture that has none of its own.")
-    class_data_dir: Path | None = field(
+    instance_prompt: Prompt | None = field(
+        None, "Caption of every picture that has none of its own."
+    )
+    class_data_dir: PathField | None = field(
         None, "Folder of class pictures; null means OUTPUT_DIR/class_images."
     )
-    class_prompt: str | list[str] | None = field(
+    class_prompt: Prompt | Prompts | None = field(
         None,
         "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
         "pictures take in turn.",
     )
-    num_class_images: NonNegativeInt = field(
-        0, "Number of class pictures; the base model generates those that are missing."
+    num_class_images: int = field(
+        0,
+        "Number of class pictures; the base model generates those that are missing.",
+        ge=0,
+        le=1_000_000,
     )
-    prior_loss_weight: float = field(1.0, "Weight of the prior-preservation loss.", ge=0)
-    resolution: PositiveInt = field(
-        512, "Side of the training pictures in pixels; a multiple of 8."
-    )
+    prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
+    resolution: Pixels = field(512, "Side of the training pictures in pixels; a multiple of 8.")
     center_crop: bool = field(True, "Crop at the center; false crops at random.")
     random_flip: bool = field(False, "Mirror half of the pictures.")
-    caption_dropout: float = field(
-        0.0, "Share of captions that are replaced by the empty prompt.", ge=0, le=1
+    caption_dropout: Probability = field(
+        0.0, "Share of captions that are replaced by the empty prompt."
     )
     cache: bool = field(
         True, "Encode pictures and prompts once, and free the encoders; false encodes at each step."
     )
-    cache_dir: Path | None = field(
+    cache_dir: PathField | None = field(
         None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache."
     )
-    cache_variants: PositiveInt = field(4, "Random crops and flips kept for each picture.")
+    cache_variants: int = field(4, "Random crops and flips kept for each picture.", ge=1, le=10_000)
     bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
         None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."
     )
@@ -170,8 +201,13 @@ class ObjectiveConfig(Section):
     stratified: bool = field(
         True, "Spread the times of each global batch evenly over the schedule."
     )
-    snr_gamma: PositiveFloat | None = family_field(
-        "objective", "snr_gamma", None, "min-SNR weighting (Hang et al. 2023); 5 is usual."
+    snr_gamma: float | None = family_field(
+        "objective",
+        "snr_gamma",
+        None,
+        "min-SNR weighting (Hang et al. 2023); 5 is usual.",
+        gt=0,
+        le=10_000,
     )
     debiased: bool = family_field(
         "objective", "debiased", False, "weight by 1 / sqrt(SNR) (Yu et al. 2023)."
@@ -182,6 +218,7 @@ class ObjectiveConfig(Section):
         0.0,
         "adds a constant per channel to the noise: darker, lighter pictures.",
         ge=0,
+        le=10,
     )
     density: Literal["uniform", "logit_normal", "mode", "cosmap"] = family_field(
         "objective",
@@ -190,11 +227,15 @@ class ObjectiveConfig(Section):
         "how often each time is trained (Esser et al. 2024).",
     )
     logit_mean: float = field(
-        0.0, "Of logit_normal; t = 1 is noise: a value from the diffusers scripts changes sign."
+        0.0,
+        "Of logit_normal; t = 1 is noise: a value from the diffusers scripts changes sign.",
+        ge=-20,
+        le=20,
     )
-    logit_std: PositiveFloat = field(1.0, "Of logit_normal.")
-    mode_scale: float = field(1.29, "Of mode.")
-    shift: Literal["auto", "none"] | PositiveFloat = family_field(
+    logit_std: float = field(1.0, "Of logit_normal.", gt=0, le=20)
+    # outside of them the density is not one: times would run backwards (Esser et al. 2024, 3.1)
+    mode_scale: float = field(1.29, "Of mode.", ge=-1, le=1.75)
+    shift: Literal["auto", "none"] | Shift = family_field(
         "objective",
         "shift",
         "auto",
@@ -209,6 +250,7 @@ class ObjectiveConfig(Section):
 
 
 class DreamBoothTrainConfig(TrainConfig):
+    mixed_precision: MixedPrecision = field("auto", PRECISION_HELP)
     memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
         None,
         "Preset for modulation_cache, gradient_checkpointing and quantization; scripts/plan.py "
@@ -231,9 +273,9 @@ class DreamBoothTrainConfig(TrainConfig):
 
 
 class PromptsConfig(ValidationConfig):
-    prompts: list[str] = field([], "Prompts to sample.")
-    negative_prompt: str = field("", "Negative prompt of the samples.")
-    num_images: PositiveInt = field(1, "Pictures per prompt.")
-    num_inference_steps: PositiveInt = field(30, "Sampler steps.")
-    guidance_scale: float = field(7.5, "Classifier-free guidance.", ge=0)
-    seed: int = field(0, "Picture i of a prompt starts from the noise of seed + i.")
+    prompts: Prompts = field([], "Prompts to sample.")
+    negative_prompt: Prompt = field("", "Negative prompt of the samples.")
+    num_images: int = field(1, "Pictures per prompt.", ge=1, le=10_000)
+    num_inference_steps: int = field(30, "Sampler steps.", ge=1, le=1000)
+    guidance_scale: Guidance = field(7.5, "Classifier-free guidance.")
+    seed: Seed = field(0, "Picture i of a prompt starts from the noise of seed + i.")

@@ -9,7 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainers.config.yaml_text import parse_yaml
+from trainers.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "families"
 
@@ -26,7 +29,7 @@ class TextEncoderFacts(Facts):
     # whether LoRA can train it, which takes programs that load such a file
     lora: bool = False
     # how many it reads unless the config says otherwise; None: its tokenizer's number
-    tokens: PositiveInt | None = None
+    tokens: int | None = Field(None, ge=1, le=512)
 
 
 class KohyaBlock(Facts):
@@ -36,6 +39,13 @@ class KohyaBlock(Facts):
     diffusers: str = ""  # what the diffusers names begin with
     # the rest of a release's name: the rest of one or several diffusers names
     layers: dict[str, str]
+
+    def rows(self) -> dict[str, list[str]]:
+        """Each full name, and the full names of the diffusers layers that are its rows."""
+        rows = {}
+        for name, parts in self.layers.items():
+            rows[self.release + name] = [self.diffusers + part for part in parts.split()]
+        return rows
 
 
 class KohyaFacts(Facts):
@@ -55,20 +65,12 @@ class KohyaFacts(Facts):
         """The component whose layers have the release's names; it is the first of the prefixes."""
         return next(iter(self.prefixes))
 
-    def released_layers(self) -> dict[str, list[str]]:
-        """Each layer of the first release, and the diffusers layers that are its rows."""
-        layers = {}
-        for block in self.blocks:
-            for name, rows in block.layers.items():
-                layers[block.release + name] = [block.diffusers + row for row in rows.split()]
-        return layers
-
 
 class FamilyFacts(Facts):
     """All of a family's facts file."""
 
     title: str  # as people call it
-    pixel_multiple: PositiveInt  # sides of pictures are multiples of it
+    pixel_multiple: int = Field(ge=1, le=256)  # sides of pictures are multiples of it
     text_encoders: dict[str, TextEncoderFacts]
     # the denoiser's lists of blocks: what is quantized, and where LoRA presets look for layers
     blocks: list[str]
@@ -79,11 +81,15 @@ class FamilyFacts(Facts):
     refused: dict[str, str] = {}
     # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
     adaptive_norms: list[str] = []
-    architecture: str  # modelspec's id of the base model
+    # modelspec's ids of the base models: the settings of the denoiser that tell one from others
+    architecture: dict[str, dict[str, str | int | bool | None]]
     default_base: str = ""  # what a config that names no model trains; one family has it
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
+    # the names that XLabs' trainer gives to layers, beside those of the release
+    xlabs: list[KohyaBlock] = []
+    names_elsewhere: list[str] = []  # what other trainers' configs call it, in lower case
 
     def is_in_block(self, layer: str) -> bool:
         """Whether a layer of the denoiser, by its full name, lies in one of its blocks."""
@@ -97,7 +103,21 @@ def family_names() -> tuple[str, ...]:
 
 @cache
 def family_facts(name: str) -> FamilyFacts:
-    return FamilyFacts.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text("utf-8")))
+    return read_facts(FOLDER / f"{name}.yaml")
+
+
+def read_facts(path: Path) -> FamilyFacts:
+    """Raises: UserError that names the file and every wrong key."""
+    try:
+        return FamilyFacts.model_validate(parse_yaml(path.read_bytes()))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(map(str, problem["loc"]))
+            lines.append(f"{path}: {key}: {problem['msg']}")
+        raise UserError("\n".join(lines)) from None
 
 
 @cache
@@ -109,3 +129,12 @@ def families_with(section: str, key: str) -> list[str]:
     """The families that understand a key which not every family does; none if it is for all."""
     names = family_names()
     return [name for name in names if key in family_facts(name).config_keys.get(section, ())]
+
+
+def family_named(name: object) -> str | None:
+    """The family that another trainer's config calls so; None if none is."""
+    wanted = str(name).strip().lower()
+    for family in family_names():
+        if wanted in (family, *family_facts(family).names_elsewhere):
+            return family
+    return None

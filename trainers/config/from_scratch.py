@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from trainers.config.base import Config
-from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
+from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import Section, field
+from trainers.config.bounds import Name, NameOrPath, PathField, Pixels
 
 
 class ImagesConfig(Section):
-    image_dir: Path | None = field(None, "Folder with pictures, in sub-folders too.")
+    image_dir: PathField | None = field(None, "Folder with pictures, in sub-folders too.")
     folds: int | None = field(
-        None, "image_dir: every folds-th picture is held out for evaluation; null: none.", ge=2
+        None,
+        "image_dir: every folds-th picture is held out for evaluation; null: none.",
+        ge=2,
+        le=10_000,
     )
-    fold: NonNegativeInt = field(0, "image_dir: picture i is held out when i modulo folds is this.")
-    dataset_name: str | None = field(
+    fold: int = field(
+        0, "image_dir: picture i is held out when i modulo folds is this.", ge=0, lt=10_000
+    )
+    dataset_name: NameOrPath | None = field(
         None, "Instead: a `datasets` Hub name, or a local folder of SPLIT.parquet files."
     )
-    train_split: str = field("train", "dataset_name: split to train on.")
-    test_split: str | None = field(
+    train_split: Name = field("train", "dataset_name: split to train on.")
+    test_split: Name | None = field(
         "test", "dataset_name: split to evaluate on; null skips the evaluation."
     )
-    image_column: str = field("image", "Column that holds the pictures.")
-    label_column: str | None = field(None, "Column that holds the classes, as numbers from 0.")
-    only_label: int | None = field(None, "Train on this class only.")
-    resolution: PositiveInt = field(28, "Side of the pictures in pixels; others are resized.")
+    image_column: Name = field("image", "Column that holds the pictures.")
+    label_column: Name | None = field(None, "Column that holds the classes: numbers or names.")
+    only_label: Annotated[int, Field(ge=-1_000_000, le=1_000_000)] | Name | None = field(
+        None, "Train on this class only: its value in label_column, or its name."
+    )
+    resolution: Pixels = field(28, "Side of the pictures in pixels; others are resized.")
     channels: Literal[1, 3] = field(1, "1 for gray, 3 for color.")
     bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
         None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."
@@ -44,8 +51,8 @@ class ImagesConfig(Section):
         0.0,
         "Elastic deformation by a smooth random field of this standard deviation in pixels.",
         ge=0,
+        le=1000,
     )
-
     strict: bool = field(False, "Warnings about the data end the run before it trains.")
 
     @property
@@ -71,13 +78,19 @@ class ScratchConfig(Config):
         if (data.image_dir is None) == (data.dataset_name is None):
             message = "set exactly one source of pictures, either this or data.image_dir"
             yield "data.dataset_name", message
-        if data.image_dir is not None and not data.image_dir.is_dir():
-            yield "data.image_dir", f"no such folder: {data.image_dir}"
+        yield from folder_errors("data.image_dir", data.image_dir)
         if data.folds is not None and data.fold >= data.folds:
             yield "data.fold", f"must be less than data.folds, {data.folds}"
         if data.image_dir is None:
             special = SpecialKeys(["data.image_dir"], "data", ["folds", "fold"])
             yield from irrelevant_keys(self, "a data set", [special])
+        is_single_file = data.dataset_name is not None and data.dataset_name.endswith(".parquet")
+        if is_single_file and data.test_split is not None:
+            message = (
+                "a single .parquet file has one split: name a folder of SPLIT.parquet files "
+                "instead, or set data.test_split to null, which measures nothing"
+            )
+            yield "data.test_split", message
         if data.image_dir is not None and data.label_column is not None:
             yield (
                 "data.label_column",

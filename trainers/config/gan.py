@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import PositiveInt
-
 from trainers.config.base_rules import Errors
-from trainers.config.base_sections import (
+from trainers.config.base_sections import OptimizerConfig, Section, ValidationConfig, field
+from trainers.config.bounds import (
+    Channels,
+    CodeSize,
     Fraction,
-    OptimizerConfig,
-    Section,
-    ValidationConfig,
-    field,
+    LearningRate,
+    LossWeight,
+    PathField,
 )
 from trainers.config.from_scratch import ScratchConfig
 
@@ -23,9 +23,9 @@ class GanModelConfig(Section):
     architecture: Literal["dcgan", "resnet"] = field(
         "dcgan", "Strided convolutions, or residual blocks."
     )
-    latent_dim: PositiveInt = field(64, "Size of the latent vector.")
-    width: PositiveInt = field(
-        32, "Channels of the level with most pixels; doubled at each lower one.", multiple_of=8
+    latent_dim: CodeSize = field(64, "Size of the latent vector.")
+    width: Channels = field(
+        32, "Channels of the level with most pixels; doubled at each lower one."
     )
     spectral_norm: bool = field(
         False, "Spectral normalization of the discriminator's layers (Miyato et al. 2018)."
@@ -40,38 +40,39 @@ class GanObjectiveConfig(Section):
         "relativistic",
         "Loss of both players: Goodfellow 2014, Lim 2017, Arjovsky 2017, or Huang 2024 (R3GAN).",
     )
-    r1: float = field(
-        1.0,
-        "Weight of the squared gradient at real pictures (Mescheder et al. 2018), halved.",
-        ge=0,
+    r1: LossWeight = field(
+        1.0, "Weight of the squared gradient at real pictures (Mescheder et al. 2018), halved."
     )
-    r2: float = field(0.0, "The same at generated pictures; R3GAN uses both.", ge=0)
-    gradient_penalty: float = field(
+    r2: LossWeight = field(0.0, "The same at generated pictures; R3GAN uses both.")
+    gradient_penalty: LossWeight = field(
         0.0,
         "Weight of WGAN-GP's penalty between real and generated pictures (Gulrajani et al. 2017); "
         "10 is usual.",
-        ge=0,
     )
-    penalty_every: PositiveInt = field(
-        8, "Steps between penalties, each then this many times as heavy."
+    penalty_every: int = field(
+        8, "Steps between penalties, each then this many times as heavy.", ge=1, le=10_000
     )
     augment: list[Literal["color", "translation", "cutout"]] = field(
         [],
         "What the discriminator sees is changed in these ways (Zhao et al. 2020); for few "
         "pictures.",
+        max_length=3,
     )
-    generator_every: PositiveInt = field(
-        1, "The generator steps once for this many steps of the discriminator."
+    generator_every: int = field(
+        1,
+        "The generator steps once for this many steps of the discriminator.",
+        ge=1,
+        le=10_000,
     )
 
 
 class GanOptimizerConfig(OptimizerConfig):
-    learning_rate: float = field(1e-3, "Peak learning rate.", ge=0)
-    discriminator_lr: float | None = field(
-        None, "Of the discriminator; null means learning_rate.", ge=0
+    learning_rate: LearningRate = field(1e-3, "Peak learning rate (1.0 for prodigy).")
+    discriminator_lr: LearningRate | None = field(
+        None, "Of the discriminator; null means learning_rate."
     )
     betas: tuple[Fraction, Fraction] = field((0.0, 0.99), "Adam's running averages.")
-    weight_decay: float = field(0.0, "Decoupled weight decay.", ge=0)
+    weight_decay: float = field(0.0, "Decoupled weight decay.", ge=0, le=10)
 
 
 class GanValidationConfig(ValidationConfig):
@@ -83,7 +84,9 @@ class GanValidationConfig(ValidationConfig):
 
 class GanConfig(ScratchConfig):
     kind: Literal["gan"] = field("gan", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/gan"), "The run folder: everything that the run writes.")
+    output_dir: PathField = field(
+        Path("runs/gan"), "The run folder: everything that the run writes."
+    )
     model: GanModelConfig = GanModelConfig()
     objective: GanObjectiveConfig = GanObjectiveConfig()
     optimizer: GanOptimizerConfig = GanOptimizerConfig()
@@ -113,6 +116,9 @@ class GanConfig(ScratchConfig):
             yield "data.resolution", f"must be 28, 32 or 64, not {data.resolution}"
         if self.model.conditional and data.label_column is None:
             yield "model.conditional", "requires class labels: set data.label_column"
+        if self.model.conditional and data.only_label is not None:
+            message = "cannot be combined with data.only_label: there is one class"
+            yield "model.conditional", message
         has_test_pictures = data.folds if data.image_dir else data.test_split
         is_classifier = self.validation.features == "classifier"
         if is_classifier and has_test_pictures and data.label_column is None:

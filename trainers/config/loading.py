@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -19,90 +20,93 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
+from trainers.config.base_rules import reduce_warmup
+from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
+from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
 
-
-class ConfigLoader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does, and takes a repeated key for a mistake."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                message = f"the key {key.value!r} occurs twice"
-                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
-            seen.add(str(key.value))
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+MAX_SHOWN = 120  # characters of a value in a message
+PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir")
 
 
-FLOAT_PATTERN = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_PATTERN, list("-+.0123456789"))
-
-
-class ConfigDumper(yaml.SafeDumper):
-    """Quotes the strings that `ConfigLoader` would take for numbers, such as '1e5'."""
-
-
-# which strings need quotes follows from what the loader takes for a number
-ConfigDumper.yaml_implicit_resolvers = ConfigLoader.yaml_implicit_resolvers
-
-
-def parse_yaml(text: str | bytes) -> Any:
-    """The values in YAML text. Raises: yaml.YAMLError."""
-    try:
-        return yaml.load(text, ConfigLoader)
-    except ValueError as error:
-        # PyYAML's own, for what looks like a date and is none
-        raise yaml.YAMLError(error) from None
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    needs_pictures: bool = True,
+) -> Config:
     """The config in the YAML file `path`, changed by `section.key=value` overrides.
 
+    needs_pictures: whether it is a mistake that the folders with the pictures are not there.
     Raises: UserError that lists every mistake, a line each, with its path and, for a wrong name,
     the most similar right one.
     """
+    tree = read_tree(Path(path))
+    messages = [apply_override(tree, override) for override in overrides]
+    config, errors = validate(tree, needs_pictures)
+    mistakes = [message for message in (*messages, *errors) if message]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    config, notes = reduce_warmup(config)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return config
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a config file. Raises: UserError."""
     try:
-        tree = parse_yaml(Path(path).read_bytes()) or {}
+        with open(path, "rb") as file:
+            # one byte more than is allowed, so that `parse_yaml` refuses it
+            tree = parse_yaml(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"the config {str(path)!r} is not the path of a file") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        raise UserError(f"{path} is empty: copy one of configs/*.yaml and change it")
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise UserError(
             f"{path} must contain sections such as 'model:' and 'data:', but it is a {kind}"
         )
-    messages = [apply_override(tree, override) for override in overrides]
-    config, errors = validate(tree)
-    mistakes = [message for message in (*messages, *errors) if message]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    return config
+    return tree
 
 
-def apply_override(tree: dict, override: str) -> str | None:
+def apply_override(tree: dict[str, Any], override: str) -> str | None:
     """Set one `section.key=value` in `tree`; returns what is wrong with it, if anything."""
     name, equals, value = override.partition("=")
-    if not equals:
-        return f"{override}: an override must have the form section.key=value"
+    shown = shorten(override)
     *sections, key = name.split(".")
+    if not equals or len(sections) >= MAX_DEPTH:
+        return f"{shown}: an override must have the form section.key=value"
     for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
+        inner = {} if tree.get(section) is None else tree[section]
+        if not isinstance(inner, dict):
+            return f"{shown}: {section} is not a section"
+        # a copy, because a YAML alias may have put the same section elsewhere too
+        tree[section] = dict(inner)
         tree = tree[section]
-        if not isinstance(tree, dict):
-            return f"{override}: {section} is not a section"
     try:
         tree[key] = parse_yaml(value)
     except yaml.YAMLError as error:
-        problem = getattr(error, "problem", error)
-        return f"{override}: not a YAML value ({problem}); quote it if it is text"
+        return f"{shown}: not a YAML value ({error}); quote it if it is text"
     return None
 
 
-def validate(tree: dict) -> tuple[Config, list[str]]:
-    """The config and its mistakes.
+def validate(tree: dict[str, Any], needs_pictures: bool = True) -> tuple[Config, list[str]]:
+    """The config and its mistakes, those against the rules between keys too."""
+    config, messages = parse_tree(tree)
+    for path, message in config.errors():
+        if needs_pictures or path not in PICTURE_FOLDERS:
+            messages.setdefault(path, f"{path}: {message}")
+    return config, list(messages.values())
+
+
+def parse_tree(tree: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The config, and the mistakes in names and values by their paths.
 
     A wrong value is reported and removed, so that the rest can still be checked.
     """
@@ -122,36 +126,70 @@ def validate(tree: dict) -> tuple[Config, list[str]]:
                 location = [str(part) for part in problem["loc"][:2]]
                 messages.setdefault(".".join(location), describe_error(problem, location, model))
                 remove_path(tree, location)
-    for path, message in config.errors():
-        messages.setdefault(path, f"{path}: {message}")
-    return config, list(messages.values())
+        except Exception as error:  # a value that pydantic itself cannot take
+            location = find_unusable(tree, model)
+            message = f"cannot be used ({type(error).__name__}: {shorten(str(error))})"
+            messages.setdefault(".".join(location), f"{'.'.join(location)}: {message}")
+            remove_path(tree, location)
+    return config, messages
+
+
+def find_unusable(tree: dict[str, Any], model: type[Config]) -> list[str]:
+    """Section and key of the first value with which the model fails other than by a refusal."""
+    for name, value in tree.items():
+        parts = [[name, key] for key in value] if isinstance(value, dict) else [[name]]
+        for location in parts:
+            inner = value if len(location) == 1 else {location[1]: value[location[1]]}
+            try:
+                model.model_validate({name: inner})
+            except ValidationError:
+                continue
+            except Exception:
+                return location
+    # only several values together fail; the sections go one by one, so that this ends
+    return [next(iter(tree))]
 
 
 def describe_error(problem: Any, location: list[str], model: type[Config]) -> str:
     path, value = ".".join(location), problem["input"]
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key{suggest_path(location, model)}"
+        return f"{shorten(path)}: unknown key{suggest_path(location, model)}"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"{path}: {invalid_choice(value, choices)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{path}: {message}, not {value!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    hint = ""
+    if problem["type"] == "string_type" and isinstance(value, (bool, int, float)):
+        hint = "; if it is text, put it in quotes"
+    return f"{path}: {message}, not {shorten(repr(value))}{hint}"
+
+
+def shorten(text: str) -> str:
+    """In one line, the middle of a long one left out."""
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} ... {text[-20:]}"
 
 
 def invalid_choice(value: Any, choices: Iterable[str]) -> str:
-    close = get_close_matches(str(value), choices, 1, 0.5)
+    shown = shorten(repr(value))
+    close = get_close_matches(str(value)[:MAX_SHOWN], choices, 1, 0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{value!r} is not one of {', '.join(choices)}{hint}"
+    return f"{shown} is not one of {', '.join(choices)}{hint}"
 
 
 def suggest_path(location: list[str], model: type[Config]) -> str:
     """The hint '; did you mean ...?' with the most similar path; empty where none is similar.
 
-    A key of the same section comes before one of another section.
+    What other trainers call a key comes first, then one of the same section.
     """
     *section, key = location
-    paths = known_paths(model)
+    key, paths = key[:MAX_SHOWN], known_paths(model)
     siblings = [path for path in paths if path.split(".")[:-1] == section]
+    if key in LAUNCHER_FLAGS:
+        return f"; accelerate launch says it: {LAUNCHER_FLAGS[key]}"
+    if PATHS_BY_NAME.get(key) in paths:
+        return f"; did you mean {PATHS_BY_NAME[key]}?"
     for pool, cutoff in ((siblings, 0.6), (paths, 0.7)):
         # reversed, so that of two equal names the first path counts
         names = {path.rpartition(".")[2]: path for path in reversed(pool)}
@@ -180,11 +218,10 @@ def remove_path(tree: Any, location: list[str]) -> None:
     tree.pop(location[-1], None)
 
 
-def dump_config(config: Config) -> str:
-    """YAML text that loads again to an equal config."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True
-    )
+def dump_config(config: Config, leave_out: Sequence[str] = ()) -> str:
+    """YAML text that loads again to an equal config, apart from sections that are left out."""
+    tree = config.model_dump(mode="json", exclude=set(leave_out))
+    return yaml.dump(tree, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:

@@ -5,24 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
-
 from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
 from trainers.config.base_sections import Section, field
+from trainers.config.bounds import (
+    Channels,
+    LossWeight,
+    Name,
+    NoiseLevel,
+    PathField,
+    Pixels,
+)
 from trainers.config.from_scratch import ImagesConfig, ScratchConfig
 
 
 class PairsConfig(ImagesConfig):
-    target_column: str | None = field(
+    target_column: Name | None = field(
         None, "segment, pix2pix: column that holds the masks or the target pictures."
     )
-    image_suffix: str = field(
+    image_suffix: Name = field(
         "_image", "segment, pix2pix from image_dir: pictures are *SUFFIX.png and the like."
     )
-    target_suffix: str = field(
+    target_suffix: Name = field(
         "_mask", "segment, pix2pix from image_dir: suffix of the mask or target picture."
     )
-    resolution: PositiveInt = field(256, "Side of the training pictures in pixels.")
+    resolution: Pixels = field(256, "Side of the training pictures in pixels.")
     crop: bool = field(
         False,
         "Crop squares of that side at random instead of resizing; results keep the size of the "
@@ -35,12 +41,13 @@ class PairsConfig(ImagesConfig):
 
 
 class UNetModelConfig(Section):
-    width: PositiveInt = field(
-        32, "Channels of the first level; doubled at each further one.", multiple_of=8
-    )
-    levels: PositiveInt = field(4, "Resolutions; each halves the one before.", ge=2, le=6)
-    patch_size: PositiveInt = field(
-        1, "2: patches of 2 x 2 pixels are a place of the first level; four times faster."
+    width: Channels = field(32, "Channels of the first level; doubled at each further one.")
+    levels: int = field(4, "Resolutions; each halves the one before.", ge=2, le=6)
+    patch_size: int = field(
+        1,
+        "2: patches of 2 x 2 pixels are a place of the first level; four times faster.",
+        ge=1,
+        le=64,
     )
 
 
@@ -51,22 +58,25 @@ class UNetObjectiveConfig(Section):
         ge=2,
         le=255,
     )
-    dice_weight: float = field(
-        1.0, "segment: weight of the Dice loss relative to the cross-entropy.", ge=0
+    dice_weight: LossWeight = field(
+        1.0, "segment: weight of the Dice loss relative to the cross-entropy."
     )
     rebalanced: bool = field(
         False,
         "colorize: predict color classes, with larger weights for rare ones (Zhang et al. 2016).",
     )
-    l1_weight: PositiveFloat = field(
-        100.0, "pix2pix: weight of the absolute error relative to the adversarial loss."
+    l1_weight: float = field(
+        100.0,
+        "pix2pix: weight of the absolute error relative to the adversarial loss.",
+        gt=0,
+        le=10_000,
     )
     adversarial: bool = field(True, "pix2pix: false leaves the adversarial loss out.")
-    noise: float = field(
-        0.1, "restore: standard deviation of the noise; pictures are in 0..1.", ge=0
+    noise: NoiseLevel = field(
+        0.1, "restore: standard deviation of the noise; pictures are in 0..1."
     )
-    downscale: PositiveInt = field(
-        1, "restore: factor by which the input is smaller than the target."
+    downscale: int = field(
+        1, "restore: factor by which the input is smaller than the target.", ge=1, le=64
     )
 
 
@@ -83,7 +93,9 @@ KEYS_BY_USE = [
 
 class UNetConfig(ScratchConfig):
     kind: Literal["unet"] = field("unet", "Which trainer runs.")
-    output_dir: Path = field(Path("runs/unet"), "The run folder: everything that the run writes.")
+    output_dir: PathField = field(
+        Path("runs/unet"), "The run folder: everything that the run writes."
+    )
     use: Literal["segment", "colorize", "pix2pix", "restore"] = field(
         "segment", "What the model is for."
     )
@@ -106,6 +118,8 @@ class UNetConfig(ScratchConfig):
         multiple = self.model.patch_size * 2 ** (self.model.levels - 1)
         if data.resolution % multiple:
             yield "data.resolution", f"must be a multiple of {multiple} for this model"
+        if data.resolution % self.objective.downscale:
+            yield "objective.downscale", f"must divide data.resolution, {data.resolution}"
         lacks_column = data.dataset_name is not None and data.target_column is None
         if self.use in PAIRED_USES and lacks_column:
             message = f"{self.use} requires the column with the target pictures or masks"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
@@ -86,9 +86,8 @@ class TensorCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         # other processes may be writing the same entry
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary, {"sha256": tensor_checksum(tensors)})
-        temporary.replace(path)
+        with replacing_file(path) as temporary:
+            save_file(tensors, temporary, {"sha256": tensor_checksum(tensors)})
         # it may be remembered as absent
         self.read.cache_clear()
 

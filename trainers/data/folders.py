@@ -19,6 +19,8 @@ ABOUT_FOLDER = {"readme", "license", "licence", "copying"}
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
 # every run folder has this file, and pictures in it were drawn by a model
 RUN_FOLDER_MARK = ".lock"
+# beside class pictures that a run drew stands what they were drawn from
+CLASS_PICTURES_FILE = re.compile(r"class-pictures(-[0-9a-f]{8})?\.json")
 # kohya's scripts read the number before the underscore as how often each picture counts
 KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.*)")
 
@@ -73,7 +75,7 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
         raise UserError(f"{folder} cannot be read ({error.strerror})") from None
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
+        if is_no_users_file(entry.name):
             continue
         # unlike the entry's, it takes a link to itself for no folder
         if not path.is_dir():
@@ -85,6 +87,11 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
         elif target not in seen:
             seen.add(target)
             yield from walk(path, left_out, seen, skipped)
+
+
+def is_no_users_file(name: str) -> bool:
+    is_of_system = name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return is_of_system or bool(CLASS_PICTURES_FILE.fullmatch(name))
 
 
 def list_image_files(folder: Path) -> list[Path]:

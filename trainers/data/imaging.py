@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from trainers.atomic import replacing_file
+
 
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 to [-1, 1]."""
@@ -35,10 +37,19 @@ def mirror_pad(x: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's suffix; no half of it is ever found."""
+    with replacing_file(path) as temporary:
+        picture.save(temporary)
+
+
 def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int = 256) -> None:
-    """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing."""
+    """A labelled PNG: each row a title and its pictures, small ones enlarged without smoothing.
+
+    Pictures keep their shape: the longer side fills a square cell, and the rest of it stays white.
+    """
     font, gap, columns = ImageFont.load_default(14), 6, max(len(pictures) for _, pictures in rows)
-    side = max(picture.width for _, pictures in rows for picture in pictures)
+    side = max(max(picture.size) for _, pictures in rows for picture in pictures)
     side *= max(1, tile // side)
     width = columns * (side + gap) + gap
     titles = [textwrap.wrap(title, max(12, width // 8)) for title, _ in rows]
@@ -50,12 +61,14 @@ def write_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, tile: int 
         draw.text((gap, y), "\n".join(lines), "black", font)
         y += 18 * len(lines) + 6
         for i, picture in enumerate(pictures):
-            sheet.paste(
-                picture.resize((side, side), Image.Resampling.NEAREST), (gap + i * (side + gap), y)
-            )
+            scale = side / max(picture.size)
+            size = tuple(max(1, round(scale * length)) for length in picture.size)
+            left, top = ((side - length) // 2 for length in size)
+            cell = picture.resize(size, Image.Resampling.NEAREST)
+            sheet.paste(cell, (gap + i * (side + gap) + left, y + top))
         y += side + gap
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -> None:
@@ -68,4 +81,5 @@ def write_gif(frames: Iterable[list[Image.Image]], path: Path, side: int = 64) -
             tile = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (i % columns * side, i // columns * side))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=80, loop=0)
+    with replacing_file(path) as temporary:
+        sheets[0].save(temporary, save_all=True, append_images=sheets[1:], duration=80, loop=0)

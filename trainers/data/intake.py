@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
-from trainers.data.decoding import read_file, read_storage
+from trainers.data.decoding import IMAGE_SUFFIXES, read_file, read_storage
 from trainers.data.folders import FolderContents, name_some, relative_name
 from trainers.errors import UserError, warn_on_error
 
@@ -130,7 +130,8 @@ def advice_for(path: Path) -> str | None:
     for advice, suffixes in MEANT_FOR_USE.items():
         if path.suffix[1:].lower() in suffixes.split():
             return advice
-    return UNNAMED_PICTURE if is_picture_by_content(path) else None
+    is_unnamed = path.suffix.lower() not in IMAGE_SUFFIXES and is_picture_by_content(path)
+    return UNNAMED_PICTURE if is_unnamed else None
 
 
 def check_batch_size(

@@ -12,12 +12,7 @@ from accelerate import Accelerator
 from trainers.config import DreamBoothConfig
 from trainers.data.folders import name_some
 from trainers.data.intake import Intake, check_batch_size
-from trainers.data.pictures import (
-    Picture,
-    load_class_pictures,
-    load_held_out_pictures,
-    load_instance_pictures,
-)
+from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError
 
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
@@ -50,19 +45,6 @@ def load_photos(
     held_out = load_held_out_pictures(data, intake) if data.held_out_dir else []
     check_photos(intake, pictures, held_out, config, accelerator.num_processes)
     return intake, [pictures], held_out
-
-
-def load_class(
-    folder: Path,
-    intake: Intake,
-    family: CountsTokens,
-    config: DreamBoothConfig,
-    accelerator: Accelerator,
-) -> list[Picture]:
-    """The class pictures, once what is known about them is reported."""
-    pictures = load_class_pictures(folder, config.data, intake)
-    report(intake, family, pictures, config, accelerator)
-    return pictures
 
 
 def report(

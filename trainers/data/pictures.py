@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,18 +142,25 @@ def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> 
 
 
 def load_class_pictures(
-    folder: Path, config: DataConfig, intake: Intake | None = None
+    folder: Path,
+    config: DataConfig,
+    names: Container[str] | None = None,
+    intake: Intake | None = None,
 ) -> list[Picture]:
     """The first `num_class_images` pictures of the class folder; without captions of their own they
-    have the prompt."""
+    have the prompt.
+
+    names: the file names of those that may be taken, if not all.
+    """
     intake = intake or Intake()
     pictures = pictures_from_folder(folder, config, config.class_prompts[0], intake)
-    if len(pictures) > config.num_class_images:
+    allowed = [p for p in pictures if names is None or Path(p.name).name in names]
+    used = allowed[: config.num_class_images]
+    if len(pictures) > len(used):
         intake.note(
-            f"of {len(pictures)} class pictures the first {config.num_class_images} are used "
-            "(data.num_class_images)"
+            f"of {len(pictures)} class pictures {len(used)} are used (data.num_class_images)"
         )
-    return keep_readable(pictures[: config.num_class_images], config, str(folder), intake)
+    return keep_readable(used, config, str(folder), intake)
 
 
 def pictures_from_folder(

@@ -81,3 +81,14 @@ class SampleRng:
 @lru_cache(maxsize=8)
 def permutation(seed: int, count: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
+
+
+def choose_rows(seed: int, num_rows: int, count: int) -> Sequence[int]:
+    """`count` rows by chance, in ascending order; all of them where there are no more.
+
+    What is measured on a part must not depend on the order of the rows: many data sets are sorted
+    by class.
+    """
+    if count >= num_rows:
+        return range(num_rows)
+    return sorted(random.Random(seed).sample(range(num_rows), count))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainers.distributed.accelerator import preferred_dtype
 from trainers.errors import UserError
 
 ATTENTION_KERNELS = {
@@ -27,8 +28,7 @@ def attention_kernel(name: str, device: torch.device) -> AbstractContextManager:
     """
     if name == "auto":
         return nullcontext()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    x = torch.zeros(1, 1, 8, 64, device=device, dtype=dtype)
+    x = torch.zeros(1, 1, 8, 64, device=device, dtype=preferred_dtype(device))
     try:
         with sdpa_kernel(ATTENTION_KERNELS[name]):
             F.scaled_dot_product_attention(x, x, x)

@@ -20,6 +20,7 @@ def load_quantized(family: Family, model_class: type, method: str) -> nn.Module:
     """
     folder, dtype = family.folder, family.dtype
     source = {"subfolder": family.denoiser_name, "variant": family.variant, "torch_dtype": dtype}
+    source["use_safetensors"] = True
     # with int8 there is a line for each call of a layer
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if torch.cuda.is_available():

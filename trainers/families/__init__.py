@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainers.config.dreambooth_rules import base_problem
 from trainers.errors import UserError
 from trainers.families.base import FAMILIES, Family
 
@@ -15,6 +16,8 @@ def detect_family(base: str) -> str:
     """
     from diffusers import DiffusionPipeline
 
+    if problem := base_problem(base):
+        raise UserError(f"--base: {problem}")
     try:
         kind = DiffusionPipeline.load_config(base)["_class_name"]
     except OSError as error:

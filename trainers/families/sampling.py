@@ -1,8 +1,8 @@
-"""Pictures by a family's pipeline: of validation prompts, and of the class for its prior."""
+"""Pictures by a family's pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +10,12 @@ import torch
 from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.config import DreamBoothConfig, PromptsConfig
-from trainers.data.encoder_cache import CachedEncoder
-from trainers.data.imaging import write_grid
-from trainers.data.pictures import list_image_files
-from trainers.distributed.collectives import own_items, run_across_processes
+from trainers.data.imaging import write_grid, write_picture
+from trainers.distributed.collectives import run_across_processes
 from trainers.families import Family
+from trainers.run_folder import GRID_NAME
 
 PromptEncoder = Callable[[str, str], dict[str, Tensor]]  # a text encoder's name, and a prompt
 
@@ -67,52 +65,6 @@ def encode_for_pipeline(family: Family, prompt: str, encode: PromptEncoder) -> d
     return family.pipeline_arguments(family.condition(text))
 
 
-def generate_class_images(
-    encoder: CachedEncoder, config: DreamBoothConfig, folder: Path, accelerator: Accelerator
-) -> None:
-    """Generate the class pictures that the folder lacks, shared among the processes.
-
-    Picture i has its own noise and prompt, whoever generates it.
-    """
-    data = config.data
-    num_missing = max(0, data.num_class_images - len(list_image_files(folder)))
-    paths = [folder / f"class-{i:05d}.png" for i in range(data.num_class_images)]
-    pending = [path for path in paths if not path.exists()][:num_missing]
-    if pending and data.cache:
-        encoder.fill([], [*data.class_prompts, config.validation.negative_prompt], accelerator)
-    accelerator.wait_for_everyone()
-    # first each process's own share, then what it does not see, where disks are not shared
-    for assigned in (own_items(pending, accelerator), pending):
-        missing = [path for path in assigned if not path.exists()]
-        if missing:
-            generate_missing(encoder, config, missing, accelerator)
-        accelerator.wait_for_everyone()
-
-
-def generate_missing(
-    encoder: CachedEncoder,
-    config: DreamBoothConfig,
-    missing: Sequence[Path],
-    accelerator: Accelerator,
-) -> None:
-    """Load the pipeline, write class pictures with their prompts beside them, and unload it."""
-    family, data = encoder.family, config.data
-    missing[0].parent.mkdir(parents=True, exist_ok=True)
-    family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
-    family.apply_memory_options()
-    for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
-        number = int(path.stem.removeprefix("class-"))
-        prompt = data.class_prompts[number % len(data.class_prompts)]
-        settings = config.validation, number, data.resolution, encoder.encoder_outputs
-        picture = sample_picture(family, prompt, *settings)
-        path.with_suffix(".txt").write_text(prompt, "utf-8")
-        # under its name a picture is whole, whenever the run is stopped
-        temporary = path.with_name(f".{accelerator.process_index}-{path.name}")
-        picture.save(temporary, format="png")
-        temporary.replace(path)
-    family.unload()
-
-
 def write_samples(
     family: Family,
     config: DreamBoothConfig,
@@ -140,5 +92,5 @@ def write_samples(
         row = generated[first : first + validation.num_images]
         rows.append((prompt, row))
         for i, picture in enumerate(row):
-            picture.save(folder / f"{number:02d}-{i}.png")
-    write_grid(rows, folder / "grid.png")
+            write_picture(picture, folder / f"{number:02d}-{i}.png")
+    write_grid(rows, folder / GRID_NAME)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.atomic import replacing_file
 from trainers.config import AutoencoderConfig
 from trainers.data.rng import SampleRng
 from trainers.from_scratch.networks import ConvAutoencoder
 
 PATCH_SIZE = 4  # side of what is hidden, pixels
+MIN_TSNE_PICTURES = 4  # a third of the others are neighbours, at least one
 NUM_MASKINGS = 8  # hidings that an anomaly's score is the mean of
 
 
@@ -45,14 +48,16 @@ def anomaly_score(model: ConvAutoencoder, x: Tensor, config: AutoencoderConfig) 
     return (F.avg_pool2d(error, 3, 1, 1) / 2).square().mean((1, 2, 3))
 
 
-def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
+def plot_codes(codes: Tensor, labels: Tensor, class_names: Sequence[str], path: Path) -> None:
     """The codes (N, D) in the plane by t-SNE (van der Maaten and Hinton 2008), or as they are if D
-    = 2, by class."""
+    = 2, by class. Of fewer than four pictures t-SNE makes no plot."""
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     points = codes.cpu().numpy()
     if points.shape[1] != 2:
+        if len(points) < MIN_TSNE_PICTURES:
+            return
         points = TSNE(perplexity=min(30, (len(points) - 1) / 3), random_state=0).fit_transform(
             points
         )
@@ -62,10 +67,11 @@ def plot_codes(codes: Tensor, labels: Tensor, path: Path) -> None:
         axes.scatter(
             *points[classes == label].T,
             s=6,
-            label=str(label),
+            label=class_names[label],
             color=f"C{label}" if label < 10 else None,
         )
     axes.legend(title="class", markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(xticks=[], yticks=[], title="codes of test pictures")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

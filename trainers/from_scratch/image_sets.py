@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,34 +15,26 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trainers.config import ImagesConfig, PairsConfig
-from trainers.data.dataset_rows import open_dataset, read_encoded
-from trainers.data.folders import FolderContents, relative_name, scan_folder
+from trainers.config import ImagesConfig
 from trainers.data.imaging import mirror_pad
-from trainers.data.intake import Intake
-from trainers.data.pictures import Picture, picture_from_file
+from trainers.data.pictures import Picture, check_bit_depth
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
-from trainers.from_scratch.image_checks import inspect_pictures
+from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
+from trainers.from_scratch.labels import UNLABELED, find_classes, list_names
 from trainers.from_scratch.masks import turn_alike
+from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
 
 
-@dataclass(frozen=True)
-class ImageSample:
-    """A picture, what belongs to it in a data set of pairs, and its class, -1 where there is
-    none."""
-
-    picture: Picture
-    target: Picture | None = None
-    label: int = -1
-
-
 class ImageSet:
-    """(C, H, W) uint8 pictures, those of a pair one above the other; labels (N,) int64."""
+    """(C, H, W) uint8 pictures, those of a pair one above the other; labels (N,) int64 from 0.
+
+    class_names: what each label stands for; empty where pictures have none.
+    """
 
     def __init__(
         self,
@@ -51,10 +42,12 @@ class ImageSet:
         decode: Callable[[ImageSample], Tensor],
         in_memory: bool,
         device,
+        class_names: Sequence[str] = (),
     ) -> None:
         """in_memory: decode all now, into one tensor (N, C, H, W) if they are of one size. Raises:
         UserError."""
         self.samples, self.decode, self.device = samples, decode, device
+        self.class_names = class_names
         self.labels = torch.tensor([sample.label for sample in samples], device=device)
         self.pixels: Tensor | list[Tensor] | None = None
         if in_memory:
@@ -80,13 +73,15 @@ class ImageSet:
             return self.pixels[torch.tensor(rows, device=self.device)]
         return torch.stack([self[row] for row in rows])
 
-    @property
-    def digest(self) -> str:
-        """Of the files' contents."""
-        parts = [
-            part for sample in self.samples for part in (sample.picture, sample.target) if part
-        ]
-        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    def describe(self) -> Facts:
+        """The pictures, with their targets and labels, as a resumed run compares them."""
+        entries = []
+        for sample in self.samples:
+            content = sample.picture.digest
+            if sample.target:
+                content = hashlib.sha256((content + sample.target.digest).encode()).hexdigest()
+            entries.append((sample.picture.name, content, str(sample.label)))
+        return describe_pictures(entries)
 
 
 def load_images(
@@ -94,117 +89,40 @@ def load_images(
     device,
     held_out: bool = False,
     read_target: TargetReader | None = None,
-    intake: Intake | None = None,
+    every_class: bool | None = None,
 ) -> ImageSet | None:
     """What is learnt from, or what is held out to measure on (None where nothing is).
 
-    read_target: how the second of a pair is read. Raises: UserError for a source that cannot be
-    read or is empty.
+    read_target: how the second of a pair is read; every_class: keep pictures of other classes than
+    `only_label`, which is usual for those that are held out. Raises: UserError for a source that
+    cannot be read or is empty, and for labels that are no classes.
     """
-    intake = intake or Intake()
+    classes = find_classes(config)
+    samples = list_samples(config, held_out, read_target is not None, classes)
+    if samples is None:
+        return None
     source = f"data: {config.image_dir or config.dataset_name}"
-    if config.image_dir is not None:
-        if held_out and config.folds is None:
-            return None
-        samples = samples_from_folder(config, read_target is not None, intake)
-        if config.folds is not None:
-            samples = [
-                s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out
-            ]
-            source += f", fold {config.fold} of {config.folds}"
-    else:
-        split = config.test_split if held_out else config.train_split
-        if split is None:
-            return None
-        samples = samples_from_dataset(config, split, read_target is not None)
-        source += f", split {split!r}"
-    if config.only_label is not None and not held_out:
-        samples = [sample for sample in samples if sample.label == config.only_label]
+    if config.image_dir is None:
+        source += f", split {config.test_split if held_out else config.train_split!r}"
+    elif config.folds is not None:
+        source += f", fold {config.fold} of {config.folds}"
+    keep_every_class = held_out if every_class is None else every_class
+    if config.only_label is not None and not keep_every_class:
+        wanted = classes.index(config.only_label)
+        samples = [sample for sample in samples if sample.label == wanted != UNLABELED]
         source += f", label {config.only_label}"
     if not samples:
-        raise UserError(f"{source}: there is no picture")
+        known = f"; its classes are {list_names(classes.names)}" if classes else ""
+        raise UserError(f"{source}: there is no picture{known}")
     if not held_out:
-        inspect_pictures([sample.picture for sample in samples], config, intake)
+        check_bit_depth([s.picture for s in choose_evenly(samples)], config.bit_depth)
     return ImageSet(
         samples,
         partial(decode_sample, config=config, read_target=read_target),
         config.in_memory,
         device,
+        classes.names if classes else (),
     )
-
-
-def samples_from_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> list[ImageSample]:
-    """Raises: as `samples_from_pairs`."""
-    contents = scan_folder(config.image_dir)
-    # text files and metadata are captions, and nothing here reads captions
-    contents.unused += contents.sidecars + contents.metadata
-    if pairs:
-        samples = samples_from_pairs(config, contents)
-        used = {Path(part.name) for s in samples for part in (s.picture, s.target)}
-        contents.unused += [path for path in contents.pictures if path not in used]
-    else:
-        picture = partial(picture_from_file, bit_depth=config.bit_depth)
-        samples = [ImageSample(picture(path)) for path in contents.pictures]
-    intake.note(f"{len(samples)} {'pairs' if pairs else 'pictures'} in {contents.root.name}")
-    intake.describe_unused(contents)
-    return samples
-
-
-def samples_from_pairs(
-    config: PairsConfig, contents: FolderContents | None = None
-) -> list[ImageSample]:
-    """A file has the longest ending that fits. Raises: UserError for pictures without a partner, or
-    with two."""
-    contents = contents or scan_folder(config.image_dir)
-    by_end: dict[str, dict[str, Path]] = {config.image_suffix: {}, config.target_suffix: {}}
-    for path in contents.pictures:
-        if suffixes := [suffix for suffix in by_end if path.stem.endswith(suffix)]:
-            suffix = max(suffixes, key=len)
-            paths = by_end[suffix]
-            name = relative_name(path.parent / path.stem.removesuffix(suffix), contents.root)
-            if name in paths:
-                raise UserError(
-                    f"data.image_dir: {paths[name].name} and {path.name} have one name: remove one"
-                )
-            paths[name] = path
-    images, targets = by_end.values()
-    if unpaired := sorted(images.keys() ^ targets.keys()):
-        missing_suffix = config.target_suffix if unpaired[0] in images else config.image_suffix
-        raise UserError(
-            f"data.image_dir: {len(unpaired)} pictures have no partner, such as {unpaired[0]!r}: "
-            f"there is no "
-            f"{unpaired[0]}{missing_suffix}.* in {config.image_dir}. Pairs are named "
-            f"*{config.image_suffix}.* and "
-            f"*{config.target_suffix}.*"
-        )
-    picture = partial(picture_from_file, bit_depth=config.bit_depth)
-    return [
-        ImageSample(picture(path), picture(targets[name])) for name, path in sorted(images.items())
-    ]
-
-
-def samples_from_dataset(config: ImagesConfig, split: str, pairs: bool) -> list[ImageSample]:
-    columns = {"image_column": config.image_column}
-    if pairs:
-        columns["target_column"] = config.target_column
-    rows = open_dataset(config.dataset_name, split, columns | {"label_column": config.label_column})
-    labels = rows[config.label_column] if config.label_column else [None] * len(rows)
-
-    def picture(i: int, column: str) -> Picture:
-        return Picture(
-            f"{config.dataset_name} {split}[{i}] {column}",
-            partial(read_encoded, rows, i, column),
-            "",
-            config.bit_depth,
-        )
-
-    return [
-        ImageSample(
-            *(picture(i, column) for column in columns.values()),
-            label=-1 if label is None else label,
-        )
-        for i, label in enumerate(labels)
-    ]
 
 
 def decode_sample(

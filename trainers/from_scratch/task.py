@@ -4,8 +4,9 @@ card."""
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,15 +14,21 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from trainers.atomic import replacing_folder, write_atomic
 from trainers.config import ScratchConfig
-from trainers.data.intake import Intake, check_batch_size
+from trainers.data.intake import Intake
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
+from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
+from trainers.run_folder import FIGURES_NAME, FINAL, MODEL, SAMPLES
+from trainers.training.facts import Facts
 from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
 GRID_COLUMNS = 10  # pictures in a row of a grid
+# figures that are no number
+UNDEFINED, INFINITE = "not defined on these pictures", "infinite"
 
 
 class FromScratchTask(ABC):
@@ -32,17 +39,25 @@ class FromScratchTask(ABC):
     pipeline_tag: str  # the Hub's name of what it does
     read_target: TargetReader | None = None  # how the second picture of a pair is read
     num_mask_channels = 0  # channels at the end that hold classes
+    # whether held-out pictures of other classes than data.only_label are measured too
+    measures_every_class = False
     needs_all_processes = False
     attention = "auto"
 
     def __init__(self, config: ScratchConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        intake = Intake(config.data.strict)
         self.train_images, self.test_images = (
-            load_images(config.data, self.device, held_out, self.read_target, intake)
+            load_images(
+                config.data,
+                self.device,
+                held_out,
+                self.read_target,
+                every_class=held_out and self.measures_every_class,
+            )
             for held_out in (False, True)
         )
-        check_batch_size(intake, config.train, accelerator.num_processes, len(self.train_images))
+        intake = Intake(config.data.strict)
+        warn_of_data(config, self.train_images, self.test_images, intake)
         if accelerator.is_main_process:
             intake.save(config.output_dir)
         intake.report(accelerator.print)
@@ -53,8 +68,8 @@ class FromScratchTask(ABC):
     @classmethod
     def build(
         cls, config: ScratchConfig, accelerator: Accelerator
-    ) -> tuple[FromScratchTask, ImageBatches, str]:
-        """The task, its batches and a digest of its data."""
+    ) -> tuple[FromScratchTask, ImageBatches, Facts]:
+        """The task, its batches and the facts of its pictures."""
         task, batch_slice = (
             cls(config, accelerator),
             BatchSlice.from_config(config.seed, config.train, accelerator),
@@ -62,7 +77,7 @@ class FromScratchTask(ABC):
         return (
             task,
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
-            task.train_images.digest,
+            {"pictures": {"training": task.train_images.describe()}},
         )
 
     def add_player(
@@ -103,29 +118,41 @@ class FromScratchTask(ABC):
         """A line of Python that uses the `model`."""
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder / "model")
+        with replacing_folder(folder / MODEL) as temporary:
+            self.model.save_pretrained(temporary)
 
     def finish(self, steps: int) -> None:
         """Save, show, measure, write the card."""
         folder, metrics = self.config.output_dir, {}
         with averaged_weights(self):
             self.save(folder)
-            self.sample(folder / "samples" / "final")
+            self.sample(folder / SAMPLES / FINAL)
             if self.test_images is not None:
-                metrics = self.evaluate()
-                (folder / "figures.json").write_text(json.dumps(metrics, indent=2) + "\n")
+                metrics = name_undefined(self.evaluate())
+                write_atomic(folder / FIGURES_NAME, json.dumps(metrics, indent=2) + "\n")
                 self.accelerator.print(
                     "  ".join(f"{k} {v}" for k, v in model_card.format_metrics(metrics).items())
                 )
         kind = type(self.model).__name__
         usage = [
             f"from trainers.from_scratch.networks import {kind}",
-            f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="model")',
+            f'model = {kind}.from_pretrained("PATH_OR_REPO", subfolder="{MODEL}")',
             self.usage_example(),
         ]
         model_card.write_scratch_card(
             self.config, steps, self.pipeline_tag, usage, len(self.train_images), metrics
         )
+
+
+def name_undefined(metrics: Mapping[str, float | str]) -> dict[str, float | str]:
+    """Figures with words for those that are no number, which JSON does not know."""
+    named: dict[str, float | str] = {}
+    for name, value in metrics.items():
+        if isinstance(value, str) or math.isfinite(value):
+            named[name] = value
+        else:
+            named[name] = UNDEFINED if math.isnan(value) else INFINITE
+    return named
 
 
 def describe_input(config: ScratchConfig) -> str:

@@ -5,56 +5,58 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from trainers.families import Family
-from trainers.lora.peft_format import components, from_peft, peft_config, to_peft
-from trainers.lora.update import Lora
+from trainers.lora.base_layers import adaptable_layers, text_prefix
+from trainers.lora.names import TEXT_LEVEL
+from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
+from trainers.lora.peft_format import components, to_peft
+from trainers.lora.tensor_file import TensorFile, write_tensors
+from trainers.lora.update import Lora, Rows
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # the name of PEFT's configs in diffusers' headers
 
 
-def recognizes(path: Path) -> bool:
-    return path.is_file()
-
-
-def read(path: Path, family: Family) -> tuple[Lora, list[str]]:
-    """The updates in a file of diffusers, or in another one with the same names."""
-    flat = json.loads(read_metadata_header(path).get(METADATA_KEY, "{}"))
-    configs: dict[str, dict] = {}
-    for key, value in flat.items():
-        component, _, setting = key.partition(".")
-        configs.setdefault(component, {})[setting] = value
-    return from_peft(add_text_level(load_file(path), family), configs), []
+def layer_names(family: Family) -> dict[str, Rows]:
+    """Every name that a layer of the base has in such files."""
+    names = {}
+    for layer in adaptable_layers(family):
+        rows = Rows((layer,))
+        component, _, rest = layer.partition(".")
+        names[layer] = rows
+        if component == family.denoiser_name:
+            # files of the denoiser alone may leave its name out
+            names[rest] = rows
+        else:
+            # transformers 5 leaves this level out of CLIP's names
+            names[f"{component}.{rest.removeprefix(TEXT_LEVEL)}"] = rows
+    return names
 
 
 def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
-    header = metadata | {"format": "pt", METADATA_KEY: adapter_metadata(lora)}
-    save_file(to_peft(lora), path, header)
+    header = metadata | {"format": "pt", METADATA_KEY: adapter_metadata(lora, family)}
+    write_tensors(to_peft(lora), path, header)
 
 
-def read_metadata_header(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
-
-
-def adapter_metadata(lora: Lora) -> str:
-    """What diffusers keeps of PEFT's configs in a file's header."""
+def adapter_metadata(lora: Lora, family: Family) -> str:
+    """What diffusers keeps of PEFT's configs in a file's header, with the modules' own names."""
     flat = {}
     for component, updates in components(lora).items():
-        for key, value in peft_config(updates).items():
+        level = text_prefix(family.meta_model(component))
+        own = {name.removeprefix(level): update for name, update in updates.items()}
+        for key, value in make_config(own).items():
             flat[f"{component}.{key}"] = value
     return json.dumps(flat, indent=2, sort_keys=True)
 
 
-def add_text_level(state: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """The tensors with the level `text_model.` that transformers 5 leaves out of CLIP's names."""
-    renamed = {}
-    for key, value in state.items():
-        component, _, rest = key.partition(".")
-        lacks_level = component in family.clip_encoders and not rest.startswith("text_model.")
-        renamed[f"{component}.text_model.{rest}" if lacks_level else key] = value
-    return renamed
+def read_scales(file: TensorFile) -> dict[str, PeftScale]:
+    """The scales of each component in a file's header. Raises: UserError."""
+    text = file.metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    where = f"{file.path}: {METADATA_KEY} in the header"
+    configs: dict[str, dict] = {}
+    for key, value in parse_json_object(text, where).items():
+        component, _, setting = key.partition(".")
+        configs.setdefault(component, {})[setting] = value
+    return {name: parse_scale(config, where) for name, config in configs.items()}

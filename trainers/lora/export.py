@@ -6,20 +6,24 @@ import json
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainers.atomic import replacing_folder, working_folder
 from trainers.config import DreamBoothConfig
 from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
-from trainers.lora.diffusers_format import read_metadata_header
 from trainers.lora.formats import load_format
 from trainers.lora.peft_format import from_peft
+from trainers.lora.tensor_file import read_header
 from trainers.publishing.model_card import package_versions
+from trainers.publishing.public import PRIVATE_SECTIONS, public_config
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+
+# where the libraries note what a model or tokenizer was loaded from
+ORIGIN_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
 
 def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") -> dict[str, Tensor]:
@@ -45,6 +49,8 @@ def lora_metadata(module: nn.Module) -> dict:
     config["lora_alpha"] = config["r"]
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0
+    # it may be a path on this machine, and diffusers does not read it
+    config["base_model_name_or_path"] = None
     for key, value in config.items():
         # sets have no order and no JSON
         if isinstance(value, set):
@@ -60,47 +66,70 @@ def save_lora(
     Each is written aside first and then renamed, so that no half of a file is ever found.
     """
     packed, state = {}, {}
-    metadata = make_metadata(config)
+    metadata = make_metadata(config, base_architecture(family))
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
         own = lora_state(module, text_prefix(module))
         packed[f"{name}_lora_layers"] = own
         packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
         state |= {f"{name}.{key}": value for key, value in own.items()}
-    with TemporaryDirectory(dir=folder) as temporary:
-        file = Path(temporary) / WEIGHT_NAME
+    with working_folder(folder) as temporary:
+        file = temporary / WEIGHT_NAME
         family.pipeline.save_lora_weights(temporary, **packed)
         # diffusers writes its own header alone; ours is added to it
-        save_file(load_file(file), file, read_metadata_header(file) | metadata)
+        save_file(load_file(file), file, read_header(file).metadata | metadata)
         file.replace(folder / WEIGHT_NAME)
         if config.writes_kohya:
-            file = Path(temporary) / KOHYA_NAME
-            load_format("kohya").write(from_peft(state, {}), family, file, metadata)
+            file = temporary / KOHYA_NAME
+            load_format("kohya").write(from_peft(state), family, file, metadata)
             file.replace(folder / KOHYA_NAME)
 
 
-def make_metadata(config: DreamBoothConfig) -> dict[str, str]:
+def make_metadata(config: DreamBoothConfig, architecture: str) -> dict[str, str]:
     """What a LoRA file says of itself.
 
     That is modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat the run.
+    architecture: modelspec's id of the base model.
     """
-    size = config.data.resolution
-    private = {"hub", "tracking", "checkpoint"}
+    size, shared = config.data.resolution, public_config(config)
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{config.facts.architecture}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": config.output_dir.name,
+        "modelspec.title": shared.output_dir.name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": date.today().isoformat(),
         "modelspec.trigger_phrase": config.data.instance_prompt or "",
-        "diffusion_trainers.config": config.model_dump_json(exclude=private),
+        "diffusion_trainers.config": shared.model_dump_json(exclude=set(PRIVATE_SECTIONS)),
         "diffusion_trainers.versions": json.dumps(package_versions()),
     }
+
+
+def base_architecture(family: Family) -> str:
+    """modelspec's id of the base model, told from its denoiser: a local folder has any name."""
+    settings = family.denoiser_config
+    for name, wanted in family.facts.architecture.items():
+        # the last one wants nothing
+        if all(settings.get(key) == value for key, value in wanted.items()):
+            return name
+    raise AssertionError("a family's last architecture has no conditions")
 
 
 def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) -> None:
     """The whole pipeline with the trained weights, in the diffusers layout."""
     trained = {name: getattr(family.pipe, name) for name in (family.denoiser_name, *text_encoders)}
-    pipe = family.pipeline.from_pretrained(family.folder, variant=family.variant, **trained)
-    pipe.save_pretrained(folder)
+    pipe = family.pipeline.from_pretrained(
+        family.folder, variant=family.variant, use_safetensors=True, **trained
+    )
+    with replacing_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
+        remove_origin(temporary)
+
+
+def remove_origin(folder: Path) -> None:
+    """Remove from a saved pipeline's configs where its parts were loaded from: a path, often."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, dict) and ORIGIN_KEYS & content.keys():
+            kept = {key: value for key, value in content.items() if key not in ORIGIN_KEYS}
+            path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")

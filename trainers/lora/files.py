@@ -2,60 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from safetensors import safe_open
+import torch
+from torch import Tensor
 
 from trainers.errors import UserError
 from trainers.families import Family
-from trainers.lora.base_layers import adaptable_layers
-from trainers.lora.formats import detect_format
-from trainers.lora.peft_format import to_peft
-from trainers.lora.update import Lora
+from trainers.lora import diffusers_format, peft_format
+from trainers.lora.base_layers import adaptable_shapes
+from trainers.lora.formats import all_layer_names
+from trainers.lora.layer_tensors import ALPHA, MAGNITUDE, A, B, LayerTensors, Shapes, find_layers
+from trainers.lora.peft_config import PeftScale
+from trainers.lora.tensor_file import TensorFile, read_header
+from trainers.lora.update import Lora, LoraUpdate, Rows, is_dora, split_update, swap_halves
 
 
 def read_lora(path: Path, family: Family) -> Lora:
-    """The updates in a LoRA file or PEFT folder.
+    """The updates in a LoRA file or PEFT folder, every tensor of which was used.
 
-    It prints what of it belongs to no layer of the base. Raises: UserError when that is all of the
-    denoiser's, or when the file is not plain LoRA.
+    Raises: UserError for what is not whole, not finite, not LoRA or DoRA, or not for this base.
     """
-    found, unknown = detect_format(path).read(path, family)
-    layers = adaptable_layers(family)
-    lora = {}
-    for name, update in found.items():
-        if name in layers:
-            lora[name] = update
-        else:
-            unknown.append(name)
-    if not lora and not unknown:
+    adapters = peft_format.find_adapters(path, family) if path.is_dir() else {}
+    if path.is_dir() and not adapters:
         raise UserError(f"{path}: there is no LoRA in it. A run writes its LoRA when it finishes")
-    has_denoiser = any(name.startswith(family.denoiser_name) for name in lora)
-    if not lora or (unknown and not has_denoiser):
-        num_layers = len(unknown) + len(lora)
-        raise UserError(
-            f"{path}: {len(unknown)} of {num_layers} layers are not in this base model, for "
-            f"example {unknown[0]}. The file was trained for another model, or is not a LoRA"
-        )
-    if unknown:
-        print(
-            f"{path}: {len(lora)} layers were read; {len(unknown)} are not in this base model, "
-            f"for example {unknown[0]}"
-        )
+    lora: Lora = {}
+    if not adapters:
+        lora = read_file(path, family)
+    for component, folder in adapters.items():
+        lora |= read_adapter(folder, component, family)
+    if is_dora(lora):
+        check_dora(lora, path)
     return lora
 
 
-def load_lora(family: Family, file: Path) -> None:
-    """Put a LoRA file or PEFT folder on the loaded pipeline.
+def read_file(path: Path, family: Family) -> Lora:
+    """The updates in a file with any program's names."""
+    file = read_header(path)
+    scales = diffusers_format.read_scales(file)
+    if not scales and path.name == peft_format.TENSORS_NAME:
+        config = path.parent / peft_format.CONFIG_NAME
+        scales = {family.denoiser_name: peft_format.read_scale(config)}
+    return read_tensors(file, all_layer_names(family), adaptable_shapes(family), scales)
 
-    DoRA is possible only from a file of diffusers, which loads it itself.
+
+def read_adapter(folder: Path, component: str, family: Family) -> Lora:
+    """The updates in a folder that PEFT wrote for a component. Raises: UserError."""
+    if component not in (family.denoiser_name, *family.clip_encoders):
+        raise UserError(f"{folder} is for {component}, on which no program loads a LoRA")
+    scale = peft_format.read_scale(folder / peft_format.CONFIG_NAME)
+    tensors = folder / peft_format.TENSORS_NAME
+    old = tensors.with_suffix(".bin")
+    # the reader of headers says what such a file is
+    file = read_header(old if old.is_file() and not tensors.is_file() else tensors)
+    names = peft_format.component_names(family, component)
+    if component == family.denoiser_name:
+        names = all_layer_names(family) | names
+    return read_tensors(file, names, adaptable_shapes(family), {component: scale})
+
+
+def read_tensors(
+    file: TensorFile, names: Mapping[str, Rows], shapes: Shapes, scales: Mapping[str, PeftScale]
+) -> Lora:
+    """The updates in a file whose layers have these names, for weights of these shapes.
+
+    scales: by component; without one alpha is the rank, unless the file has an alpha for the layer.
     """
-    family.pipe.load_lora_weights(file if has_dora(file) else to_peft(read_lora(file, family)))
+    layers = find_layers(file, names, shapes)
+    tensors = dict(file.load())
+    lora: Lora = {}
+    for layer in layers:
+        own = {kind: tensors.pop(key) for kind, key in layer.keys.items()}
+        weights = [shapes[name] for name in layer.rows.layers]
+        update = make_update(layer, own, scales, len(weights[0]) - 2)
+        check_finite(file, layer, update)
+        if layer.rows.swaps_halves:
+            update = swap_halves(update)
+        parts = split_update(update, [weight[0] for weight in weights])
+        for name, part, weight in zip(layer.rows.layers, parts, weights, strict=True):
+            if part:
+                a = part.a.reshape(part.rank, *weight[1:])
+                lora[name] = LoraUpdate(a, part.b, part.magnitude)
+    return lora
 
 
-def has_dora(file: Path) -> bool:
-    """Whether a file has the magnitudes of DoRA."""
-    if not file.is_file():
-        return False
-    with safe_open(file, "pt") as opened:
-        return any("lora_magnitude_vector" in key for key in opened.keys())  # noqa: SIM118
+def make_update(
+    layer: LayerTensors,
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, PeftScale],
+    kernel_dimensions: int,
+) -> LoraUpdate:
+    """The update of a layer in float32, with the scale folded in."""
+    a, b = tensors[A].float(), tensors[B].float()
+    component, _, module = layer.rows.layers[0].partition(".")
+    alpha = tensors[ALPHA].item() if ALPHA in tensors else None
+    scale = scales.get(component, PeftScale()).scale(module, len(a), alpha)
+    magnitude = tensors[MAGNITUDE].float().flatten() if MAGNITUDE in tensors else None
+    b = b.reshape(*b.shape[:2], *[1] * kernel_dimensions)
+    return LoraUpdate(a, b if scale == 1 else b * scale, magnitude)
+
+
+def check_finite(file: TensorFile, layer: LayerTensors, update: LoraUpdate) -> None:
+    """Raises: UserError where a number is NaN or infinite."""
+    for kind, tensor in ((A, update.a), (B, update.b), (MAGNITUDE, update.magnitude)):
+        if tensor is None:
+            continue
+        # the sum of finite numbers may overflow; the least and the largest tell as much
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            broken = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{file.path}: {broken} of {tensor.numel()} numbers in {layer.keys[kind]} are NaN "
+                "or infinite (with its scale). The training that wrote it diverged, or the file is "
+                "damaged"
+            )
+
+
+def check_dora(lora: Lora, path: Path) -> None:
+    """Raises: UserError where some layers of a component are DoRA and others are not."""
+    for component, updates in peft_format.components(lora).items():
+        plain = [name for name, update in updates.items() if update.magnitude is None]
+        if plain and len(plain) < len(updates):
+            raise UserError(
+                f"{path}: {len(plain)} of {len(updates)} layers of {component} have no magnitude, "
+                f"for example {plain[0]}, though the others are DoRA"
+            )
+
+
+def load_lora(family: Family, path: Path) -> None:
+    """Put a LoRA file or PEFT folder of any format on the loaded pipeline.
+
+    diffusers loads it from a file of its own format, whose header has the scale of each layer.
+    """
+    lora = read_lora(path, family)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        diffusers_format.write(lora, family, file, {})
+        family.pipe.load_lora_weights(folder, weight_name=file.name)

@@ -1,4 +1,4 @@
-"""The LoRA formats of other programs: a row of a table each, and a module that reads and writes it.
+"""The LoRA formats of programs: a row of a table each, and a module that knows its names.
 
 Nothing here imports torch, so that a script knows the formats before it has read its arguments.
 """
@@ -9,36 +9,44 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from trainers.errors import UserError
-
 if TYPE_CHECKING:
     from trainers.families import Family
-    from trainers.lora.update import Lora
+    from trainers.lora.update import Lora, Rows
 
 
-class LoraFormat(Protocol):
-    """What the module of a format has."""
+class LoraNames(Protocol):
+    """What the module of a format has that is read."""
+
+    def layer_names(self, family: Family) -> dict[str, Rows]:
+        """Every name that a layer of the base can have in its files, without the tensors' own."""
+
+
+class LoraFormat(LoraNames, Protocol):
+    """What the module of a format has that is written too."""
 
     SUFFIX: str  # what its file names end with; empty for a folder
 
-    def recognizes(self, path: Path) -> bool:
-        """Whether the file or folder has this format."""
+    def write(self, lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
+        """A file or folder with the updates; metadata: what its header says, if it has one.
 
-    def read(self, path: Path, family: Family) -> tuple[Lora, list[str]]:
-        """The updates, and the names in the file that belong to no layer of the base.
-
-        Raises: UserError for what is not plain LoRA.
+        Raises: UserError for what the format cannot hold.
         """
 
-    def write(self, lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
-        """A file or folder with the updates; metadata: what its header says, if it has one."""
 
-
-# A file has the first format that recognizes it; the last one takes any file.
+# What is written, and read.
 FORMATS = {
     "peft": "trainers.lora.peft_format",
     "kohya": "trainers.lora.kohya",
     "diffusers": "trainers.lora.diffusers_format",
+}
+
+# What is read only.
+READ_FORMATS = {
+    "old_diffusers": "trainers.lora.old_diffusers",
+    "comfyui": "trainers.lora.comfyui",
+    "released_unet": "trainers.lora.released_unet",
+    "onetrainer": "trainers.lora.onetrainer",
+    "xlabs": "trainers.lora.xlabs",
 }
 
 
@@ -46,10 +54,9 @@ def load_format(name: str) -> LoraFormat:
     return import_module(FORMATS[name])
 
 
-def detect_format(path: Path) -> LoraFormat:
-    """The format of a LoRA file or PEFT folder. Raises: UserError where there is none."""
-    for name in FORMATS:
-        lora_format = load_format(name)
-        if lora_format.recognizes(path):
-            return lora_format
-    raise UserError(f"{path}: there is no such file or folder")
+def all_layer_names(family: Family) -> dict[str, Rows]:
+    """Every name that a layer of the base has in any format: a file may mix several."""
+    names = {}
+    for module in (*FORMATS.values(), *READ_FORMATS.values()):
+        names |= import_module(module).layer_names(family)
+    return names

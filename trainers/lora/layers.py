@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from trainers.config import LoraConfig
 from trainers.config.family_facts import FamilyFacts
+from trainers.config.layer_patterns import fullmatch
 from trainers.errors import UserError
 from trainers.families import Family
 
@@ -88,7 +88,7 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
         endings = [ending for part in requested.split("+") for ending in facts.lora_targets[part]]
         matched = [name for name in layers if facts.is_in_block(name) and ends_with(name, endings)]
     elif isinstance(requested, str):
-        matched = [name for name in layers if re.fullmatch(requested, name)]
+        matched = [name for name in layers if fullmatch(requested, name)]
     else:
         for ending in requested:
             if not any(ends_with(name, [ending]) for name in layers):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.lora.update import Lora, LoraUpdate
+from trainers.errors import UserError
+from trainers.lora.update import Lora, LoraUpdate, is_dora
 
 ENERGY_KEPT = 0.99  # the share of the energy that the suggested rank keeps
 
@@ -64,7 +65,13 @@ def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
     """The nearest updates of at most `rank` (Eckart and Young 1936), and how far off they are.
 
     The distance is the Frobenius norm of all layers' differences, relative to that of all updates.
+    Raises: UserError for DoRA.
     """
+    if is_dora(lora):
+        raise UserError(
+            "this is DoRA, whose rows are rescaled, so that its nearest rank is not that of B A. "
+            "Write it with --format merged, then give that folder with --base MODEL --rank N"
+        )
     factors = {}
     for name, update in lora.items():
         factors[name] = Factors(*svd(update), update.a.shape[1:], update.b.shape[2:])

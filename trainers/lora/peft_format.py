@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig as PeftConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainers.errors import UserError
 from trainers.families import Family
-from trainers.lora.base_layers import name_prefix
-from trainers.lora.update import Lora, LoraUpdate
+from trainers.lora.base_layers import adaptable_layers, name_prefix
+from trainers.lora.names import component_layers
+from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
+from trainers.lora.tensor_file import write_tensors
+from trainers.lora.update import Lora, LoraUpdate, Rows
 
 SUFFIX = ""
 CONFIG_NAME = "adapter_config.json"
@@ -22,26 +22,53 @@ TENSORS_NAME = "adapter_model.safetensors"
 MODEL_PREFIX = "base_model.model."  # before the names in PEFT's own files
 
 
-def recognizes(path: Path) -> bool:
-    return path.is_dir()
+def layer_names(family: Family) -> dict[str, Rows]:
+    """The names of the denoiser's layers in PEFT's files, which do not name the component."""
+    return component_names(family, family.denoiser_name)
 
 
-def read(path: Path, family: Family) -> tuple[Lora, list[str]]:
-    """The updates in a folder that PEFT wrote, or in a folder with one such folder per component.
+def component_names(family: Family, component: str) -> dict[str, Rows]:
+    """The names of a component's layers in the file of a folder that is called like it."""
+    prefix = name_prefix(component, family.meta_model(component))
+    names = {}
+    for layer in component_layers(adaptable_layers(family), component):
+        own = f"{component}.{layer}".removeprefix(prefix)
+        rows = Rows((f"{component}.{layer}",))
+        # some programs leave the prefix out; CLIP's names may have the level `text_model.`
+        for name in (own, layer):
+            names |= {name: rows, MODEL_PREFIX + name: rows}
+    return names
 
-    A folder that is not called like a component of the pipeline is the denoiser's.
+
+def find_adapters(path: Path, family: Family) -> dict[str, Path]:
+    """The folder of each component, in a folder that PEFT wrote or that has such folders in it.
+
+    A folder that is not called like a component of the pipeline is the denoiser's. Raises:
+    UserError where two are for one component.
     """
-    lora: Lora = {}
+    folders: dict[str, Path] = {}
     for file in sorted(path.rglob(CONFIG_NAME)):
-        folder = file.parent
-        is_component = folder.name in family.components
-        component = folder.name if is_component else family.denoiser_name
-        prefix = name_prefix(component, family.meta_model(component))
-        state = {}
-        for key, value in load_file(folder / TENSORS_NAME).items():
-            state[prefix + key.removeprefix(MODEL_PREFIX)] = value
-        lora |= from_peft(state, {component: json.loads(file.read_text())})
-    return lora, []
+        name = file.parent.name
+        component = name if name in family.components else family.denoiser_name
+        if component in folders:
+            raise UserError(
+                f"{path} has two adapters for {component}, in {folders[component]} and in "
+                f"{file.parent}: name one of the two"
+            )
+        folders[component] = file.parent
+    return folders
+
+
+def read_scale(config: Path) -> PeftScale:
+    """The scales in an adapter_config.json. Raises: UserError."""
+    try:
+        text = config.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{config} cannot be read ({error}). It has the alpha of the tensors beside it, "
+            "without which their strength is not known"
+        ) from error
+    return parse_scale(parse_json_object(text, str(config)), str(config))
 
 
 def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
@@ -55,41 +82,22 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
         for name, update in lora.items():
             if name.startswith(prefix):
                 own[name.removeprefix(prefix)] = update
-        PeftConfig(**peft_config(own)).save_pretrained(path / component)
+        PeftConfig(**make_config(own)).save_pretrained(path / component)
         state = {MODEL_PREFIX + key: value for key, value in to_peft(own).items()}
-        save_file(state, path / component / TENSORS_NAME, {"format": "pt"})
+        write_tensors(state, path / component / TENSORS_NAME, {"format": "pt"})
 
 
-def from_peft(state: Mapping[str, Tensor], configs: Mapping[str, dict]) -> Lora:
-    """The updates in tensors NAME.lora_A.weight and NAME.lora_B.weight.
-
-    configs: PEFT's, by component; without one alpha is the rank. A tensor NAME.alpha, which some
-    programs write for a layer, counts more than the config. Raises: UserError for what is not plain
-    LoRA.
-    """
+def from_peft(state: Mapping[str, Tensor]) -> Lora:
+    """The updates in tensors of a file that we wrote, where alpha is the rank."""
     lora = {}
     for key, a in state.items():
-        name, _, kind = key.partition(".lora_")
-        if kind not in ("A.weight", "B.weight") and not key.endswith(".alpha"):
-            raise UserError(f"{key}: only plain LoRA can be read, not LoHa, LoKr, OFT or DoRA")
-        if kind == "A.weight":
-            component, _, module = name.partition(".")
-            config = configs.get(component) or {}
-            rank = len(a)
-            alpha = config.get("lora_alpha", rank)
-            alpha = match_pattern(config.get("alpha_pattern"), module, alpha)
-            alpha = state[f"{name}.alpha"].item() if f"{name}.alpha" in state else alpha
-            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-            lora[name] = LoraUpdate(a.float(), state[f"{name}.lora_B.weight"].float() * scale)
+        name, _, kind = key.partition(".lora_A.")
+        if kind:
+            magnitude = state.get(f"{name}.lora_magnitude_vector")
+            if magnitude is not None:
+                magnitude = magnitude.flatten()
+            lora[name] = LoraUpdate(a, state[f"{name}.lora_B.weight"], magnitude)
     return lora
-
-
-def match_pattern(patterns: dict | None, module: str, default: float) -> float:
-    """PEFT's rule: the value of the first key that, as a regex, is the name or its end."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def to_peft(lora: Lora) -> dict[str, Tensor]:
@@ -101,6 +109,10 @@ def to_peft(lora: Lora) -> dict[str, Tensor]:
     for name, update in lora.items():
         state[f"{name}.lora_A.weight"] = update.a.contiguous()
         state[f"{name}.lora_B.weight"] = update.b.contiguous()
+        if update.magnitude is not None:
+            # that of a convolution has the shape of its outputs
+            shape = (1, -1, *[1] * (update.a.ndim - 2)) if update.a.ndim > 2 else (-1,)
+            state[f"{name}.lora_magnitude_vector"] = update.magnitude.reshape(shape).contiguous()
     return state
 
 
@@ -111,21 +123,3 @@ def components(lora: Lora) -> dict[str, Lora]:
         component, _, module = name.partition(".")
         found.setdefault(component, {})[module] = update
     return found
-
-
-def peft_config(lora: Lora) -> dict:
-    """PEFT's config of one component's updates by module; alpha is the rank in each layer."""
-    ranks = [update.rank for update in lora.values()]
-    # layers of another rank than most are named one by one
-    common_rank = max(set(ranks), key=ranks.count)
-    special = {}
-    for name, update in lora.items():
-        if update.rank != common_rank:
-            special[re.escape(name)] = update.rank
-    return {
-        "r": common_rank,
-        "lora_alpha": common_rank,
-        "rank_pattern": special,
-        "alpha_pattern": special,
-        "target_modules": sorted(lora),
-    }

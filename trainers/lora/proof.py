@@ -19,7 +19,7 @@ from trainers.lora.base_layers import name_prefix
 from trainers.lora.export import lora_state
 from trainers.lora.files import read_lora
 from trainers.lora.update import max_relative_difference
-from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+from trainers.run_folder import KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
 # The allowed difference of the reloaded output, relative L2, by the precision of the base.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -88,7 +88,7 @@ def reload_export(config: DreamBoothConfig, encoder: CachedEncoder) -> Family:
     """A fresh base with the exported file, loaded by diffusers as any user would."""
     folder, model = config.output_dir, config.model
     if not config.lora:
-        pipeline = {"pretrained_model_name_or_path": str(folder / "pipeline"), "variant": None}
+        pipeline = {"pretrained_model_name_or_path": str(folder / PIPELINE), "variant": None}
         model = model.model_copy(update=pipeline)
     trained = encoder.family
     reloaded = open_family(model, trained.device, trained.dtype, trained.memory.shard)

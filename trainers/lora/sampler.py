@@ -16,16 +16,25 @@ from tqdm.auto import tqdm
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder
-from trainers.data.imaging import to_pil, write_grid
+from trainers.data.imaging import to_pil, write_grid, write_picture
+from trainers.distributed.accelerator import preferred_dtype
 from trainers.distributed.trained_weights import trainable_state
 from trainers.efficiency.apply import open_family
 from trainers.families import Family
 from trainers.families.sampling import sample_picture
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora.export import save_lora
+from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
-from trainers.run_folder import WEIGHT_NAME, list_checkpoints
+from trainers.run_folder import (
+    CACHE,
+    CHECKPOINTS,
+    FINAL,
+    GRID_NAME,
+    WEIGHT_NAME,
+    list_checkpoints,
+)
 from trainers.training.checkpoint import read_checkpoint
 
 # rows of pictures, each by its prompt and the seed of its noise
@@ -45,11 +54,11 @@ class LoraSampler:
     ) -> None:
         """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        half = torch.float32 if accelerator.device.type == "cpu" else torch.bfloat16
-        family = open_family(config.model, accelerator.device, half)
+        device = accelerator.device
+        family = open_family(config.model, device, preferred_dtype(device))
         text_encoders = trained_encoders(family, config)
         self.encoder = CachedEncoder(
-            family, config.data.cache_dir or run / "cache", config.data.cache, text_encoders
+            family, config.data.cache_dir or run / CACHE, config.data.cache, text_encoders
         )
         if config.data.cache:
             self.encoder.fill(
@@ -61,10 +70,12 @@ class LoraSampler:
                 if export_folder
                 else {}
             ),
-            "final": run,
+            FINAL: run,
         }
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
+            # diffusers would load a file that is not finite, or not whole
+            read_lora(folder / WEIGHT_NAME, family)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
                 family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)
@@ -114,7 +125,7 @@ def export_checkpoints(
     module = TrainableDenoiser(family, text_encoders)
     add_lora(family, config.lora, text_encoders)
     trained, folders = trainable_state(module), {}
-    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
+    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
         if (state := read_checkpoint(checkpoint)) is None:
             warnings.warn(f"{checkpoint} is damaged and is passed over", stacklevel=2)
             continue
@@ -131,8 +142,8 @@ def export_checkpoints(
 def save_pictures(rows: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write rows of pictures as ROW-I.png, and all of them as grid.png; they are returned."""
     images = {row: to_pil(x) for row, x in rows.items()}
-    write_grid(list(images.items()), folder / "grid.png")
+    write_grid(list(images.items()), folder / GRID_NAME)
     for row, line in images.items():
         for i, image in enumerate(line):
-            image.save(folder / f"{row}-{i:02d}.png")
+            write_picture(image, folder / f"{row}-{i:02d}.png")
     return rows

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from trainers.metrics.feature_networks import FeatureNetwork
 
+SAME_PHOTO = 1 - 1e-5  # cosine from which two photos are one
+
 MetricsRow = dict[str, str | int | float | None]  # figures by name, with what they are of
 
 
@@ -53,11 +55,12 @@ def nearest_photos(samples: Tensor, photos: Tensor) -> tuple[Tensor, Tensor, Ten
     The rule: nearer than the two training photos that are nearest to each other (after Meehan et
     al. 2020: copying is to be nearer to the training set than its own distribution explains). A
     flag is a reason to look, no proof, least of all with few photos. Nothing is flagged by a single
-    one.
+    one. A photo that is there twice counts once, or nothing could be nearer.
     """
     similarity, index = (samples @ photos.T).max(1)
     photo_similarity = (photos @ photos.T).fill_diagonal_(-1)
-    threshold = photo_similarity.max() if len(photos) > 1 else 1.0
+    different = photo_similarity[photo_similarity < SAME_PHOTO]
+    threshold = different.max() if len(photos) > 1 and different.max() > -1 else 1.0
     return index, similarity, similarity > threshold
 
 

@@ -23,12 +23,12 @@ from trainers.data.pictures import Picture
 from trainers.errors import UserError
 from trainers.publishing.charts import Record
 from trainers.publishing.html import parts
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES, sample_grids
 
 MAX_TRAINING_PICTURES = 30
 MAX_NEAREST_PICTURES = 8
 MAX_COLUMNS = 4
 SMALL_SIDE = 96  # up to this side pictures are lossless and shown with their pixels
-GRID_PATTERN = "samples/step-*/grid.png"
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ def final_pictures(run: Path, config: Config) -> Markup:
 
     Their grid is left out where they stand by prompt, or where the slider ends with it.
     """
-    folder = run / "samples" / "final"
+    folder = run / SAMPLES / FINAL
     prompts = config.validation.prompts if isinstance(config, DreamBoothConfig) else []
     groups = []
     for i, prompt in enumerate(prompts):
         groups.append((prompt, embed_all(sorted(folder.glob(f"{i:02d}-*.png")), 512)))
     by_prompt = gallery(groups)
-    last_grids = [path.read_bytes() for path in sorted(run.glob(GRID_PATTERN))[-1:]]
+    last_grids = [path.read_bytes() for path in sample_grids(run)[-1:]]
     others = []
     for path in sorted(folder.glob("*.*")):
-        is_repeated_grid = path.stem == "grid" and bool(by_prompt)
+        is_repeated_grid = path.name == GRID_NAME and bool(by_prompt)
         # a name with a dash is one of the pictures by prompt
         if is_repeated_grid or "-" in path.name or path.read_bytes() in last_grids:
             continue
@@ -125,9 +125,9 @@ def nearest_pictures(run: Path, pairs: Sequence[Record], pictures: bool) -> Mark
 
 
 def slider(grids: Iterable[Path]) -> Markup:
-    """Grids of folders such as step-000100, of which one at a time is shown."""
+    """Grids of folders such as step-000100, of which one at a time is shown, in this order."""
     by_name = {}
-    for grid in sorted(grids):
+    for grid in grids:
         # step-000100 becomes "step 100"
         by_name[re.sub(r"-0*(?=\d)", " ", grid.parent.name)] = grid
     # the more frames, the smaller each, or the file would grow without end

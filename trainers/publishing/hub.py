@@ -3,7 +3,6 @@ else at the end."""
 
 from __future__ import annotations
 
-import glob
 import shlex
 import shutil
 import time
@@ -12,12 +11,26 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from trainers.config import Config
 from trainers.errors import RunFailedError, UserError
+from trainers.publishing.model_card import name_repository
+from trainers.publishing.public import public_text
+from trainers.run_folder import (
+    CARD_NAME,
+    CONFIG_NAME,
+    EVALUATION_NAME,
+    FIGURES_NAME,
+    FINAL,
+    MODEL,
+    PIPELINE,
+    PUBLIC_REPORT_NAME,
+    PUSH,
+    SAMPLES,
+)
 
 if TYPE_CHECKING:
     from trainers.training.loop import StepMetrics, Task
@@ -25,8 +38,8 @@ if TYPE_CHECKING:
 
 # within a run folder, * stopping at a slash; never checkpoints, caches or class pictures
 UPLOAD_PATTERNS = (
-    *("README.md", "config.yaml", "figures.json", "evaluation.json", "report_public.html"),
-    *("*.safetensors", "pipeline/**/*", "model/**/*", "samples/final/*"),
+    *(CARD_NAME, CONFIG_NAME, FIGURES_NAME, EVALUATION_NAME, PUBLIC_REPORT_NAME),
+    *("[!.]*.safetensors", f"{PIPELINE}/**/*", f"{MODEL}/**/*", f"{SAMPLES}/{FINAL}/*"),
 )
 
 
@@ -95,10 +108,15 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
     nothing is new."""
     api, hub = HfApi(), config.hub
     before = api.model_info(repo, revision=hub.hub_revision).sha
-    commit = api.upload_folder(
+    additions = []
+    for name in files_to_upload(folder):
+        content: bytes | Path = folder / name
+        if name == CONFIG_NAME:
+            content = public_text(config).encode()
+        additions.append(CommitOperationAdd(name, content))
+    commit = api.create_commit(
         repo_id=repo,
-        folder_path=folder,
-        allow_patterns=[glob.escape(name) for name in files_to_upload(folder)],
+        operations=additions,
         commit_message=message,
         revision=hub.hub_revision,
         create_pr=hub.create_pr,
@@ -109,8 +127,9 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
 def push_run(config: Config, repo: str) -> str:
     """Upload a finished run; says what came of it. repo: from `check_access`. Raises: PushError."""
     folder, hub = config.output_dir, config.hub
-    if not (folder / "README.md").exists():
-        raise UserError(f"{folder} is not finished: it has no README.md, which a run writes last")
+    if not (folder / CARD_NAME).exists():
+        raise UserError(f"{folder} is not finished: it has no {CARD_NAME}, which a run writes last")
+    name_repository(folder, repo)
     delays = (
         [] if hub.create_pr else list(RETRY_DELAYS)
     )  # another try could open another pull request
@@ -187,7 +206,7 @@ class PushToHub:
 
     def __init__(self, task: Task, config: Config, repo: str | None) -> None:
         self.task, self.config, self.repo = task, config, repo
-        self.folder = config.output_dir / ".push"
+        self.folder = config.output_dir / PUSH
         self.api = HfApi()
         self.job: Future[None] | None = None
         self.has_warned = False
@@ -204,7 +223,7 @@ class PushToHub:
         self.folder.mkdir()
         with averaged_weights(self.task):
             self.task.save(self.folder)
-        shutil.copy(self.config.output_dir / "config.yaml", self.folder)
+        shutil.copy(self.config.output_dir / CONFIG_NAME, self.folder)
         self.job = self.api.run_as_future(self.upload_weights, step)
 
     def upload_weights(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -10,9 +11,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
-from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+from trainers.publishing.public import is_local, public_config
+from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -21,6 +24,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 HUB_LICENSES = ("creativeml-openrail-m", "apache-2.0")
 
 METRICS_HEADING = "## Evaluation"
+# The lines of a card's code that name the run's folder or repository.
+REPOSITORY_LINES = (
+    r'(?m)^(pipe\.load_lora_weights\()"[^"\n]*"(\))$',
+    r'(?m)^(\w+ = \w+\.from_pretrained\()"[^"\n]*"(, subfolder="model"\))$',
+)
+
 # The last one is that of cards which an earlier version wrote.
 KNOWN_METRICS_HEADINGS = (METRICS_HEADING, "## Measured")
 
@@ -47,20 +56,20 @@ def write_dreambooth_card(
     steps: how many were trained; difference: the reload proof's relative difference;
     pictures: digests of the training pictures.
     """
-    validation = config.validation
-    prompt = card_prompt(config)
+    shared = public_config(config)
+    prompt = card_prompt(shared)
     card = ModelCard.from_template(
         dreambooth_metadata(config),
         template_path=str(TEMPLATES / "dreambooth_card.md.jinja"),
-        title=escape_markdown(config.output_dir.name),
+        title=escape_markdown(shared.output_dir.name),
         prompt_code=code_span(prompt) if prompt else "",
-        has_samples=bool(validation.prompts),
-        python=python_values(config),
-        weight_file=lora_file(config),
-        readers=config.facts.readers,
-        facts=markdown_table(dreambooth_facts(config, steps, difference, pictures)),
+        has_samples=bool(shared.validation.prompts),
+        python=python_values(shared),
+        is_lora=config.lora is not None,
+        readers=lora_readers(shared),
+        facts=markdown_table(dreambooth_facts(shared, steps, difference, pictures)),
     )
-    card.save(config.output_dir / "README.md")
+    write_atomic(config.output_dir / CARD_NAME, str(card))
 
 
 def card_prompt(config: DreamBoothConfig) -> str:
@@ -68,11 +77,37 @@ def card_prompt(config: DreamBoothConfig) -> str:
     return config.data.instance_prompt or next(iter(config.validation.prompts), "")
 
 
-def lora_file(config: DreamBoothConfig) -> str:
-    """The name of the file that ComfyUI reads; empty for a run that trained all weights."""
-    if config.lora is None:
+def lora_readers(config: DreamBoothConfig) -> str:
+    """Which file is for which program besides diffusers; empty where all weights were trained."""
+    facts, lora = config.facts, config.lora
+    if lora is None:
         return ""
-    return KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
+    if lora.use_dora:
+        return (
+            "diffusers and PEFT read this LoRA. ComfyUI, A1111 and Forge would leave out the "
+            "magnitudes of DoRA, which changes the pictures: for them "
+            "`python scripts/export.py RUN --format merged` writes a whole pipeline."
+        )
+    if facts.kohya.by_default and not config.writes_kohya:
+        return (
+            "ComfyUI, A1111 and Forge do not know the names in this file: for them "
+            "`python scripts/export.py RUN --format kohya` writes another."
+        )
+    file = KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
+    others = f"; {facts.readers}" if facts.readers else ""
+    return (
+        f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, strength "
+        f"1{others}."
+    )
+
+
+def name_repository(folder: Path, repo: str) -> None:
+    """Put the repository's name into the code of a run's card, in place of an earlier one."""
+    file = folder / CARD_NAME
+    text = file.read_text("utf-8")
+    for pattern in REPOSITORY_LINES:
+        text = re.sub(pattern, lambda found: f'{found[1]}"{repo}"{found[2]}', text)
+    write_atomic(file, text)
 
 
 def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
@@ -80,7 +115,7 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
     base = config.model.pretrained_model_name_or_path
     relation = {}
     # The path of a local base says nothing on the Hub, and it is the user's own affair.
-    if not Path(base).exists():
+    if not is_local(base):
         relation["base_model"] = base
         relation["base_model_relation"] = "adapter" if config.lora else "finetune"
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
@@ -105,7 +140,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     validation = config.validation
     base = config.model.pretrained_model_name_or_path
     return {
-        "base": repr(base if config.lora else "PATH_OR_REPO/pipeline"),
+        "base": repr(base if config.lora else f"PATH_OR_REPO/{PIPELINE}"),
         "prompt": repr(card_prompt(config)),
         "size": config.data.resolution,
         "max_sequence_length": config.model.max_sequence_length,
@@ -146,6 +181,7 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
     return {
         "Steps": f"{steps} of {batch} pictures",
+        "Precision": {"no": "float32"}.get(train.mixed_precision, train.mixed_precision),
         "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
         "Seed": config.seed,
     }
@@ -153,12 +189,12 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
 
 def add_metrics(folder: Path, metrics: Mapping[str, float | str]) -> None:
     """Put the results of an evaluation at the end of a run's card, in place of earlier ones."""
-    file = folder / "README.md"
+    file = folder / CARD_NAME
     text = file.read_text("utf-8")
     for heading in KNOWN_METRICS_HEADINGS:
         text = text.partition(f"\n{heading}\n")[0]
     table = markdown_table(format_metrics(metrics))
-    file.write_text(f"{text.rstrip()}\n\n{METRICS_HEADING}\n\n{table}\n", "utf-8")
+    write_atomic(file, f"{text.rstrip()}\n\n{METRICS_HEADING}\n\n{table}\n")
 
 
 def format_metrics(metrics: Mapping[str, float | str]) -> dict[str, str]:
@@ -181,7 +217,7 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     tag: the Hub's name of its task; usage: lines of code that load the model and call it.
     """
     data = config.data
-    is_on_hub = data.dataset_name and not Path(data.dataset_name).exists()
+    is_on_hub = data.dataset_name and not is_local(data.dataset_name)
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag=tag,
@@ -200,11 +236,11 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATES / "scratch_card.md.jinja"),
-        title=escape_markdown(config.output_dir.name),
+        title=escape_markdown(public_config(config).output_dir.name),
         usage="\n".join(usage),
         facts=markdown_table(facts),
     )
-    card.save(config.output_dir / "README.md")
+    write_atomic(config.output_dir / CARD_NAME, str(card))
 
 
 def package_versions() -> dict[str, str]:

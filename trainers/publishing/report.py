@@ -9,15 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-import yaml
 from markupsafe import Markup
 
+from trainers.atomic import write_atomic
 from trainers.config import KINDS, AutoencoderConfig, Config, DreamBoothConfig, UNetConfig
-from trainers.config.loading import parse_yaml, validate
+from trainers.config.loading import read_tree
 from trainers.errors import UserError
 from trainers.publishing.charts import Record, line_charts
 from trainers.publishing.embedding import (
-    GRID_PATTERN,
     final_pictures,
     nearest_pictures,
     slider,
@@ -25,7 +24,24 @@ from trainers.publishing.embedding import (
 )
 from trainers.publishing.html import environment, is_finite_number, parts
 from trainers.publishing.markdown import unescape_markdown
-from trainers.run_folder import parse_json_line
+from trainers.publishing.public import public_config, public_text
+from trainers.run_folder import (
+    CARD_NAME,
+    CHECKPOINTS,
+    CONFIG_NAME,
+    EVALUATION,
+    EVALUATION_NAME,
+    FIGURES_NAME,
+    GRID_NAME,
+    MANIFEST_NAME,
+    PUBLIC_REPORT_NAME,
+    REPORT_NAME,
+    list_checkpoints,
+    parse_json_line,
+    read_metrics,
+    read_run_config,
+    sample_grids,
+)
 
 COST_METRICS = ("images_per_second", "peak_memory_gib")
 # A row of the model card's table, whose cells may contain an escaped |.
@@ -38,29 +54,31 @@ def write_report(run: Path, pictures: bool = True) -> Path:
     """Write what a run folder contains, finished or not, as one HTML file, and return its path.
 
     pictures: show the training pictures. `report.html` has them and is for its owner; without them
-    the file is `report_public.html`, which may be uploaded. Raises: UserError when `run` is not a
-    run folder.
+    the file is `report_public.html`, which may be uploaded and names no place on this machine.
+    Raises: UserError when `run` is not a run folder.
     """
+    path = run / CONFIG_NAME
     try:
-        text = (run / "config.yaml").read_text("utf-8")
-        tree = parse_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        text, tree = "", None
-    if not isinstance(tree, dict) or tree.get("kind") not in KINDS:
+        kind = read_tree(path).get("kind")
+    except UserError:
+        kind = None
+    if str(kind) not in KINDS:
         kinds = ", ".join(KINDS)
-        message = f"{run} is not a run folder: it has no config.yaml with a kind ({kinds})"
+        message = f"{run} is not a run folder: it has no {CONFIG_NAME} with a kind ({kinds})"
         raise UserError(message)
-    # the data may be gone since, which is no reason not to show the run
-    config, _ = validate(tree)
+    config, text, title = read_run_config(run), path.read_text("utf-8"), run.resolve().name
+    if not pictures:
+        config = public_config(config)
+        text, title = public_text(config), config.output_dir.name
     page = environment.get_template("report.html.jinja").render(
-        title=run.resolve().name,
+        title=title,
         kind=config.kind,
         lead=describe_run(config),
         sections=build_sections(run, config, pictures),
         config=text,
     )
-    out = run / ("report.html" if pictures else "report_public.html")
-    out.write_text(page, "utf-8")
+    out = run / (REPORT_NAME if pictures else PUBLIC_REPORT_NAME)
+    write_atomic(out, page)
     return out
 
 
@@ -82,10 +100,9 @@ def describe_run(config: Config) -> str:
 
 def build_sections(run: Path, config: Config, pictures: bool) -> dict[str, Markup]:
     """HTML by title, in order; empty where the run has nothing to show."""
-    records = map(parse_json_line, read_if_present(run / "metrics.jsonl").splitlines())
-    lines = [record for record in records if "step" in record]
-    metrics = parse_json_line(read_if_present(run / "figures.json"))
-    evaluation = parse_json_line(read_if_present(run / "evaluation.json"))
+    lines = read_metrics(run)
+    metrics = parse_json_line(read_if_present(run / FIGURES_NAME))
+    evaluation = parse_json_line(read_if_present(run / EVALUATION_NAME))
     training, costs = [], []
     for line in lines:
         training.append({key: value for key, value in line.items() if key not in COST_METRICS})
@@ -93,12 +110,12 @@ def build_sections(run: Path, config: Config, pictures: bool) -> dict[str, Marku
     return {
         "": metric_summary(metrics, evaluation) + overview(run, config, lines),
         "Result": final_pictures(run, config),
-        "Samples over time": slider(run.glob(GRID_PATTERN)),
+        "Samples over time": slider(sample_grids(run)),
         "Training": line_charts(training, "step"),
         **evaluation_sections(run, evaluation, pictures),
         "Training pictures": training_pictures(config.data) if pictures else Markup(),
         "Speed and memory": line_charts(costs, "step"),
-        "Facts": card_facts(read_if_present(run / "README.md")),
+        "Facts": card_facts(read_if_present(run / CARD_NAME)),
     }
 
 
@@ -107,7 +124,7 @@ def evaluation_sections(run: Path, evaluation: Record, pictures: bool) -> dict[s
     rows, strength = evaluation.get("rows", []), evaluation.get("strength", [])
     best = evaluation.get("best")
     best_step = best_row(evaluation).get("step") if best else None
-    grids = run.glob("evaluation/strength-*/grid.png")
+    grids = sorted(run.glob(f"{EVALUATION}/strength-*/{GRID_NAME}"))
     spectrum = []
     for rank, share in evaluation.get("spectrum", {}).items():
         spectrum.append({"rank": int(rank), "share": share})
@@ -152,21 +169,34 @@ def overview(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
     step = max((line["step"] for line in lines), default=0)
     last = config.train.max_train_steps
     values: Record = {"steps": step if step == last else f"{step} of {last}"}
-    speeds = [line["images_per_second"] for line in lines]
-    states = []
-    for path in sorted(run.glob("checkpoints/step-*/manifest.json")):
-        states.append(parse_json_line(read_if_present(path)))
-    if speeds and states and states[-1]:
+    speeds = number_column(lines, "images_per_second")
+    images = global_batch_size(run)
+    if len(speeds) == len(lines) > 0 and images:
         # each line has the speed since the line before it
         spans = [b - a for a, b in pairwise([0, *(line["step"] for line in lines)])]
-        images = states[-1]["facts"]["global batch"]
         seconds = sum(span * images / speed for span, speed in zip(spans, speeds, strict=True))
         values["time"] = str(timedelta(seconds=round(seconds)))
-    if lines:
+    if speeds:
         values["images per second"] = median(speeds)
-        values["peak memory"] = f"{max(line['peak_memory_gib'] for line in lines):.3g} GiB"
+    if peaks := number_column(lines, "peak_memory_gib"):
+        values["peak memory"] = f"{max(peaks):.3g} GiB"
     state = parts.unfinished() if step < last else Markup()
     return parts.tiles(values, "") + state
+
+
+def number_column(lines: Sequence[Record], name: str) -> list[float]:
+    """The positive numbers of that name, of the lines that have one."""
+    values = [line.get(name) for line in lines]
+    return [value for value in values if is_finite_number(value) and value > 0]
+
+
+def global_batch_size(run: Path) -> int | None:
+    """How many pictures each step had, as the newest checkpoint that says so has it."""
+    for folder in list_checkpoints(run / CHECKPOINTS):
+        facts = parse_json_line(read_if_present(folder / MANIFEST_NAME)).get("facts")
+        if isinstance(facts, dict) and isinstance(facts.get("global batch"), int):
+            return facts["global batch"]
+    return None
 
 
 def card_facts(card: str) -> Markup:

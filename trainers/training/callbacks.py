@@ -6,7 +6,6 @@ Only here do values leave the device.
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import time
@@ -21,13 +20,21 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from trainers.atomic import write_atomic
 from trainers.config import Config
 from trainers.distributed.collectives import ProcessGroup
-from trainers.errors import Interrupted, warn_on_error
-from trainers.run_folder import append_line, parse_json_line, write_atomic
+from trainers.errors import warn_on_error
+from trainers.run_folder import (
+    GRID_NAME,
+    METRICS_NAME,
+    SAMPLES,
+    append_line,
+    read_metrics,
+    step_name,
+)
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
-from trainers.training.process_state import STOP_SIGNALS
+from trainers.training.process_state import stop_request
 
 
 class LogMetrics:
@@ -40,7 +47,7 @@ class LogMetrics:
         self, config: Config, accelerator: Accelerator, rate: Callable[[int], float], start: int
     ) -> None:
         self.config, self.accelerator, self.rate = config, accelerator, rate
-        self.file = config.output_dir / "metrics.jsonl"
+        self.file = config.output_dir / METRICS_NAME
         train = config.train
         self.global_batch_size = (
             train.train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
@@ -57,12 +64,8 @@ class LogMetrics:
         )
         # a killed run may have logged steps past its last checkpoint, or half a line
         if is_main and self.file.exists():
-            lines = [
-                line
-                for line in self.file.read_text().splitlines()
-                if parse_json_line(line).get("step", math.inf) <= start
-            ]
-            write_atomic(self.file, "".join(line + "\n" for line in lines))
+            rows = [row for row in read_metrics(config.output_dir) if row["step"] <= start]
+            write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append(metrics)
@@ -132,10 +135,10 @@ class SamplePictures:
             is_main or self.task.needs_all_processes
         ):
             return
-        folder = self.config.output_dir / "samples" / f"step-{step:06d}"
+        folder = self.config.output_dir / SAMPLES / step_name(step)
         with averaged_weights(self.task), warn_on_error("sampling"):
             self.task.sample(folder)
-        if is_main and (folder / "grid.png").exists():
+        if is_main and (folder / GRID_NAME).exists():
             with warn_on_error("the tracker"):
                 log_pictures(self.accelerator, folder, step)
 
@@ -150,16 +153,9 @@ class SaveCheckpoints:
         self, task: Task, config: Config, processes: ProcessGroup, state: RunState
     ) -> None:
         self.task, self.config, self.processes, self.state = task, config, processes, state
-        self.signal_number, self.last_saved = 0, time.monotonic()
-        self.is_done = state.step >= config.train.max_train_steps
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.request_stop)
-
-    def request_stop(self, number: int, frame: object) -> None:
-        # a second signal does not wait, nor is there another step to wait for
-        if self.signal_number or self.is_done:
-            raise Interrupted(number)
-        self.signal_number = number
+        self.last_saved = time.monotonic()
+        stop_request.bind()
+        stop_request.waits_for_step = state.step < config.train.max_train_steps
 
     def __call__(self, step: int, metrics: StepMetrics) -> StopReason | None:
         settings, is_last = self.config.checkpoint, step == self.config.train.max_train_steps
@@ -167,14 +163,13 @@ class SaveCheckpoints:
             settings.every_minutes is not None
             and time.monotonic() - self.last_saved > 60 * settings.every_minutes
         )
-        number, is_late = self.processes.all_max(self.signal_number, is_late)
+        number, is_late = self.processes.all_max(stop_request.signal_number, is_late)
         if step % settings.checkpointing_steps == 0 or is_last or is_late or number:
             # after a skipped step the older ones may be needed yet
             self.save(step, prune=not metrics["skipped"])
-        if is_last:
-            # no later step would see a signal that came while this one was saved
-            self.is_done = True
-            (number,) = self.processes.all_max(self.signal_number)
+            stop_request.waits_for_step = not is_last
+            # a signal that came while this one was saved has its checkpoint already
+            (number,) = self.processes.all_max(stop_request.signal_number)
         return StopReason(signal.strsignal(number) or "signal", step, number) if number else None
 
     def save(self, step: int, prune: bool = True) -> None:
@@ -182,11 +177,16 @@ class SaveCheckpoints:
         save_checkpoint(self.config, self.task, self.processes.accelerator, state, prune)
         self.last_saved = time.monotonic()
 
-    def save_end(self, reason: StopReason) -> None:
-        """Save that the training is over: a run that is resumed does not train on."""
-        self.is_done = True
+    def save_end(self, reason: StopReason) -> StopReason:
+        """Save that the training is over: a run that is resumed does not train on.
+
+        Returns the reason, with the number of a signal that came at the same step.
+        """
         self.state = replace(self.state, end=reason.message)
         self.save(reason.step)
+        stop_request.waits_for_step = False
+        (number,) = self.processes.all_max(stop_request.signal_number)
+        return replace(reason, signal_number=number)
 
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
@@ -194,5 +194,5 @@ def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
     layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
     for tracker in accelerator.trackers:
         if tracker.name in layout:
-            picture = np.asarray(Image.open(folder / "grid.png"))
+            picture = np.asarray(Image.open(folder / GRID_NAME))
             tracker.log_images({"samples": picture[None]}, step=step, **layout[tracker.name])

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -21,62 +22,28 @@ from safetensors.torch import load, save
 
 from trainers.config import Config
 from trainers.distributed import deepspeed
+from trainers.distributed.collectives import run_on_main
 from trainers.distributed.trained_weights import trainable_state
 from trainers.errors import UserError, warn_on_error
-from trainers.run_folder import list_checkpoints
+from trainers.run_folder import (
+    CHECKPOINTS,
+    MANIFEST_NAME,
+    list_checkpoints,
+    parse_step,
+    step_folders,
+    step_name,
+)
+from trainers.training.facts import Facts, check_facts, check_length
 from trainers.training.loop import Player, Task
+from trainers.training.manifest import (
+    complete_checkpoints,
+    is_own_checkpoint,
+    manifest_checksum,
+    read_checkpoint,
+)
 
-CHANGEABLE_KEYS = {  # what may change between two parts of a run
-    *(
-        "output_dir",
-        "checkpoint",
-        "validation",
-        "tracking",
-        "hub",
-        "model.modulation_cache",
-        "model.offload",
-    ),
-    *(
-        "train.gradient_checkpointing",
-        "train.train_batch_size",
-        "train.gradient_accumulation_steps",
-    ),
-    *(
-        "train.auto_micro_batch",
-        "train.max_skipped_steps",
-        "train.on_divergence",
-        "train.memory",
-        "train.compile",
-    ),
-    "train.attention",
-    # the pictures and captions themselves are compared instead of where they lie
-    *(
-        "data.instance_data_dir",
-        "data.image_dir",
-        "data.dataset_name",
-        "data.class_data_dir",
-        "data.held_out_dir",
-    ),
-    *("data.cache", "data.cache_dir", "data.in_memory", "data.skip_corrupt"),
-}
-
-
-def resume_facts(config: Config, num_processes: int, data: str) -> dict[str, object]:
-    """What must be equal for a resumed run to be the same run, by path."""
-    facts: dict[str, object] = {"data": data}
-    facts["global batch"] = (
-        config.train.train_batch_size * config.train.gradient_accumulation_steps * num_processes
-    )
-    for name, value in config.model_dump(mode="json").items():
-        parts = (
-            {f"{name}.{key}": v for key, v in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-        facts |= {path: v for path, v in parts.items() if not CHANGEABLE_KEYS & {name, path}}
-    if config.optimizer.lr_scheduler.startswith("constant"):
-        del facts["train.max_train_steps"]  # such a run may be made longer
-    return facts
+# what is being written, or removed
+ASIDE = re.compile(r"\.(gone-)?step-[0-9]{6,}")
 
 
 @dataclass
@@ -87,7 +54,7 @@ class RunState:
     was over before the last step, if it was.
     """
 
-    facts: dict[str, object]
+    facts: Facts
     step: int = 0
     rollbacks: int = 0
     end: str = ""
@@ -103,20 +70,19 @@ def save_checkpoint(
     if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
         files = pack_checkpoint(task, accelerator, state)
     if accelerator.is_main_process:
-        root = config.output_dir / "checkpoints"
-        final = root / f"step-{state.step:06d}"
+        root = config.output_dir / CHECKPOINTS
+        final = root / step_name(state.step)
         temporary = root / f".{final.name}"
+        limit = config.checkpoint.checkpoints_total_limit
         try:
             with warn_on_error(f"writing {final}"):
                 write_temporary(temporary, files)
-                if final.exists():
+                if is_own_checkpoint(final):
                     delete_checkpoint(final)
+                elif final.exists():
+                    raise FileExistsError(f"{final} is no checkpoint of this run: move it away")
                 temporary.rename(final)
-                for old in (
-                    list_checkpoints(root)[config.checkpoint.checkpoints_total_limit :]
-                    if prune
-                    else ()
-                ):
+                for old in complete_checkpoints(root)[limit:] if prune else ():
                     delete_checkpoint(old)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -150,20 +116,16 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
     }
     manifest["sha256"] = manifest_checksum(manifest)
-    return files | {"manifest.json": json.dumps(manifest, indent=2).encode()}
-
-
-def manifest_checksum(manifest: dict) -> str:
-    """Of all else that it holds."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return files | {MANIFEST_NAME: json.dumps(manifest, indent=2).encode()}
 
 
 def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
-    """What an earlier, killed run left aside is removed first."""
-    for leftover in temporary.parent.glob(".*"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
+    """Write the files of a checkpoint, after what an earlier, killed run left aside is removed."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for path in temporary.parent.iterdir():
+        if ASIDE.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
+    temporary.mkdir()
     for name, content in files.items():
         with open(temporary / name, "wb") as file:
             file.write(content)
@@ -182,29 +144,23 @@ def rename_checkpoints(root: Path, first_step: int, name: str, accelerator: Acce
     """Rename checkpoints from step `first_step` on to NAME-NNNNNN, once all processes have done
     with them."""
     accelerator.wait_for_everyone()
-    for folder in list_checkpoints(root) if accelerator.is_main_process else ():
-        number = folder.name.removeprefix("step-")
-        if int(number) >= first_step:
-            shutil.rmtree(renamed := root / f"{name}-{number}", ignore_errors=True)
-            folder.rename(renamed)
+    for step, folder in step_folders(root).items() if accelerator.is_main_process else ():
+        if step >= first_step:
+            folder.rename(free_name(root / f"{name}-{step:06d}"))
     accelerator.wait_for_everyone()
 
 
-def read_checkpoint(folder: Path) -> tuple[dict, dict[str, bytes]] | None:
-    """Manifest and files of a checkpoint, or None when it is incomplete or damaged."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        if manifest["sha256"] != manifest_checksum(manifest):
-            return None
-        files = {name: (folder / name).read_bytes() for name in manifest["files"]}
-    except (OSError, ValueError, KeyError):
-        return None
-    if all(
-        hashlib.sha256(files[name]).hexdigest() == digest
-        for name, digest in manifest["files"].items()
-    ):
-        return manifest, files
-    return None
+def free_name(path: Path) -> Path:
+    """`path`, from which an earlier checkpoint is removed, or PATH-2, ... where something else lies
+    there."""
+    candidate, number = path, 1
+    while candidate.exists():
+        if (candidate / MANIFEST_NAME).is_file() and not candidate.is_symlink():
+            shutil.rmtree(candidate)
+        else:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
 
 
 def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict] | None:
@@ -221,13 +177,15 @@ def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict
         )
     if requested is None:
         return None
-    for folder in folders if requested == "latest" else [Path(requested)]:
-        if contents := read_checkpoint(folder):
+    if requested != "latest":
+        if contents := read_checkpoint(Path(requested)):
+            return Path(requested), *contents
+        raise UserError(f"checkpoint.resume_from_checkpoint: {requested} is no complete checkpoint")
+    for folder in folders:
+        contents = read_checkpoint(folder)
+        # a copy of another one, under a later step's name, is none of that step
+        if contents and contents[0]["step"] == parse_step(folder.name):
             return folder, *contents
-        if requested != "latest":
-            raise UserError(
-                f"checkpoint.resume_from_checkpoint: {folder} is no complete checkpoint"
-            )
         warnings.warn(f"{folder} is damaged and is passed over", stacklevel=3)
     if folders:
         raise UserError(
@@ -235,15 +193,6 @@ def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict
             "output_dir"
         )
     return None
-
-
-def check_facts(folder: Path, saved: dict, current: dict) -> None:
-    """Raises: UserError naming each fact that decides the result and has changed."""
-    changed = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
-    changes = [f"  {key}: was {saved.get(key)}, is {current.get(key)}" for key in changed]
-    if changes:
-        head = f"{folder} was made by another configuration:"
-        raise UserError("\n".join([head, *changes, "Put it back, or choose another output_dir"]))
 
 
 @torch.no_grad()
@@ -273,7 +222,7 @@ def resume(
     config: Config,
     task: Task,
     accelerator: Accelerator,
-    facts: dict,
+    facts: Facts,
     before_step: int | None = None,
 ) -> RunState:
     """Put the state of the newest valid checkpoint back, unless the config names one or wants none.
@@ -281,7 +230,7 @@ def resume(
     before_step: for a run that diverged; later checkpoints are renamed to diverged-NNNNNN. Raises:
     UserError when the run has changed, and see `find_checkpoint`.
     """
-    root, requested = config.output_dir / "checkpoints", config.checkpoint.resume_from_checkpoint
+    root, requested = config.output_dir / CHECKPOINTS, config.checkpoint.resume_from_checkpoint
     if before_step is not None:
         requested = "latest"
         rename_checkpoints(root, before_step, "diverged", accelerator)
@@ -289,7 +238,13 @@ def resume(
     if found is None:
         return RunState(facts)
     folder, manifest, files = found
-    check_facts(folder, manifest["facts"], json.loads(json.dumps(facts)))
+
+    def check() -> None:
+        check_facts(folder, manifest["facts"], facts, config)
+        check_length(folder, manifest["step"], config)
+
+    # of the main process alone, for other machines may have drawn class pictures of their own
+    run_on_main(accelerator, check)
     for name, player in task.players.items():
         restore_player(name, player, files, accelerator)
     if accelerator.scaler and manifest["scaler"]:

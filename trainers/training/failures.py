@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 
 from trainers.config import Config
 from trainers.errors import RunFailedError
+from trainers.run_folder import CHECKPOINTS
+from trainers.training.manifest import complete_checkpoints
+from trainers.training.process_state import stop_request
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -37,7 +40,9 @@ LOST_PEER_MESSAGES = (
 
 @contextmanager
 def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
-    """Failures that lie outside of the code become a `RunFailedError` that tells what to do."""
+    """Failures that lie outside of the code become a `RunFailedError` that tells what to do, and a
+    run that is stopped before it has saved tells what there is."""
+    stop_request.advice = lambda: lower_first(resume_hint(config))
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -78,11 +83,13 @@ def is_disk_full(error: Exception) -> bool:
     )
 
 
+def lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
 def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
-    from trainers.run_folder import list_checkpoints
-
-    folders = list_checkpoints(config.output_dir / "checkpoints")
+    folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
     if not folders:
         return "There is no checkpoint yet: the same command begins anew"
     return f"The checkpoint {folders[0].name} is intact: the same command goes on from it"

@@ -16,18 +16,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from trainers.config import OptimizerConfig
+from trainers.config.base_sections import OPTIMIZER_KEYS
 from trainers.distributed.trained_weights import trainable_parameters
-
-ADAM_KEYS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """Where an optimizer's class is, which settings of the config it takes, and its own options."""
+    """Where an optimizer's class is, and its own options."""
 
     module: str  # imported only when the optimizer is used
     class_name: str
-    keys: tuple[str, ...] = ADAM_KEYS
     options: Mapping[str, bool] = field(default_factory=dict)
 
 
@@ -38,9 +36,8 @@ OPTIMIZERS = {
     "adafactor": OptimizerEntry(
         "transformers.optimization",
         "Adafactor",
-        ("lr", "weight_decay"),
         # so that the rate of the config is the rate
-        {"scale_parameter": False, "relative_step": False},
+        options={"scale_parameter": False, "relative_step": False},
     ),
     "prodigy": OptimizerEntry("prodigyopt", "Prodigy", options={"safeguard_warmup": True}),
 }
@@ -49,14 +46,9 @@ OPTIMIZERS = {
 def make_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
     """The optimizer `config.name` over `groups`, each {"params": [...], "lr": peak rate}."""
     entry = OPTIMIZERS[config.name]
-    settings = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    settings = {key: getattr(config, key) for key in OPTIMIZER_KEYS[config.name]}
     optimizer_class = getattr(import_module(entry.module), entry.class_name)
-    return optimizer_class(groups, **{key: settings[key] for key in entry.keys}, **entry.options)
+    return optimizer_class(groups, lr=config.learning_rate, **settings, **entry.options)
 
 
 def polynomial(progress: float, config: OptimizerConfig) -> float:

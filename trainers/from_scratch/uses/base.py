@@ -4,7 +4,9 @@ and the picture."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.config import UNetConfig
@@ -25,6 +27,7 @@ class Use(ABC):
 
     read_target: TargetReader | None = None
     num_mask_channels = num_noise_channels = 0
+    scale = 1  # how many times as large as what is given the result is
 
     def __init__(self, config: UNetConfig) -> None:
         self.config, self.objective = config, config.objective
@@ -50,6 +53,12 @@ class Use(ABC):
     def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         """A picture (B, 1 or 3, H, W) in [-1, 1]."""
 
+    def render(self, pixels: Tensor, x: Tensor, prediction: Tensor) -> Tensor:
+        """The picture (B, 1 or 3, H, W) of `pixels` (B, C, H, W), which x was resized from."""
+        height, width = pixels.shape[2:]
+        image = self.to_image(x, self.postprocess(prediction))
+        return resize(image, (self.scale * height, self.scale * width))
+
     def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
         """generated, y: what was decided and what is wanted."""
         generated, true = self.to_image(x, generated), self.to_image(x, y)
@@ -58,3 +67,10 @@ class Use(ABC):
             "ssim": ssim(generated, true),
             "sharpness": sharpness(generated, true),
         }
+
+
+def resize(x: Tensor, size: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """(B, C, H, W) at another (height, width), smoothed where that is smaller."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode=mode, antialias=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 import torch
@@ -9,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.config import UNetConfig
-from trainers.data.rng import SampleRng
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import ImageSet
-from trainers.from_scratch.uses.base import Use
+from trainers.from_scratch.uses.base import Use, resize
 from trainers.metrics.image_quality import colorfulness, psnr, ssim
 
+MAX_LOOKED_AT = 200  # pictures, for whether they have colours
 AB_SCALE = 110.0  # half the range of Lab's a and b
 
 
@@ -29,9 +31,9 @@ class Colorize(Use):
 
     def prepare(self, train: ImageSet, test: ImageSet | None = None, limit: int = 2000) -> None:
         """The bins' weights: Zhang et al. 2016, equation 4, lambda = 1/2, from the colours of up to
-        `limit` pictures.
+        `limit` pictures, drawn by chance.
 
-        Raises: UserError naming a grey picture.
+        Raises: UserError naming a grey picture, and where all of them are grey.
         """
         for sample in [*train.samples, *(test.samples if test else [])]:
             if sample.picture.is_grayscale:
@@ -39,12 +41,11 @@ class Colorize(Use):
                     f"{sample.picture.name} is grey: to learn colours, every picture must be in "
                     f"colour"
                 )
+        warn_of_gray(train, self.config.seed)
         if self.objective.rebalanced:
             rng = SampleRng(0, 0, [])
-            bins = [
-                nearest_bin(self.pair(train.take([i]), rng)[1])
-                for i in range(min(limit, len(train)))
-            ]
+            rows = choose_rows(derive_seed(self.config.seed, "colors"), len(train), limit)
+            bins = [nearest_bin(self.pair(train.take([i]), rng)[1]) for i in rows]
             p = torch.cat(bins).flatten().bincount(minlength=self.out_channels).float()
             p /= p.sum()
             weight = 1 / (p / 2 + 1 / (2 * self.out_channels))
@@ -73,6 +74,11 @@ class Colorize(Use):
             / AB_SCALE
         )
 
+    def render(self, pixels: Tensor, x: Tensor, prediction: Tensor) -> Tensor:
+        """Its colours are the prediction's; L is the picture's own, at its own size."""
+        ab = resize(self.postprocess(prediction), pixels.shape[2:])
+        return self.to_image(self.to_input(pixels), ab)
+
     def to_image(self, x: Tensor, y: Tensor) -> Tensor:
         """Colours that no screen shows at their L are drawn towards grey until one can."""
         from kornia.color import lab_to_rgb
@@ -97,6 +103,22 @@ class Colorize(Use):
             "ssim": ssim(generated, true),
             **colors,
         }
+
+
+def warn_of_gray(images: ImageSet, seed: int) -> None:
+    """Warn of pictures that are stored in colour and have none. Raises: UserError where none of
+    those that were looked at has any."""
+    rows = choose_rows(derive_seed(seed, "gray"), len(images), MAX_LOOKED_AT)
+    gray = [row for row in rows if (images[row] == images[row][:1]).all()]
+    if not gray:
+        return
+    found = (
+        f"{len(gray)} of {len(rows)} pictures are stored in colour and have none, such as "
+        f"{images.samples[gray[0]].picture.name}"
+    )
+    if len(gray) == len(rows):
+        raise UserError(f"{found}: there is no colour to learn")
+    warnings.warn(f"{found}: the model learns to give little colour", stacklevel=3)
 
 
 def rgb_pixels_to_lab(pixels: Tensor) -> Tensor:

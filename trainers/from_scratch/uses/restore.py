@@ -15,6 +15,10 @@ class Restore(Use):
     """y (B, C, H, W): what is added to a noisy or enlarged picture; its squared error (Zhang et al.
     2017, DnCNN)."""
 
+    @property
+    def scale(self) -> int:
+        return self.objective.downscale
+
     def to_input(self, pixels: Tensor) -> Tensor:
         """Noisy pictures as they are; small ones enlarged."""
         x, scale = to_float(pixels), self.objective.downscale

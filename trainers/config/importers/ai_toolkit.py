@@ -1,0 +1,140 @@
+"""ai-toolkit (ostris): a YAML job with one process of type sd_trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.config.family_facts import family_named
+from trainers.config.importers.base import (
+    OPTIMIZERS,
+    SCHEDULES,
+    ForeignConfig,
+    Rule,
+    choose,
+    first_number,
+    is_on,
+    number,
+    only_if_on,
+    positive,
+)
+from trainers.errors import UserError
+
+DENSITIES = {"linear": "uniform", "sigmoid": "logit_normal", "lognorm_blend": "logit_normal"}
+
+RULES = [
+    Rule("model.name_or_path", "model.pretrained_model_name_or_path"),
+    Rule(
+        "model.quantize",
+        "model.quantization",
+        lambda on: "int8" if is_on(on) else None,
+        "It quantizes to 8 bits; nf4 takes half of that",
+    ),
+    Rule("network.linear", "lora.rank", number),
+    Rule("network.linear_alpha", "lora.alpha", number),
+    Rule("network.dropout", "lora.dropout", positive),
+    Rule("datasets.folder_path", "data.instance_data_dir"),
+    Rule("datasets.default_caption", "data.instance_prompt"),
+    Rule("datasets.caption_dropout_rate", "data.caption_dropout", positive),
+    Rule("datasets.flip_x", "data.random_flip", only_if_on),
+    Rule("datasets.random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
+    Rule("datasets.resolution", "data.resolution", first_number, "The largest of the list"),
+    Rule("train.min_snr_gamma", "objective.snr_gamma", positive),
+    Rule("train.noise_offset", "objective.noise_offset", positive),
+    Rule("train.timestep_type", "objective.density", choose(DENSITIES)),
+    Rule("train.optimizer", "optimizer.name", choose(OPTIMIZERS)),
+    Rule("train.lr", "optimizer.learning_rate", number),
+    Rule("train.unet_lr", "optimizer.learning_rate", number),
+    Rule("train.text_encoder_lr", "optimizer.text_encoder_lr", number),
+    Rule("train.optimizer_params.weight_decay", "optimizer.weight_decay", number),
+    Rule("train.lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
+    Rule("train.lr_scheduler_params.num_warmup_steps", "optimizer.lr_warmup_steps", number),
+    Rule("train.steps", "train.max_train_steps", number),
+    Rule("train.batch_size", "train.train_batch_size", number),
+    Rule("train.gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
+    Rule("train.gradient_accumulation", "train.gradient_accumulation_steps", number),
+    Rule("train.gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
+    Rule("train.max_grad_norm", "train.max_grad_norm", positive),
+    Rule("train.train_text_encoder", "train.train_text_encoder", only_if_on),
+    Rule("save.save_every", "checkpoint.checkpointing_steps", number),
+    Rule("save.max_step_saves_to_keep", "checkpoint.checkpoints_total_limit", positive),
+    Rule("save.push_to_hub", "hub.push_to_hub", only_if_on),
+    Rule("save.hf_repo_id", "hub.hub_model_id"),
+    Rule("save.hf_private", "hub.private", only_if_on),
+    Rule("sample.sample_every", "validation.validation_steps", number),
+    Rule("sample.neg", "validation.negative_prompt"),
+    Rule("sample.seed", "validation.seed", number),
+    Rule("sample.guidance_scale", "validation.guidance_scale", number),
+    Rule("sample.sample_steps", "validation.num_inference_steps", number),
+]
+WITHOUT_EFFECT = (
+    "type device name model.arch model.low_vram network.type save.dtype "
+    "datasets.caption_ext datasets.cache_latents datasets.cache_latents_to_disk train.train_unet "
+    "train.noise_scheduler train.skip_first_sample train.disable_sampling sample.sampler "
+    "sample.width sample.height sample.walk_seed sample.sample_start_step performance_log_every"
+).split()
+
+
+def is_config(tree: Mapping[str, Any]) -> bool:
+    return "job" in tree and isinstance(tree.get("config"), Mapping)
+
+
+def read(tree: Mapping[str, Any]) -> ForeignConfig:
+    """Raises: UserError where the job is no training of one data set."""
+    job = tree["config"]
+    process = first(job.get("process"), "config.process")
+    dataset = first(process.get("datasets"), "datasets")
+    config = ForeignConfig("ai-toolkit", {**process, "datasets": dataset})
+    config.put("model.family", find_family(config), "model.arch")
+    config.apply(RULES)
+    folder = config.take("training_folder", "output")
+    config.put("output_dir", f"{folder}/{job.get('name', 'lora')}", "training_folder, name")
+    if not config.value("lora.alpha"):
+        note = "Its default is 1; ours is the rank"
+        config.put("lora.alpha", 1, "network.linear_alpha", note)
+    read_prompts(config)
+    read_average(config)
+    precision = config.take("train.dtype")
+    if precision in ("bf16", "fp16"):
+        config.put("train.mixed_precision", precision, "train.dtype")
+    config.ignore(WITHOUT_EFFECT)
+    return config
+
+
+def first(values: Any, name: str) -> Mapping[str, Any]:
+    """The only mapping of a list. Raises: UserError."""
+    if not isinstance(values, list) or not values or not isinstance(values[0], Mapping):
+        raise UserError(f"{name}: a list with a mapping is expected")
+    if len(values) > 1:
+        raise UserError(f"{name}: it has {len(values)} parts, and one can be imported at a time")
+    return values[0]
+
+
+def find_family(config: ForeignConfig) -> str | None:
+    """By model.arch or, as older files have it, by a switch such as model.is_v3."""
+    for name, value in config.values.items():
+        if name.startswith("model.is_") and is_on(value):
+            config.used.add(name)
+            return family_named(name.removeprefix("model."))
+    return family_named(str(config.values.get("model.arch", "sd1")))
+
+
+def read_prompts(config: ForeignConfig) -> None:
+    """Prompts, in which [trigger] stands for the trigger word."""
+    trigger = config.take("trigger_word") or ""
+    prompts = config.take("sample.prompts") or [
+        sample.get("prompt", "") for sample in config.take("sample.samples") or []
+    ]
+    if prompts:
+        replaced = [str(prompt).replace("[trigger]", trigger) for prompt in prompts]
+        config.put("validation.prompts", replaced, "sample.prompts")
+    if trigger and not config.value("data.instance_prompt"):
+        note = "Captions beside the pictures win over it; [trigger] in them is not replaced"
+        config.put("data.instance_prompt", trigger, "trigger_word", note)
+
+
+def read_average(config: ForeignConfig) -> None:
+    is_used = is_on(config.take("train.ema_config.use_ema"))
+    decay = number(config.take("train.ema_config.ema_decay"))
+    if is_used:
+        config.put("train.ema_decay", decay or 0.999, "train.ema_config.ema_decay")

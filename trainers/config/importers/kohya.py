@@ -1,0 +1,124 @@
+"""sd-scripts (kohya): the TOML of `--config_file`, as its GUI saves it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.config.family_facts import family_named
+from trainers.config.importers.base import (
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    ForeignConfig,
+    Rule,
+    choose,
+    first_number,
+    is_on,
+    number,
+    only_if_on,
+    positive,
+)
+
+DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
+
+RULES = [
+    Rule(
+        "pretrained_model_name_or_path",
+        "model.pretrained_model_name_or_path",
+        note="A folder in diffusers' layout or a name on the Hub",
+    ),
+    Rule("t5xxl_max_token_length", "model.max_sequence_length", number),
+    Rule("guidance_scale", "model.guidance_scale", number),
+    Rule("fp8_base", "model.quantization", lambda on: "fp8" if is_on(on) else None),
+    Rule("blocks_to_swap", "model.offload", lambda blocks: True if positive(blocks) else None),
+    Rule("network_dim", "lora.rank", number),
+    Rule("network_dropout", "lora.dropout", positive),
+    Rule(
+        "train_data_dir",
+        "data.instance_data_dir",
+        note="The folder that holds the pictures, not the one above 10_name",
+    ),
+    Rule("reg_data_dir", "data.class_data_dir", note="Set data.class_prompt too"),
+    Rule("prior_loss_weight", "data.prior_loss_weight", number),
+    Rule("resolution", "data.resolution", first_number),
+    Rule("flip_aug", "data.random_flip", only_if_on),
+    Rule("random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
+    Rule("caption_dropout_rate", "data.caption_dropout", positive),
+    Rule("min_snr_gamma", "objective.snr_gamma", positive),
+    Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
+    Rule("noise_offset", "objective.noise_offset", positive),
+    Rule("discrete_flow_shift", "objective.shift", number),
+    Rule("timestep_sampling", "objective.density", choose(DENSITIES)),
+    Rule("optimizer_type", "optimizer.name", choose(OPTIMIZERS)),
+    Rule("learning_rate", "optimizer.learning_rate", number),
+    Rule("unet_lr", "optimizer.learning_rate", number),
+    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
+    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
+    Rule("lr_scheduler_num_cycles", "optimizer.lr_num_cycles", number),
+    Rule("lr_scheduler_power", "optimizer.lr_power", number),
+    Rule("train_batch_size", "train.train_batch_size", number),
+    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
+    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
+    Rule("max_grad_norm", "train.max_grad_norm", positive),
+    Rule("save_every_n_steps", "checkpoint.checkpointing_steps", number),
+    Rule("sample_every_n_steps", "validation.validation_steps", number),
+    Rule("log_with", "tracking.report_to", choose(TRACKERS)),
+    Rule("huggingface_repo_id", "hub.hub_model_id"),
+    Rule("seed", "seed", number),
+]
+# how the files are written, loaded and moved, which is settled here
+WITHOUT_EFFECT = (
+    "sdpa xformers mem_eff_attn cache_latents cache_latents_to_disk cache_text_encoder_outputs "
+    "cache_text_encoder_outputs_to_disk save_model_as save_precision max_data_loader_n_workers "
+    "persistent_data_loader_workers logging_dir caption_extension network_module lowram highvram "
+    "no_half_vae ae clip_l clip_g t5xxl full_bf16 full_fp16 vae_batch_size model_prediction_type"
+).split()
+
+
+def is_config(tree: Mapping[str, Any]) -> bool:
+    names = ForeignConfig("", tree).values
+    known = {rule.theirs for rule in RULES} | set(WITHOUT_EFFECT)
+    return len({name.rpartition(".")[2] for name in names} & known) >= 3
+
+
+def read(tree: Mapping[str, Any]) -> ForeignConfig:
+    # sections of the file are for its readers only
+    flat = ForeignConfig("", tree).values
+    config = ForeignConfig(
+        "sd-scripts", {name.rpartition(".")[2]: value for name, value in flat.items()}
+    )
+    module = str(config.values.get("network_module", "networks.lora"))
+    family = family_named(module)
+    config.put("model.family", family, "network_module")
+    config.apply(RULES)
+    folder, name = config.take("output_dir", "output"), config.take("output_name", "last")
+    config.put("output_dir", f"{folder}/{name}", "output_dir, output_name")
+    alpha = number(config.take("network_alpha", 1))
+    note = "" if "network_alpha" in config.values else "Its default is 1; ours is the rank"
+    config.put("lora.alpha", alpha, "network_alpha", note)
+    unet_only = is_on(config.take("network_train_unet_only"))
+    # networks.lora trains the text encoder too unless it is told not to
+    if module == "networks.lora" and not unet_only:
+        config.put("train.train_text_encoder", True, "network_train_unet_only (off)")
+    else:
+        config.settings.pop("optimizer.text_encoder_lr", None)
+    read_length(config)
+    precision = config.take("mixed_precision")
+    if precision in ("bf16", "fp16", "no"):
+        config.put("train.mixed_precision", precision, "mixed_precision")
+    if config.value("hub.hub_model_id"):
+        config.put("hub.push_to_hub", True, "huggingface_repo_id")
+    config.ignore(WITHOUT_EFFECT)
+    return config
+
+
+def read_length(config: ForeignConfig) -> None:
+    """Steps and warm-up, which may be a share of the steps."""
+    steps = number(config.take("max_train_steps", 1600))
+    config.put("train.max_train_steps", steps, "max_train_steps")
+    warmup = number(config.take("lr_warmup_steps")) or 0
+    if 0 < warmup < 1:
+        config.put("optimizer.lr_warmup_steps", round(warmup * steps), "lr_warmup_steps")
+    elif warmup:
+        config.put("optimizer.lr_warmup_steps", int(warmup), "lr_warmup_steps")

@@ -1,0 +1,123 @@
+"""SimpleTuner: the JSON of config/config.json, whose keys may begin with --."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.config.family_facts import family_named
+from trainers.config.importers.base import (
+    OPTIMIZERS,
+    SCHEDULES,
+    TRACKERS,
+    ForeignConfig,
+    Rule,
+    choose,
+    first_number,
+    is_on,
+    number,
+    only_if_on,
+    positive,
+)
+
+PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
+
+RULES = [
+    Rule("model_family", "model.family", family_named),
+    Rule("pretrained_model_name_or_path", "model.pretrained_model_name_or_path"),
+    Rule("model_revision", "model.revision"),
+    Rule("revision", "model.revision"),
+    Rule("variant", "model.variant"),
+    Rule("base_model_precision", "model.quantization", choose(PRECISIONS)),
+    Rule("tokenizer_max_length", "model.max_sequence_length", number),
+    Rule("lora_rank", "lora.rank", number),
+    Rule("lora_alpha", "lora.alpha", number),
+    Rule("lora_dropout", "lora.dropout", positive),
+    Rule("instance_data_dir", "data.instance_data_dir"),
+    Rule("instance_prompt", "data.instance_prompt"),
+    Rule("caption_dropout_probability", "data.caption_dropout", positive),
+    Rule("resolution", "data.resolution", first_number),
+    Rule("snr_gamma", "objective.snr_gamma", positive),
+    Rule("flow_schedule_shift", "objective.shift", positive),
+    Rule("flow_schedule_auto_shift", "objective.shift", lambda on: "auto" if is_on(on) else None),
+    Rule("optimizer", "optimizer.name", choose(OPTIMIZERS)),
+    Rule("learning_rate", "optimizer.learning_rate", number),
+    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
+    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
+    Rule("lr_warmup_steps", "optimizer.lr_warmup_steps", positive),
+    Rule("lr_num_cycles", "optimizer.lr_num_cycles", number),
+    Rule("lr_power", "optimizer.lr_power", number),
+    Rule("max_train_steps", "train.max_train_steps", positive),
+    Rule("train_batch_size", "train.train_batch_size", number),
+    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
+    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
+    Rule("max_grad_norm", "train.max_grad_norm", positive),
+    Rule("checkpointing_steps", "checkpoint.checkpointing_steps", number),
+    Rule("checkpoint_step_interval", "checkpoint.checkpointing_steps", number),
+    Rule("checkpoints_total_limit", "checkpoint.checkpoints_total_limit", positive),
+    Rule("validation_steps", "validation.validation_steps", number),
+    Rule("validation_step_interval", "validation.validation_steps", number),
+    Rule("validation_prompt", "validation.prompts", lambda prompt: [prompt] if prompt else None),
+    Rule("validation_negative_prompt", "validation.negative_prompt"),
+    Rule("validation_guidance", "validation.guidance_scale", number),
+    Rule("validation_num_inference_steps", "validation.num_inference_steps", number),
+    Rule("validation_seed", "validation.seed", number),
+    Rule("num_validation_images", "validation.num_images", number),
+    Rule("report_to", "tracking.report_to", choose(TRACKERS)),
+    Rule("tracker_project_name", "tracking.project_name"),
+    Rule("push_to_hub", "hub.push_to_hub", only_if_on),
+    Rule("hub_model_id", "hub.hub_model_id"),
+    Rule("output_dir", "output_dir"),
+    Rule("seed", "seed", number),
+]
+# what of a data backend is ours
+BACKEND_RULES = [
+    Rule("instance_data_dir", "data.instance_data_dir"),
+    Rule("instance_prompt", "data.instance_prompt"),
+    Rule("dataset_name", "data.dataset_name"),
+    Rule("resolution", "data.resolution", first_number),
+]
+WITHOUT_EFFECT = (
+    "model_type lora_type aspect_bucket_rounding minimum_image_size resolution_type "
+    "num_train_epochs resume_from_checkpoint tracker_run_name validation_torch_compile "
+    "disable_benchmark disable_tf32 skip_file_discovery validation_resolution"
+).split()
+
+
+def is_config(tree: Mapping[str, Any]) -> bool:
+    names = {name.lstrip("-") for name in tree}
+    return "data_backend_config" in names or {"model_family", "model_type"} <= names
+
+
+def read(tree: Mapping[str, Any]) -> ForeignConfig:
+    config = ForeignConfig("SimpleTuner", {name.lstrip("-"): tree[name] for name in tree})
+    config.apply(RULES)
+    for name in config.values:
+        # with the family's name before it
+        if name.endswith("_guidance_value"):
+            config.put("model.guidance_scale", number(config.take(name)), name)
+    read_backends(config)
+    if str(config.values.get("model_type", "lora")) == "full":
+        config.leave_out("lora", "model_type")
+    precision = config.take("mixed_precision")
+    if precision in ("bf16", "fp16", "no"):
+        config.put("train.mixed_precision", precision, "mixed_precision")
+    if is_on(config.take("use_ema")):
+        decay = number(config.take("ema_decay", 0.995))
+        config.put("train.ema_decay", decay, "ema_decay")
+    config.ignore(WITHOUT_EFFECT)
+    return config
+
+
+def read_backends(config: ForeignConfig) -> None:
+    """The first set of pictures, where the file holds it itself."""
+    backends = config.values.get("data_backend_config")
+    if not isinstance(backends, list):
+        return
+    config.used.add("data_backend_config")
+    for backend in backends:
+        if isinstance(backend, Mapping) and backend.get("dataset_type", "image") == "image":
+            part = ForeignConfig("", backend)
+            part.apply(BACKEND_RULES)
+            config.settings |= part.settings
+            return

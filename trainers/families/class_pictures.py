@@ -1,0 +1,189 @@
+"""Pictures of the class, which the base draws where the user has too few, and what they are of.
+
+A folder may be shared by several runs. Pictures that were drawn from the same prompts, base files
+and settings are a set, noted in a file beside them; a run uses its own set and what no set has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from trainers.atomic import aside, write_atomic
+from trainers.config import DreamBoothConfig
+from trainers.data import photo_checks
+from trainers.data.encoder_cache import CachedEncoder
+from trainers.data.imaging import write_picture
+from trainers.data.intake import Intake
+from trainers.data.pictures import Picture, list_image_files, load_class_pictures
+from trainers.distributed.collectives import own_items
+from trainers.families.sampling import sample_picture
+from trainers.run_folder import CLASS_PICTURES
+
+# the number of a picture and, but in the first set of a folder, the digest of its set
+PICTURE = re.compile(r"class-([0-9]{5,})(-[0-9a-f]{8})?\.png")
+DRAWN_FROM = "drawn_from"  # the key of a set's file
+
+
+def prepare_class_pictures(
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+    intake: Intake,
+) -> list[Picture]:
+    """The class pictures of a run: those of the user's own in its folder, and drawn ones.
+
+    intake: is told what is found in the folder, and reports it.
+    """
+    data = config.data
+    folder = data.class_data_dir or config.output_dir / CLASS_PICTURES
+    own, others = [], []
+    for path in list_image_files(folder):
+        (others if is_drawn(path) else own).append(path.name)
+    names = own[: data.num_class_images]
+    paths: list[Path] = []
+    if len(own) < data.num_class_images:
+        ending = claim_names(folder, drawn_from(encoder, config))
+        numbers = range(data.num_class_images - len(own))
+        paths = [folder / f"class-{number:05d}{ending}.png" for number in numbers]
+    drawn = {path.name for path in paths}
+    num_unused = len(set(others) - drawn)
+    if own or num_unused:
+        accelerator.print(
+            f"class pictures in {folder}: {len(names)} of your own and {len(drawn)} drawn by the "
+            f"base; {num_unused} more were drawn for other runs and are not used"
+        )
+    pending = [path for path in paths if not path.exists()]
+    draw_pictures(encoder, config, pending, accelerator)
+    for path in paths:
+        if not path.with_suffix(".txt").exists():
+            write_atomic(path.with_suffix(".txt"), picture_prompt(path, config))
+    pictures = load_class_pictures(folder, data, {*names, *drawn}, intake)
+    photo_checks.report(intake, encoder.family, pictures, config, accelerator)
+    return pictures
+
+
+def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig) -> dict[str, Any]:
+    """All that decides what class pictures look like; the noise follows from their numbers."""
+    family, validation = encoder.family, config.validation
+    return {
+        "prompts": config.data.class_prompts,
+        "negative_prompt": validation.negative_prompt,
+        "resolution": config.data.resolution,
+        "num_inference_steps": validation.num_inference_steps,
+        "guidance_scale": validation.guidance_scale,
+        "seed": "the number of the picture",
+        "quantization": config.model.quantization,
+        "max_sequence_length": family.max_sequence_length,
+        "base_files": family.digests(encoder.cache.folder),
+    }
+
+
+def set_file(folder: Path, ending: str) -> Path:
+    return folder / f"class-pictures{ending}.json"
+
+
+def read_set(folder: Path, ending: str) -> dict[str, Any] | None:
+    """What a set of pictures was drawn from; None when there is no such set."""
+    try:
+        content = json.loads(set_file(folder, ending).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get(DRAWN_FROM) if isinstance(content, dict) else None
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a picture belongs to a set; all others are the user's own."""
+    match = PICTURE.fullmatch(path.name)
+    return bool(match) and read_set(path.parent, match[2] or "") is not None
+
+
+def claim_names(folder: Path, facts: dict[str, Any]) -> str:
+    """Note what pictures are drawn from; returns what follows the numbers in their names.
+
+    That is nothing for the first set in a folder, unless pictures of the user's have such names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({DRAWN_FROM: facts}, indent=2) + "\n"
+    is_free = not any(PICTURE.fullmatch(path.name) for path in list_image_files(folder))
+    if is_free:
+        create(set_file(folder, ""), text)
+    if read_set(folder, "") == facts:
+        return ""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    ending = f"-{digest[:8]}"
+    write_atomic(set_file(folder, ending), text)
+    return ending
+
+
+def create(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, unless it is there: of two runs one is the first."""
+    temporary = aside(path)
+    temporary.write_text(text, "utf-8")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # a disk without links
+        if not path.exists():
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def picture_prompt(path: Path, config: DreamBoothConfig) -> str:
+    """The prompt of a drawn picture: several take turns."""
+    prompts = config.data.class_prompts
+    return prompts[picture_number(path) % len(prompts)]
+
+
+def picture_number(path: Path) -> int:
+    return int(PICTURE.fullmatch(path.name)[1])
+
+
+def draw_pictures(
+    encoder: CachedEncoder, config: DreamBoothConfig, pending: list[Path], accelerator: Accelerator
+) -> None:
+    """Draw the pictures that are missing, shared among the processes.
+
+    Picture i has its own noise and prompt, whoever draws it.
+    """
+    if pending and config.data.cache:
+        prompts = [*config.data.class_prompts, config.validation.negative_prompt]
+        encoder.fill([], prompts, accelerator)
+    accelerator.wait_for_everyone()
+    # first each process's own share, then what it does not see, where disks are not shared
+    for assigned in (own_items(pending, accelerator), pending):
+        missing = [path for path in assigned if not path.exists()]
+        if missing:
+            draw(encoder, config, missing, accelerator)
+        accelerator.wait_for_everyone()
+
+
+def draw(
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    missing: Sequence[Path],
+    accelerator: Accelerator,
+) -> None:
+    """Load the pipeline, write class pictures, and unload it."""
+    family = encoder.family
+    family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
+    family.apply_memory_options()
+    for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
+        prompt, number = picture_prompt(path, config), picture_number(path)
+        settings = config.validation, number, config.data.resolution, encoder.encoder_outputs
+        picture = sample_picture(family, prompt, *settings)
+        # another run with the same set may have been faster, and may be reading its picture
+        if not path.exists():
+            write_picture(picture, path)
+    family.unload()

@@ -1,0 +1,245 @@
+"""What decides the result of a run, compared when it is resumed.
+
+That is its pictures with captions and labels, the base model's files, the precision, the size of
+the global batch, and each key of the config but those of `CHANGEABLE_KEYS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from trainers.config import Config, DreamBoothConfig
+from trainers.data.pictures import Picture
+from trainers.errors import UserError
+
+Facts = dict[str, Any]  # JSON values
+# name, digest of the contents, caption or label
+PictureEntry = tuple[str, str, str]
+
+STEPS_KEY = "train.max_train_steps"
+MAX_LISTED_FILES = 1000  # of a larger pool of pictures only the digest is kept
+MAX_NAMED = 5  # in a message
+
+# sections, and keys, that may change between two parts of a run
+CHANGEABLE_KEYS = {
+    "output_dir",
+    "checkpoint",
+    "validation",
+    "tracking",
+    "hub",
+    "model.modulation_cache",
+    "model.offload",
+    "train.gradient_checkpointing",
+    "train.auto_micro_batch",
+    "train.max_skipped_steps",
+    "train.on_divergence",
+    "train.memory",
+    "train.compile",
+    "train.attention",
+    # compared as what it came to
+    "train.mixed_precision",
+    # their product with the number of processes is compared
+    "train.train_batch_size",
+    "train.gradient_accumulation_steps",
+    # the files and captions themselves are compared instead of where they lie
+    "model.pretrained_model_name_or_path",
+    "model.revision",
+    "model.variant",
+    "data.instance_data_dir",
+    "data.image_dir",
+    "data.dataset_name",
+    "data.class_data_dir",
+    "data.held_out_dir",
+    "data.cache",
+    "data.cache_dir",
+    "data.in_memory",
+    "data.skip_corrupt",
+    "data.strict",
+}
+
+# class pictures are drawn as the validation prompts are
+CLASS_PICTURE_KEYS = ("negative_prompt", "num_inference_steps", "guidance_scale")
+
+ADVICE = (
+    "Restore these to go on from there, or set another output_dir for a new run. Free to change: "
+    "where pictures and base lie; how the global batch is split into micro-batches and processes; "
+    "memory and speed options; checkpoint, validation, tracking and hub; and, with a constant "
+    "learning rate, train.max_train_steps, which makes a run longer."
+)
+
+
+def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Facts:
+    """All that must be equal for a resumed run to be the same run.
+
+    inputs: "pictures", by pool as `describe_pictures` has them, and "base", a digest by part.
+    """
+    train = config.train
+    micro_batches = train.gradient_accumulation_steps * accelerator.num_processes
+    facts = {
+        **inputs,
+        "mixed precision": config.train.mixed_precision,
+        "global batch": train.train_batch_size * micro_batches,
+        "config": config_facts(config),
+    }
+    # as it will be read back
+    return json.loads(json.dumps(facts))
+
+
+def config_facts(config: Config) -> Facts:
+    """The values that decide the result, by section.key."""
+    facts = {}
+    for name, value in config.model_dump(mode="json").items():
+        if name in CHANGEABLE_KEYS:
+            continue
+        keys = value.items() if isinstance(value, dict) else ()
+        paths = {f"{name}.{key}": item for key, item in keys} or {name: value}
+        facts |= {path: item for path, item in paths.items() if path not in CHANGEABLE_KEYS}
+    if config.optimizer.lr_scheduler.startswith("constant"):
+        # such a run may be made longer
+        del facts[STEPS_KEY]
+    if isinstance(config, DreamBoothConfig) and config.data.uses_prior:
+        for key in CLASS_PICTURE_KEYS:
+            facts[f"validation.{key}"] = getattr(config.validation, key)
+    return facts
+
+
+def describe_pictures(entries: Iterable[PictureEntry]) -> Facts:
+    """The digest of a pool of pictures in their order and, of a small one, each file's digests."""
+    entries = list(entries)
+    contents = json.dumps([entry[1:] for entry in entries])
+    digest = hashlib.sha256(contents.encode()).hexdigest()
+    facts: Facts = {"count": len(entries), "digest": digest}
+    if 0 < len(entries) <= MAX_LISTED_FILES:
+        parent = os.path.commonpath([Path(name).parent for name, _, _ in entries])
+        facts["files"] = {}
+        for name, content, text in entries:
+            text_digest = hashlib.sha256(text.encode()).hexdigest()
+            facts["files"][os.path.relpath(name, parent)] = [content[:16], text_digest[:16]]
+    return facts
+
+
+def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
+    """The instance pictures and, where there are any, the class pictures."""
+    described = {}
+    for name, pool in zip(("instance", "class"), pools, strict=False):
+        described[name] = describe_pictures((p.name, p.digest, counted_caption(p)) for p in pool)
+    return described
+
+
+def counted_caption(picture: Picture) -> str:
+    """The caption and, if it is not once, how often the picture counts."""
+    times = "" if picture.repeats == 1 else f" x {picture.repeats}"
+    return picture.caption + times
+
+
+def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> None:
+    """Raises: UserError naming all that decides the result and has changed.
+
+    What a checkpoint of an earlier version does not say cannot be compared, which is a warning.
+    """
+    unknown = [name for name in current if name not in saved and name != "config"]
+    if unknown:
+        warnings.warn(
+            f"{folder} was written by an earlier version and does not say which "
+            f"{', '.join(unknown)} it was made with: whether they are the same is not checked",
+            stacklevel=2,
+        )
+    differences = []
+    for name, explain in EXPLAIN.items():
+        if name in current and name in saved:
+            differences += explain(saved[name], current[name])
+    for name in ("mixed precision", "global batch"):
+        if name in saved and saved[name] != current[name]:
+            differences.append(f"{name}: was {saved[name]}, is {current[name]}")
+    # an earlier version had the keys beside the other facts
+    saved_config = saved.get("config", saved)
+    differences += explain_config(saved_config, current["config"], config)
+    if differences:
+        head = f"{folder} was made by another configuration, or from other files:"
+        raise UserError("\n".join([head, *(f"  {line}" for line in differences), ADVICE]))
+
+
+def check_length(folder: Path, step: int, config: Config) -> None:
+    """Raises: UserError when a run is to end before the checkpoint from which it is to go on."""
+    if step > config.train.max_train_steps:
+        raise UserError(
+            f"train.max_train_steps is {config.train.max_train_steps}, but {folder} has {step} "
+            f"steps already. Set at least {step}; or name an earlier checkpoint by "
+            "checkpoint.resume_from_checkpoint; or set another output_dir for a new run"
+        )
+
+
+def explain_config(saved: Facts, current: Facts, config: Config) -> list[str]:
+    """A line for each key with another value.
+
+    A key that an earlier version did not have yet had its default; one that is no more is let be.
+    """
+    lines, switched = [], []
+    for section in type(config).model_fields:
+        was_null, is_null = (facts.get(section, ...) is None for facts in (saved, current))
+        if was_null != is_null:
+            switched.append(section)
+            lines.append(f"{section}: {'was null' if was_null else 'is null'}")
+    defaults = config_facts(type(config)())
+    for name, now in current.items():
+        # where the number of steps is not noted, the schedule is another one
+        if name.split(".")[0] in switched or (name == STEPS_KEY and name not in saved):
+            continue
+        before = saved.get(name, defaults.get(name))
+        if before != now:
+            lines.append(f"{name}: was {show(before)}, is {show(now)}")
+    return lines
+
+
+def show(value: Any) -> str:
+    """A value as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def explain_pictures(saved: Mapping[str, Facts], current: Mapping[str, Facts]) -> list[str]:
+    """A line for each pool of pictures that has changed, with the names of the files."""
+    lines = []
+    for pool in dict.fromkeys([*saved, *current]):
+        before, now = saved.get(pool, {}), current.get(pool, {})
+        if before.get("digest") != now.get("digest"):
+            lines.append(f"{pool} pictures: {explain_pool(before, now)}")
+    return lines
+
+
+def explain_pool(saved: Facts, current: Facts) -> str:
+    before, now = saved.get("files"), current.get("files")
+    if not before or not now:
+        counts = f"{saved.get('count', 0)} before, {current.get('count', 0)} now"
+        return f"{counts}; contents, captions, labels or their order are not the same"
+    common = [name for name in before if name in now]
+    changes = {
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+        "changed": [name for name in common if before[name][0] != now[name][0]],
+        "with another caption or label": [n for n in common if before[n][1] != now[n][1]],
+    }
+    parts = [f"{verb} {name_some(names)}" for verb, names in changes.items() if names]
+    return "; ".join(parts) or "in another order"
+
+
+def explain_base(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """A line with the parts of the base model whose files have changed, if any have."""
+    parts = dict.fromkeys([*saved, *current])
+    changed = [part for part in parts if saved.get(part) != current.get(part)]
+    return [f"base model: other files of {', '.join(changed)}"] if changed else []
+
+
+def name_some(names: Sequence[str]) -> str:
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+EXPLAIN = {"pictures": explain_pictures, "base": explain_base}
