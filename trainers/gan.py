@@ -22,7 +22,7 @@ from trainers.from_scratch.checks import check_gan_measurable
 from trainers.from_scratch.classifier import classifier_features, train_classifier
 from trainers.from_scratch.networks import Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
-from trainers.metrics.feature_networks import inception_features, mobilenet_features
+from trainers.metrics.feature_networks import FEATURE_NETWORKS, dino_features
 from trainers.metrics.image_quality import distribution_metrics
 from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 from trainers.training.loop import StepMetrics, averaged_weights
@@ -40,14 +40,18 @@ class Gan(FromScratchTask):
         if self.test_images is not None:
             by_classifier = config.validation.features == "classifier"
             check_gan_measurable(self.train_images, self.test_images, by_classifier)
+            if config.validation.features == "dino":
+                # better missed now than after the training
+                dino_features(torch.device("cpu"))
         data, model = config.data, config.model
         classes = int(self.train_images.labels.max()) + 1 if model.conditional else 0
         shape = {
             "architecture": model.architecture,
             "channels": data.channels,
             "size": data.resolution,
+            "width": model.width,
+            "classes": classes,
         }
-        shape |= {"width": model.width, "classes": classes}
         self.add_player("generator", Generator(**shape, latent_dim=model.latent_dim))
         critic = Discriminator(**shape, spectral=model.spectral_norm)
         self.add_player("discriminator", critic, config.optimizer.discriminator_lr, use_ema=False)
@@ -55,53 +59,46 @@ class Gan(FromScratchTask):
         self.callbacks = [WatchBalance(self)]
 
     def losses(self, batch: dict[str, Tensor], rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
-        objective, generator, discriminator = (
-            self.config.objective,
-            *(self.players[n].module for n in self.players),
-        )
+        objective = self.config.objective
         critic_loss, generator_loss = LOSSES[objective.loss]
+        generator, discriminator = (player.module for player in self.players.values())
         x, label = to_float(batch["pixels"]), batch["label"]
-        generated = generator(
-            rng.normal((len(x), self.config.model.latent_dim)), label
-        )  # (B, C, S, S)
-        real_augmented, generated_augmented = (
-            differentiable_augment(part, objective.augment, rng) for part in (x, generated)
-        )
-        both = discriminator(
-            torch.cat([real_augmented, generated_augmented.detach()]), label.repeat(2)
-        )
-        real_score, generated_score = both.chunk(2)  # (B,)
+        z = rng.normal((len(x), self.config.model.latent_dim))
+        generated = generator(z, label)  # (B, C, S, S)
+        real_augmented = differentiable_augment(x, objective.augment, rng)
+        generated_augmented = differentiable_augment(generated, objective.augment, rng)
+        # both at once, so that their batch statistics are the same
+        both = torch.cat([real_augmented, generated_augmented.detach()])
+        real_score, generated_score = discriminator(both, label.repeat(2)).chunk(2)  # (B,)
         self.balance_metrics = {
             "order": (real_score > generated_score).float().mean().detach(),
             "gap": (real_score - generated_score).mean().detach(),
             "diversity": (generated.std(0).mean() / (x.std(0).mean() + 1e-6)).detach(),
         }
-        yield (
-            "discriminator",
-            critic_loss(real_score, generated_score)
-            + self.lazy_regularization(real_augmented, generated_augmented, label, rng),
-        )
+        penalty = self.lazy_regularization(real_augmented, generated_augmented, label, rng)
+        yield "discriminator", critic_loss(real_score, generated_score) + penalty
         if rng.step % objective.generator_every == 0:
             critic = self.accelerator.unwrap_model(discriminator)
             with freeze(critic):
-                real_score, generated_score = critic(
-                    torch.cat([real_augmented, generated_augmented]), label.repeat(2)
-                ).chunk(2)
+                both = torch.cat([real_augmented, generated_augmented])
+                real_score, generated_score = critic(both, label.repeat(2)).chunk(2)
                 yield "generator", generator_loss(real_score, generated_score)
 
     def lazy_regularization(
         self, x: Tensor, generated: Tensor, label: Tensor, rng: SampleRng
     ) -> Tensor | float:
         """Lazy (Karras et al. 2020): every so many steps, as many times as heavy."""
-        objective, total = self.config.objective, 0.0
+        objective = self.config.objective
+        total = 0.0
         if rng.step % objective.penalty_every:
             return total
         between = torch.lerp(x, generated, rng.uniform()[:, None, None, None])
-        for weight, where, target_norm in (
+        penalties = [
             (objective.r1 / 2, x, 0),
             (objective.r2 / 2, generated, 0),
             (objective.gradient_penalty, between, 1),
-        ):
+        ]
+        for weight, where, target_norm in penalties:
             if weight:
                 total = total + weight * self.gradient_penalty(where.detach(), label, target_norm)
         return objective.penalty_every * total
@@ -168,21 +165,20 @@ class Gan(FromScratchTask):
         )
 
     def evaluate(self) -> dict[str, float | str]:
-        """Made pictures against as many test pictures: see `metrics.distances`; and, of a
-        classifier, `balance`."""
-        kind = self.config.validation.features
-        classifier = (
-            train_classifier(self.train_images, self.config.data) if kind == "classifier" else None
-        )
-        load = mobilenet_features if kind == "mobilenet" else inception_features
-        name, features = (
-            classifier_features(classifier, self.test_images) if classifier else load(self.device)
-        )
+        """Compare generated pictures with as many test pictures, see `distribution_metrics`.
+
+        With a classifier, also how the classes are balanced, see `class_balance`.
+        """
+        kind, classifier = self.config.validation.features, None
+        if kind == "classifier":
+            classifier = train_classifier(self.train_images, self.config.data)
+            name, features = classifier_features(classifier, self.test_images)
+        else:
+            name, features = FEATURE_NETWORKS[kind](self.device)
         seed = derive_seed(self.config.seed, "measured")
         rows = choose_rows(seed, len(self.test_images), NUM_METRIC_PICTURES)
-        generated = torch.cat(
-            [self.generate(range(i, min(i + 500, len(rows)))) for i in range(0, len(rows), 500)]
-        )
+        starts = range(0, len(rows), 500)
+        generated = torch.cat([self.generate(range(i, min(i + 500, len(rows)))) for i in starts])
         metrics = {
             "features": name,
             **distribution_metrics(generated, to_float(self.test_images.take(rows)), features),

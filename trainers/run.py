@@ -76,9 +76,9 @@ def train_and_export(
     if accelerator.is_main_process or task.needs_all_processes:
         task.finish(steps)
     if accelerator.is_main_process:
-        write_report(settings.output_dir)
+        write_report(settings.output_dir, config=settings)
         if repo:
-            write_report(settings.output_dir, pictures=False)
+            write_report(settings.output_dir, pictures=False, config=settings)
         accelerator.print(f"done: {settings.output_dir}")
     accelerator.wait_for_everyone()
     with warn_on_error("the tracker"):

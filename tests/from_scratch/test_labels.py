@@ -191,7 +191,7 @@ def test_a_gan_of_one_class_is_compared_with_pictures_of_that_class(tmp_path):
     held_out = [1] * 12 + [2] * 8
     data = make_data(tmp_path, [1, 2] * 6, held_out, only_label=1)
     config = GanConfig(
-        model={"width": 8}, data=data, validation={"features": "mobilenet"}, output_dir=tmp_path
+        model={"width": 8}, data=data, validation={"features": "inception"}, output_dir=tmp_path
     )
     assert len(Gan(config, Accelerator(cpu=True)).test_images) == 12
 

