@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_for_good_is_one_message(
     if at == "cache":
         fill(disk, 4)
         remains, left = (
-            "There is no checkpoint yet: the same command begins anew",
+            "There is no checkpoint yet: the same command starts from step 0",
             {".lock", ".owner", "cache"},
         )
     else:
