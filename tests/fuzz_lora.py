@@ -2,8 +2,8 @@
 
 python tests/fuzz_lora.py [--cases 400] [--seed 0] [--only NUMBER]
 
-What is read must have every layer that the undamaged file had, in numbers that are finite and, where
-the damage leaves them alone, equal; it must go into our other formats and come back equal. Exit
+What is read must have every layer that the undamaged file had, in finite numbers, which are equal
+where the file is undamaged; it must go into our other formats and come back equal. Exit
 status 1 for a traceback, a hang, a program that is started, or a file that is taken otherwise.
 """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import random
 import select
@@ -14,10 +15,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +55,17 @@ class ProgramStartedError(BaseException):
     """A file made the toolkit start another program."""
 
 
-def fuzz(cases: Sequence[Case] | Iterator[Case], seconds: float, only: int | None = None) -> Result:
+def fuzz(
+    cases: Iterable[Case], seconds: float, only: int | None = None, minutes: float = math.inf
+) -> Result:
     """Try every case, or the one with the number `only`, whose output is then shown.
 
-    seconds: how long one may take.
+    seconds: how long one may take; minutes: after which no further one is tried.
     """
-    result = Result(Counter(), {})
+    result, end = Result(Counter(), {}), time.monotonic() + 60 * minutes
     for number, case in enumerate(cases):
+        if time.monotonic() > end:
+            break
         if only is not None and number != only:
             continue
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -209,10 +215,11 @@ def main(
     parser.add_argument("--cases", type=int, default=default_count)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="The number of one case, to see all of it.")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Then it ends.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cases = make_cases(Path(folder), arguments.cases, arguments.seed)
-        result = fuzz(cases, seconds, arguments.only)
+        result = fuzz(cases, seconds, arguments.only, arguments.minutes)
     for name, fault in list(result.faults.items())[:20]:
         print(name, fault, "\n")
     print(", ".join(f"{name}: {result.counts[name]}" for name in (*OUTCOMES, "fault")))

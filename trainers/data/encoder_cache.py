@@ -49,7 +49,7 @@ class Encoders(Protocol):
 
 
 class TensorCache:
-    """Named tensors by key, in one safetensors file for each key, with a checksum of key and content.
+    """Named tensors by key, in one safetensors file for each, with a checksum of key and content.
 
     A file is written under another name and then renamed, so that it is whole or absent.
     """
