@@ -104,6 +104,10 @@ class DreamBoothConfig(Config):
         return family_facts(self.model.family)
 
     @property
+    def writes_lora(self) -> bool:
+        return self.lora is not None
+
+    @property
     def writes_kohya(self) -> bool:
         """Whether a kohya file is written."""
         if self.lora is None:

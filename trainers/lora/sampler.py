@@ -33,7 +33,8 @@ from trainers.run_folder import (
     FINAL,
     GRID_NAME,
     WEIGHT_NAME,
-    list_checkpoints,
+    lora_folders,
+    step_folders,
 )
 from trainers.training.checkpoint import read_checkpoint
 
@@ -111,7 +112,6 @@ class LoraSampler:
         )
 
 
-@torch.no_grad()
 def export_checkpoints(
     config: DreamBoothConfig,
     run: Path,
@@ -119,13 +119,36 @@ def export_checkpoints(
     text_encoders: Sequence[str],
     export_folder: Path,
 ) -> dict[str, Path]:
-    """Each checkpoint of the run as a LoRA file in a folder of its own, the oldest first; averaged
-    weights if kept."""
+    """The folder with the LoRA of each step that has one, the oldest first; averaged weights if
+    kept.
+
+    Checkpoints of earlier versions have none, and theirs are written to `export_folder`.
+    """
+    folders = step_folders(run / CHECKPOINTS)
+    without = [
+        folder for step, folder in folders.items() if step not in lora_folders(folder.parent)
+    ]
+    exported = export_states(config, without, family, text_encoders, export_folder)
+    found = {folder.name: exported.get(folder.name, folder) for folder in folders.values()}
+    return {name: folder for name, folder in found.items() if (folder / WEIGHT_NAME).is_file()}
+
+
+@torch.no_grad()
+def export_states(
+    config: DreamBoothConfig,
+    checkpoints: Sequence[Path],
+    family: Family,
+    text_encoders: Sequence[str],
+    export_folder: Path,
+) -> dict[str, Path]:
+    """The states of checkpoints as LoRA files, each in a folder of its own."""
+    if not checkpoints:
+        return {}
     family.load(family.denoiser_name, *text_encoders)
     module = TrainableDenoiser(family, text_encoders)
     add_lora(family, config.lora, text_encoders)
     trained, folders = trainable_state(module), {}
-    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
+    for checkpoint in checkpoints:
         if (state := read_checkpoint(checkpoint)) is None:
             warnings.warn(f"{checkpoint} is damaged and is passed over", stacklevel=2)
             continue
