@@ -128,12 +128,17 @@ def load_run_config(run: Path, kind: str = "") -> Config:
     config = read_run_config(run)
     if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    check_finished(run, config)
+    return config
+
+
+def check_finished(run: Path, config: Config) -> None:
+    """Raises: UserError for a run that has no result yet."""
     result = MODEL
     if config.kind == "dreambooth":
         result = WEIGHT_NAME if config.lora else PIPELINE
     if not (run / result).exists():
         raise UserError(f"{run} is not finished: it has no {result}. {continue_hint(run)}")
-    return config
 
 
 def continue_hint(run: Path) -> str:

@@ -166,3 +166,4 @@ class DreamBoothConfig(Config):
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
             yield from rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from rules.initial_lora_errors(self.lora.init_from, self.output_dir)

@@ -35,8 +35,10 @@ from trainers.run_folder import (
     WEIGHT_NAME,
     lora_folders,
     step_folders,
+    step_name,
 )
 from trainers.training.checkpoint import read_checkpoint
+from trainers.training.run_weights import RunWeights
 
 # rows of pictures, each by its prompt and the seed of its noise
 PromptSeeds = dict[str, list[tuple[str, int]]]
@@ -48,12 +50,15 @@ class LoraSampler:
 
     def __init__(
         self,
-        config: DreamBoothConfig,
-        run: Path,
+        weights: RunWeights,
         prompts: Sequence[str],
         export_folder: Path | None,
     ) -> None:
-        """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
+        """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too.
+
+        The LoRA of `weights` is `name`, the last in `folders`.
+        """
+        config, run = weights.config, weights.run
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         device = accelerator.device
         family = open_family(config.model, device, preferred_dtype(device))
@@ -65,14 +70,12 @@ class LoraSampler:
             self.encoder.fill(
                 [], dict.fromkeys([*prompts, config.validation.negative_prompt]), accelerator
             )
-        self.folders = {
-            **(
-                export_checkpoints(config, run, family, text_encoders, export_folder)
-                if export_folder
-                else {}
-            ),
-            FINAL: run,
-        }
+        self.name = FINAL if weights.step is None else step_name(weights.step)
+        self.folders = {}
+        if export_folder:
+            self.folders = export_checkpoints(config, run, family, text_encoders, export_folder)
+            self.folders.pop(self.name, None)
+        self.folders[self.name] = weights.folder
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
             # diffusers would load a file that is not finite, or not whole

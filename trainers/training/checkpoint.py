@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,10 @@ from trainers.training.checkpoint_folders import (
     prune_checkpoints,
     rename_checkpoints,
 )
-from trainers.training.facts import Facts, check_facts, check_length
+from trainers.training.facts import Facts, check_facts, check_length, find_extension
 from trainers.training.loop import Player, Task, averaged_weights
 from trainers.training.manifest import (
+    Manifest,
     is_own_checkpoint,
     manifest_checksum,
     read_checkpoint,
@@ -56,13 +58,14 @@ class RunState:
     """Where a run is, beside its tensors.
 
     facts: from `resume_facts`; rollbacks: each has halved the learning rate; end: why the training
-    was over before the last step, if it was.
+    was over before the last step, if it was; extensions: from `find_extension`, oldest first.
     """
 
     facts: Facts
     step: int = 0
     rollbacks: int = 0
     end: str = ""
+    extensions: Sequence[Facts] = ()
 
 
 def save_checkpoint(
@@ -130,6 +133,7 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
         "step": state.step,
         "rollbacks": state.rollbacks,
         "end": state.end,
+        "extensions": list(state.extensions),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -250,4 +254,24 @@ def resume(
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
-    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0), manifest.get("end", ""))
+    return state_of(manifest, facts, config, accelerator)
+
+
+def state_of(
+    manifest: Manifest, facts: Facts, config: Config, accelerator: Accelerator
+) -> RunState:
+    """The state in a manifest, open again where the run is to be trained longer."""
+    step, end = manifest["step"], manifest.get("end", "")
+    extensions = manifest.get("extensions", [])
+    if extension := find_extension(manifest, config):
+        extensions, end = [*extensions, extension], ""
+        accelerator.print(
+            f"trained longer from step {step} on, with the learning rates of a run of "
+            f"{config.train.max_train_steps} steps"
+        )
+    elif end:
+        accelerator.print(
+            f"the training was over after step {step}: {end}. checkpoint.extend=true goes on to "
+            "train.max_train_steps, once for each number of steps"
+        )
+    return RunState(facts, step, manifest.get("rollbacks", 0), end, extensions)
