@@ -72,8 +72,8 @@ def evaluate(
     prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
     prompts = {row: [prompt for prompt, _ in seeds] for row, seeds in prompt_seeds.items()}
     shutil.rmtree(out, ignore_errors=True)
-    export_folder = out if options.checkpoints else None
-    sampler = LoraSampler(weights, [*chain(*prompts.values())], export_folder)
+    exported = out if options.checkpoints else None
+    sampler = LoraSampler(weights, [*chain(*prompts.values())], exported)
     target, training_pixels = (
         torch.stack([Crop(size)(photo.decode()) for photo in group]) for group in (photos, training)
     )
@@ -101,9 +101,12 @@ def evaluate(
         **rank_usage(weights.folder),
         "memorisation": find_memorization(networks[0], generated, training_pixels),
     }
-    file = (run if options.step is None else out) / EVALUATION_NAME
-    write_atomic(file, json.dumps(result, indent=2) + "\n")
+    write_result(result, run if options.step is None else out)
     return result
+
+
+def write_result(result: dict, folder: Path) -> None:
+    write_atomic(folder / EVALUATION_NAME, json.dumps(result, indent=2) + "\n")
 
 
 def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:
