@@ -74,9 +74,7 @@ def evaluate(
     shutil.rmtree(out, ignore_errors=True)
     export_folder = out if options.checkpoints else None
     sampler = LoraSampler(weights, [*chain(*prompts.values())], export_folder)
-    target, training_pixels = (
-        torch.stack([Crop(size)(photo.decode()) for photo in group]) for group in (photos, training)
-    )
+    target, training_pixels = decode_square(photos, size), decode_square(training, size)
     save_pictures({"photo": training_pixels}, out / "photos")
     base = sampler("base", prompt_seeds, out / "base")
     measure = partial(lora_metrics, networks, base=base, photos=target, prompts=prompts)
@@ -104,6 +102,11 @@ def evaluate(
     file = (run if options.step is None else out) / EVALUATION_NAME
     write_atomic(file, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
+    """The photos as (N, 3, size, size), cut at their center."""
+    return torch.stack([Crop(size)(photo.decode()) for photo in photos])
 
 
 def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:
