@@ -72,11 +72,9 @@ def evaluate(
     prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
     prompts = {row: [prompt for prompt, _ in seeds] for row, seeds in prompt_seeds.items()}
     shutil.rmtree(out, ignore_errors=True)
-    exported = out if options.checkpoints else None
-    sampler = LoraSampler(weights, [*chain(*prompts.values())], exported)
-    target, training_pixels = (
-        torch.stack([Crop(size)(photo.decode()) for photo in group]) for group in (photos, training)
-    )
+    export_folder = out if options.checkpoints else None
+    sampler = LoraSampler(weights, [*chain(*prompts.values())], export_folder)
+    target, training_pixels = decode_square(photos, size), decode_square(training, size)
     save_pictures({"photo": training_pixels}, out / "photos")
     base = sampler("base", prompt_seeds, out / "base")
     measure = partial(lora_metrics, networks, base=base, photos=target, prompts=prompts)
@@ -101,12 +99,14 @@ def evaluate(
         **rank_usage(weights.folder),
         "memorisation": find_memorization(networks[0], generated, training_pixels),
     }
-    write_result(result, run if options.step is None else out)
+    file = (run if options.step is None else out) / EVALUATION_NAME
+    write_atomic(file, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def write_result(result: dict, folder: Path) -> None:
-    write_atomic(folder / EVALUATION_NAME, json.dumps(result, indent=2) + "\n")
+def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
+    """The photos as (N, 3, size, size), cut at their center."""
+    return torch.stack([Crop(size)(photo.decode()) for photo in photos])
 
 
 def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:
