@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.config import ImagesConfig, PairsConfig
 from trainers.data.imaging import mirror_pad
@@ -24,6 +23,7 @@ from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
 from trainers.from_scratch.labels import UNLABELED, Classes, find_classes, list_names
+from trainers.progress import track
 from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
@@ -60,10 +60,7 @@ class ImageSet:
         self.labels = torch.tensor([sample.label for sample in samples], device=device)
         self.pixels: Tensor | list[Tensor] | None = None
         if in_memory:
-            pixels = [
-                decode(sample).to(device)
-                for sample in tqdm(samples, "decoding", leave=False, delay=2)
-            ]
+            pixels = [decode(sample).to(device) for sample in track(samples, "decoding")]
             self.pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
     def __len__(self) -> int:

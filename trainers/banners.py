@@ -1,0 +1,208 @@
+"""What a person reads before the first step and after the last one."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.data.dreambooth_batches import DreamBoothBatches
+from trainers.data.pictures import Picture
+from trainers.distributed.trained_weights import trainable_parameters
+from trainers.from_scratch.image_sets import ImageBatches
+from trainers.publishing.markdown import plain_text
+from trainers.publishing.model_card import card_prompt, lora_readers
+from trainers.run_folder import MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
+from trainers.training.loop import Batches, Task
+
+CAPTION_SUFFIXES = (".txt", ".caption", ".jsonl", ".csv", ".parquet")
+DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# by kind of run: the script that uses its result, with what follows the run folder
+NEXT_SCRIPTS = {"autoencoder": "encode.py {run} PICTURES", "unet": "translate.py {run} PICTURES"}
+
+Rows = Iterable[tuple[str, str]]
+
+
+def start_banner(
+    config: Config, task: Task, batches: Batches, accelerator: Accelerator, start: int
+) -> str:
+    """What the run is about to do, in about ten lines."""
+    rows: list[tuple[str, str]] = []
+    num_pictures = 0
+    if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
+        rows += describe_photos(config, batches)
+        num_pictures = len(batches.pools[0])
+    elif isinstance(config, ScratchConfig) and isinstance(batches, ImageBatches):
+        num_pictures = len(batches.images)
+        rows += [("pictures", f"{num_pictures} of {describe_source(config)}")]
+    rows += [
+        ("resolution", describe_views(config)),
+        ("trained", describe_weights(config, task)),
+        ("steps", describe_steps(config, accelerator, num_pictures, start)),
+        ("batch", describe_batch(config, accelerator)),
+        ("optimizer", describe_optimizer(config)),
+        ("device", describe_device(config, accelerator)),
+    ]
+    if isinstance(config, DreamBoothConfig):
+        rows.append(("memory", "python scripts/plan.py CONFIG tells the peak beforehand"))
+    rows.append(("folder", f"{config.output_dir} ({REPORT_NAME} there shows the run live)"))
+    return format_rows(f"{config.kind}, seed {config.seed}", rows)
+
+
+def format_rows(title: str, rows: Rows) -> str:
+    lines = [title]
+    for name, text in rows:
+        first, *more = text.splitlines() or [""]
+        lines.append(f"  {name:<11} {first}")
+        lines += [f"  {'':<11} {line}" for line in more]
+    return "\n".join(lines)
+
+
+def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Rows:
+    """The photos, their captions and the class pictures."""
+    data, photos = config.data, batches.pools[0]
+    names = {photo.name for photo in photos}
+    source = data.instance_data_dir or Path(data.dataset_name or "")
+    text = f"{len(names)} of {source.name}"
+    if left_out := files_left_out(data.instance_data_dir, photos):
+        some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        text += f"; {len(left_out)} other files are not used ({some})"
+    yield "photos", text
+    own = {photo.name for photo in photos if photo.caption != data.instance_prompt}
+    texts = [f"{len(own)} of their own"] if own else []
+    if len(own) < len(names):
+        texts.append(f"{len(names) - len(own)} times {data.instance_prompt!r}")
+    yield "captions", ", ".join(texts)
+    if data.uses_prior:
+        number, prompts = len(batches.pools[1]), len(data.class_prompts)
+        weight = f"weight {data.prior_loss_weight:g}"
+        yield "class", f"{number} pictures of {count(prompts, 'prompt')}, {weight}"
+
+
+def files_left_out(folder: Path | None, photos: Sequence[Picture]) -> list[str]:
+    """The names of what else lies in the folder of the photos, apart from captions."""
+    if folder is None:
+        return []
+    used = {Path(photo.name).name for photo in photos}
+    left_out = []
+    for path in sorted(folder.iterdir()):
+        is_caption = path.suffix.lower() in CAPTION_SUFFIXES
+        if path.is_file() and path.name[0] != "." and path.name not in used and not is_caption:
+            left_out.append(path.name)
+    return left_out
+
+
+def describe_source(config: ScratchConfig) -> str:
+    source = Path(config.data.image_dir or config.data.dataset_name or "").name
+    return (
+        f"{source}, classes by {config.data.label_column}" if config.data.label_column else source
+    )
+
+
+def describe_views(config: Config) -> str:
+    """The size of the pictures as they are trained on, and how they are varied."""
+    data = config.data
+    texts = [f"{data.resolution} x {data.resolution}"]
+    if isinstance(config, DreamBoothConfig):
+        texts.append("center crops" if data.center_crop else "random crops")
+    else:
+        texts.append("gray" if data.channels == 1 else "color")
+    if data.random_flip:
+        texts.append("half of them mirrored")
+    return ", ".join(texts)
+
+
+def describe_weights(config: Config, task: Task) -> str:
+    """What is trained, player by player."""
+    texts = []
+    for name, player in task.players.items():
+        weights = trainable_parameters(player.module)
+        number = f"{sum(weight.numel() for weight in weights.values()):,} parameters"
+        if isinstance(config, DreamBoothConfig) and config.lora:
+            num_layers = sum(".lora_A." in weight for weight in weights)
+            kind = "DoRA" if config.lora.use_dora else "LoRA"
+            texts.append(f"{kind} of rank {config.lora.rank} in {num_layers} layers: {number}")
+        else:
+            texts.append(f"{name}: {number}")
+    return ", ".join(texts)
+
+
+def describe_steps(config: Config, accelerator: Accelerator, num_pictures: int, start: int) -> str:
+    steps = config.train.max_train_steps
+    text = f"{steps}"
+    if num_pictures:
+        epochs = steps * global_batch_size(config, accelerator) / num_pictures
+        text += f" = {epochs:.3g} epochs of {count(num_pictures, 'picture')}"
+    return f"{text}, from step {start} on" if start else text
+
+
+def global_batch_size(config: Config, accelerator: Accelerator) -> int:
+    train = config.train
+    per_process = train.train_batch_size * train.gradient_accumulation_steps
+    return per_process * accelerator.num_processes
+
+
+def describe_batch(config: Config, accelerator: Accelerator) -> str:
+    train, size = config.train, global_batch_size(config, accelerator)
+    accumulation = train.gradient_accumulation_steps
+    processes = count(accelerator.num_processes, "process", "es")
+    return (
+        f"{count(size, 'picture')} = {train.train_batch_size} in a micro-batch x "
+        f"{accumulation} accumulated x {processes}"
+    )
+
+
+def describe_optimizer(config: Config) -> str:
+    optimizer = config.optimizer
+    text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g} {optimizer.lr_scheduler}"
+    if optimizer.lr_warmup_steps:
+        text += f", {optimizer.lr_warmup_steps} steps of warm-up"
+    return text
+
+
+def describe_device(config: Config, accelerator: Accelerator) -> str:
+    """The device and the precision that it computes in."""
+    device = accelerator.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} ({platform.machine()}, {count(torch.get_num_threads(), 'thread')})"
+    return f"{name}, {DEVICE_NAMES[config.train.mixed_precision]}"
+
+
+def count(number: int, name: str, plural: str = "s") -> str:
+    return f"{number:,} {name}{'' if number == 1 else plural}"
+
+
+def end_banner(config: Config) -> str:
+    """Where the result is, how it is used, and what to do next."""
+    run, quoted = config.output_dir, shlex.quote(str(config.output_dir))
+    rows: list[tuple[str, str]] = []
+    if isinstance(config, DreamBoothConfig):
+        rows += describe_result(config)
+        prompt = card_prompt(config)
+        rows.append(("next", f"python scripts/generate.py {quoted} --prompt {shlex.quote(prompt)}"))
+    else:
+        rows.append(("model", f"{run / MODEL} (its code stands in {run / 'README.md'})"))
+        if script := NEXT_SCRIPTS.get(config.kind):
+            rows.append(("next", f"python scripts/{script.format(run=quoted)}"))
+    rows += [("share", f"python scripts/push.py {quoted}"), ("report", f"{run / REPORT_NAME}")]
+    return format_rows(f"done: {run}", rows)
+
+
+def describe_result(config: DreamBoothConfig) -> Rows:
+    """The file, and how diffusers and other programs load it."""
+    run, base = config.output_dir, config.model.pretrained_model_name_or_path
+    load = "pipe = DiffusionPipeline.from_pretrained"
+    if config.lora is None:
+        yield "model", f"{run / PIPELINE}"
+        yield "diffusers", f'{load}("{run / PIPELINE}")'
+        return
+    yield "LoRA", f"{run / WEIGHT_NAME}"
+    yield "diffusers", f'{load}("{base}")\npipe.load_lora_weights("{run}")'
+    yield "others", plain_text(lora_readers(config)).replace(" RUN ", f" {shlex.quote(str(run))} ")
