@@ -43,8 +43,8 @@ def start_banner(
     rows += [
         ("resolution", describe_views(config)),
         ("trained", describe_weights(config, task)),
-        ("steps", describe_steps(config, accelerator, num_pictures, start)),
-        ("batch", describe_batch(config, accelerator)),
+        ("steps", describe_steps(config, batches, num_pictures, start)),
+        ("batch", describe_batch(batches)),
         ("optimizer", describe_optimizer(config)),
         ("device", describe_device(config, accelerator)),
     ]
@@ -98,10 +98,9 @@ def files_left_out(folder: Path | None, photos: Sequence[Picture]) -> list[str]:
 
 
 def describe_source(config: ScratchConfig) -> str:
-    source = Path(config.data.image_dir or config.data.dataset_name or "").name
-    return (
-        f"{source}, classes by {config.data.label_column}" if config.data.label_column else source
-    )
+    data = config.data
+    source = Path(data.image_dir or data.dataset_name or "").name
+    return f"{source}, classes by {data.label_column}" if data.label_column else source
 
 
 def describe_views(config: Config) -> str:
@@ -132,29 +131,23 @@ def describe_weights(config: Config, task: Task) -> str:
     return ", ".join(texts)
 
 
-def describe_steps(config: Config, accelerator: Accelerator, num_pictures: int, start: int) -> str:
+def describe_steps(config: Config, batches: Batches, num_pictures: int, start: int) -> str:
     steps = config.train.max_train_steps
-    text = f"{steps}"
+    text = f"{steps:,}"
     if num_pictures:
-        epochs = steps * global_batch_size(config, accelerator) / num_pictures
+        epochs = steps * batches.batch_slice.global_batch_size / num_pictures
         text += f" = {epochs:.3g} epochs of {count(num_pictures, 'picture')}"
-    return f"{text}, from step {start} on" if start else text
+    return f"{text}, from step {start:,} on" if start else text
 
 
-def global_batch_size(config: Config, accelerator: Accelerator) -> int:
-    train = config.train
-    per_process = train.train_batch_size * train.gradient_accumulation_steps
-    return per_process * accelerator.num_processes
-
-
-def describe_batch(config: Config, accelerator: Accelerator) -> str:
-    train, size = config.train, global_batch_size(config, accelerator)
-    accumulation = train.gradient_accumulation_steps
-    processes = count(accelerator.num_processes, "process", "es")
-    return (
-        f"{count(size, 'picture')} = {train.train_batch_size} in a micro-batch x "
-        f"{accumulation} accumulated x {processes}"
-    )
+def describe_batch(batches: Batches) -> str:
+    """How many pictures a step takes, and how they are shared out."""
+    part = batches.batch_slice
+    text = count(part.global_batch_size, "picture")
+    if part.accumulation_steps * part.world_size == 1:
+        return text
+    processes = count(part.world_size, "process", "es")
+    return f"{text} = {part.batch_size} x {part.accumulation_steps} accumulated x {processes}"
 
 
 def describe_optimizer(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
+DEFAULT_COLUMNS = 100
 LINE_SECONDS = 30.0  # between two lines about the same work
 
 
@@ -28,9 +30,19 @@ def track(items: Collection[Item], label: str, disable: bool = False) -> Iterato
     if disable:
         yield from items
     elif is_terminal():
-        yield from tqdm(items, label, dynamic_ncols=True, leave=False, delay=0.5)
+        yield from tqdm(items, label, leave=False, delay=0.5, **bar_width())
     else:
         yield from track_by_lines(items, label)
+
+
+def bar_width() -> dict[str, int | bool]:
+    """tqdm's options for a bar as wide as the terminal; some terminals do not know their width, and
+    tqdm would draw nothing on them."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    return {"dynamic_ncols": True} if columns else {"ncols": DEFAULT_COLUMNS, "nrows": 25}
 
 
 def track_by_lines(items: Collection[Item], label: str) -> Iterator[Item]:

@@ -81,15 +81,17 @@ def train_and_export(
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)
-    accelerator.print(start_banner(settings, task, batches, accelerator, state.step))
-    with live.followed():
+    banner = start_banner(settings, task, batches, accelerator, state.step)
+    # where stdout is a file, it would come after the progress, which is on stderr
+    accelerator.print(banner, flush=True)
+    with live.followed(state.step):
         steps = Training(task, batches, settings, processes, push, live).to_end(state)
         if accelerator.is_main_process or task.needs_all_processes:
             task.finish(steps)
     if accelerator.is_main_process:
         if repo:
             write_report(settings.output_dir, pictures=False, config=settings)
-        accelerator.print(end_banner(settings))
+        accelerator.print(end_banner(settings), flush=True)
     accelerator.wait_for_everyone()
     with warn_on_error("the tracker"):
         accelerator.end_training()
@@ -153,24 +155,25 @@ class Training:
         def rate(step: int) -> float:
             return schedule(step) * 0.5**state.rollbacks
 
-        log = LogMetrics(settings, accelerator, rate, state.step)
-        samples = SamplePictures(task, settings, accelerator)
-        checkpoints = SaveCheckpoints(task, settings, self.processes, state)
-        callbacks = [
-            *task.callbacks,
-            NonfiniteGuard(task, self.batches, settings, accelerator),
-            log,
-            samples,
-            self.live,
-            checkpoints,
-            self.push,
-        ]
-        loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
-        with closing(log.progress), attention_kernel(task.attention, accelerator.device):
+        with attention_kernel(task.attention, accelerator.device):
+            samples = SamplePictures(task, settings, accelerator)
             if state.step == 0:
                 samples.sample(0)
             self.live.start(state.step)
-            reason = train(task, self.batches, *loop)
+            log = LogMetrics(settings, accelerator, rate, state.step)
+            checkpoints = SaveCheckpoints(task, settings, self.processes, state)
+            callbacks = [
+                *task.callbacks,
+                NonfiniteGuard(task, self.batches, settings, accelerator),
+                log,
+                samples,
+                self.live,
+                checkpoints,
+                self.push,
+            ]
+            loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
+            with closing(log.progress):
+                reason = train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
             reason = checkpoints.save_end(reason)

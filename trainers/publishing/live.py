@@ -1,4 +1,4 @@
-"""The report of a run while it trains: written anew now and then, and read by itself in a browser."""
+"""The report of a run while it trains, which is written anew now and then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from trainers.config import Config
-from trainers.errors import Interrupted, warn_on_error
+from trainers.errors import Interrupted, UserError, warn_on_error
 from trainers.publishing.report import write_report
 from trainers.training.loop import StepMetrics
 from trainers.training.status import (
@@ -53,15 +53,17 @@ class LiveReport:
         self.write(RUNNING)
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Tell how what is done inside ends."""
+    def followed(self, step: int) -> Iterator[None]:
+        """Tell how what is done inside, from a step on, ends."""
+        self.step = step
         try:
             yield
         except Interrupted as stop:
             self.write(STOPPED, str(stop))
             raise
         except BaseException as error:
-            self.write(FAILED, f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.write(FAILED, f"{kind}{error}")
             raise
         self.write(FINISHED)
 

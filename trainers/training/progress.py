@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from trainers.progress import format_seconds, is_terminal, write_line
+from trainers.progress import bar_width, format_seconds, is_terminal, write_line
 
 HELD_OUT_LOSS = "held_out_loss"
 
@@ -27,7 +27,7 @@ class BarProgress:
     """A bar that moves with each step, with the values of the newest log interval."""
 
     def __init__(self, total: int, start: int) -> None:
-        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=start, unit="step", **bar_width())
 
     def step(self) -> None:
         self.bar.update()
