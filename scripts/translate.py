@@ -21,8 +21,8 @@ def main() -> None:
         flags={"--full-size": full_size},
     )
 
+    from trainers.data.pictures import picture_from_file
     from trainers.from_scratch.checks import warn_of_squashing
-    from trainers.from_scratch.image_sets import picture_from_file
     from trainers.progress import track
     from trainers.unet import Translator
 

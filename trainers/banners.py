@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.data.dreambooth_batches import DreamBoothBatches
-from trainers.data.pictures import Picture
+from trainers.data.intake import NOT_USED, read_notes
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.from_scratch.image_sets import ImageBatches
 from trainers.publishing.markdown import plain_text
@@ -20,7 +20,6 @@ from trainers.publishing.model_card import card_prompt, lora_readers
 from trainers.run_folder import MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
 from trainers.training.loop import Batches, Task
 
-CAPTION_SUFFIXES = (".txt", ".caption", ".jsonl", ".csv", ".parquet")
 DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # by kind of run: the script that uses its result, with what follows the run folder
 NEXT_SCRIPTS = {"autoencoder": "encode.py {run} PICTURES", "unet": "translate.py {run} PICTURES"}
@@ -40,6 +39,7 @@ def start_banner(
     elif isinstance(config, ScratchConfig) and isinstance(batches, ImageBatches):
         num_pictures = len(batches.images)
         rows += [("pictures", f"{num_pictures} of {describe_source(config)}")]
+    rows += describe_unused(config)
     rows += [
         ("resolution", describe_views(config)),
         ("trained", describe_weights(config, task)),
@@ -68,11 +68,7 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
     data, photos = config.data, batches.pools[0]
     names = {photo.name for photo in photos}
     source = data.instance_data_dir or Path(data.dataset_name or "")
-    text = f"{len(names)} of {source.name}"
-    if left_out := files_left_out(data.instance_data_dir, photos):
-        some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        text += f"; {len(left_out)} other files are not used ({some})"
-    yield "photos", text
+    yield "photos", f"{len(names)} of {source.name}"
     own = {photo.name for photo in photos if photo.caption != data.instance_prompt}
     texts = [f"{len(own)} of their own"] if own else []
     if len(own) < len(names):
@@ -84,17 +80,11 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
         yield "class", f"{number} pictures of {count(prompts, 'prompt')}, {weight}"
 
 
-def files_left_out(folder: Path | None, photos: Sequence[Picture]) -> list[str]:
-    """The names of what else lies in the folder of the photos, apart from captions."""
-    if folder is None:
-        return []
-    used = {Path(photo.name).name for photo in photos}
-    left_out = []
-    for path in sorted(folder.iterdir()):
-        is_caption = path.suffix.lower() in CAPTION_SUFFIXES
-        if path.is_file() and path.name[0] != "." and path.name not in used and not is_caption:
-            left_out.append(path.name)
-    return left_out
+def describe_unused(config: Config) -> Rows:
+    """What was found beside the pictures and is not used."""
+    for note in read_notes(config.output_dir):
+        if note.startswith(NOT_USED):
+            yield "not used", note.removeprefix(NOT_USED)
 
 
 def describe_source(config: ScratchConfig) -> str:

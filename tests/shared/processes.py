@@ -53,7 +53,7 @@ def group(script, *arguments, log, processes, before=None, **environment):
     ]
 
 
-def launch(script, *arguments, log, processes, before=None, limit=60, **environment):
+def launch(script, *arguments, log, processes, before=None, limit=240, **environment):
     """The exit statuses of a group, -9 for those that hang, which is told after `limit` seconds."""
     ranks = group(script, *arguments, log=log, processes=processes, before=before, **environment)
     for rank in ranks:

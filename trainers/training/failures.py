@@ -112,6 +112,6 @@ def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
     folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
     if not folders:
-        return f"There is no checkpoint yet: the same command begins anew{resume_command()}"
+        return f"There is no checkpoint yet: the same command starts from step 0{resume_command()}"
     command = f"the same command goes on from it{resume_command()}"
     return f"The checkpoint {folders[0].name} is intact: {command}"
