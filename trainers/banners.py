@@ -35,7 +35,7 @@ def start_banner(
     num_pictures = 0
     if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
         rows += describe_photos(config, batches)
-        num_pictures = len(batches.pools[0])
+        num_pictures = len(batches.drawn_from[0])
     elif isinstance(config, ScratchConfig) and isinstance(batches, ImageBatches):
         num_pictures = len(batches.images)
         rows += [("pictures", f"{num_pictures} of {describe_source(config)}")]
@@ -144,7 +144,7 @@ def describe_optimizer(config: Config) -> str:
     optimizer = config.optimizer
     text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g} {optimizer.lr_scheduler}"
     if optimizer.lr_warmup_steps:
-        text += f", {optimizer.lr_warmup_steps} steps of warm-up"
+        text += f", {count(optimizer.lr_warmup_steps, 'step')} of warm-up"
     return text
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from PIL import Image
 
 from trainers.errors import UserError
-from trainers.publishing.html import environment
+from trainers.publishing.html import environment, is_finite_number
 from trainers.run_folder import (
     CONFIG_NAME,
     FINAL,
@@ -130,7 +131,7 @@ def cached_losses(run: Path, changed: tuple[int, int]) -> tuple[tuple[int, dict[
     for line in read_metrics(run):
         numbers = {}
         for name, value in line.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if is_finite_number(value):
                 numbers[name] = value
         rows.append((line["step"], name_losses(numbers)))
     return tuple(rows)
@@ -216,7 +217,7 @@ def answer(root: Path, address: str) -> Answer | None:
 
     A path is compared with the names of what there is, and never becomes the name of a file.
     """
-    match urlsplit(address).path.split("/"):
+    match address.partition("?")[0].split("/"):
         case ["", ""]:
             return render_index(root)
         case ["", "run", name, page] if page in PAGES:
@@ -264,6 +265,14 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are not told."""
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of a browser that leaves before its answer is there."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(root: Path, port: int) -> ThreadingHTTPServer:
     """A server of the runs in a folder, on loopback; port 0: any that is free.
 
@@ -271,6 +280,6 @@ def make_server(root: Path, port: int) -> ThreadingHTTPServer:
     """
     find_runs(root)
     try:
-        return ThreadingHTTPServer((HOST, port), partial(Handler, root))
+        return Server((HOST, port), partial(Handler, root))
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port} cannot be used ({error})") from None
