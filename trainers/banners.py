@@ -17,7 +17,7 @@ from trainers.distributed.trained_weights import trainable_parameters
 from trainers.from_scratch.image_sets import ImageBatches
 from trainers.publishing.markdown import plain_text
 from trainers.publishing.model_card import card_prompt, lora_readers
-from trainers.run_folder import MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
+from trainers.run_folder import CARD_NAME, MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
 from trainers.training.loop import Batches, Task
 
 DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -171,7 +171,7 @@ def end_banner(config: Config) -> str:
         prompt = card_prompt(config)
         rows.append(("next", f"python scripts/generate.py {quoted} --prompt {shlex.quote(prompt)}"))
     else:
-        rows.append(("model", f"{run / MODEL} (its code stands in {run / 'README.md'})"))
+        rows.append(("model", f"{run / MODEL} (its code stands in {run / CARD_NAME})"))
         if script := NEXT_SCRIPTS.get(config.kind):
             rows.append(("next", f"python scripts/{script.format(run=quoted)}"))
     rows += [("share", f"python scripts/push.py {quoted}"), ("report", f"{run / REPORT_NAME}")]
