@@ -46,7 +46,7 @@ def test_a_folder_in_use_is_refused_until_kill_9_frees_it_and_sigusr1_makes_a_ch
     ] == [True]
     assert re.search(
         r"\nstopped by signal 10; the same command goes on from the checkpoint step-\d{6} "
-        r"\(python train\.py .*\)\n$",
+        r"\(python \S*train\.py .*\)\n$",
         log.read_text(),
     )
 
