@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trainers.training.process_state import STOP_SIGNALS
+from trainers.training.process_state import STOP_SIGNALS, stop_request
 
 ROOT = Path(__file__).parents[2]
 server = multiprocessing.get_context("forkserver")
@@ -90,4 +90,7 @@ def call(script, *arguments):
         sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        # else the next signal in this process would end it, as a script's does
+        stop_request.end_watching()
+        stop_request.reset()
     raise AssertionError(f"{script} did not end by sys.exit")
