@@ -29,7 +29,6 @@ from trainers.distributed.trained_weights import trainable_state
 from trainers.errors import UserError, warn_on_error
 from trainers.run_folder import (
     CHECKPOINTS,
-    LORA_NAMES,
     MANIFEST_NAME,
     OPTIMIZER_SUFFIX,
     has_lora_alone,
@@ -41,6 +40,7 @@ from trainers.run_folder import (
 from trainers.training.checkpoint_folders import (
     clear_aside,
     delete_checkpoint,
+    flush_loras,
     prune_checkpoints,
     rename_checkpoints,
 )
@@ -153,14 +153,6 @@ def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-
-
-def flush_loras(folder: Path) -> None:
-    """Wait until the LoRA files in a folder are on the disk."""
-    for name in LORA_NAMES:
-        if (folder / name).is_file():
-            with open(folder / name, "rb+") as file:
-                os.fsync(file.fileno())
 
 
 def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict] | None:
