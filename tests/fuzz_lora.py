@@ -28,6 +28,7 @@ from torch import Tensor
 from tests.shared import fuzzing
 from tests.shared.fuzzing import CONTENT_DAMAGE, Case, replace_path
 from tests.shared.lora_files import random_lora
+from tests.shared.loras_to_damage import make_files
 from tests.shared.tiny_pipelines import MAKERS
 from trainers.config import ModelConfig
 from trainers.families import FAMILIES, Family
@@ -40,44 +41,6 @@ TOLERANCE = 1e-5
 
 State = dict[str, Tensor]
 Damage = Callable[[Path, random.Random], str]
-
-
-# Formats that we only read, made of our own
-
-
-def renamed(state: State, changes: dict[str, str]) -> State:
-    result = {}
-    for key, value in state.items():
-        for old, new in changes.items():
-            key = key.replace(old, new)
-        result[key] = value.contiguous()
-    return result
-
-
-PEFT_ENDS = {"lora_A.weight": "lora_A.default.weight", "lora_B.weight": "lora_B.default.weight"}
-OLD_ENDS = {"lora_A.weight": "lora.down.weight", "lora_B.weight": "lora.up.weight"}
-RENAMINGS = {
-    "default": ("diffusers", PEFT_ENDS),
-    "old_diffusers": ("diffusers", OLD_ENDS),
-    "half": ("kohya", {}),
-}
-
-
-def make_files(root: Path, family: Family, lora: Lora) -> list[Path]:
-    """One file or folder for each format."""
-    paths = []
-    for name in FORMATS:
-        path = root / f"{name}{load_format(name).SUFFIX}"
-        load_format(name).write(lora, family, path, {})
-        paths.append(path)
-    for name, (source, changes) in RENAMINGS.items():
-        state = renamed(load_file(root / f"{source}.safetensors"), changes)
-        if name == "half":
-            state = {key: value.half() for key, value in state.items()}
-        path = root / f"{name}.safetensors"
-        save_file(state, path)
-        paths.append(path)
-    return paths
 
 
 # Damage

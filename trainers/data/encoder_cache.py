@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
+from trainers.progress import track
 
 Job = Callable[[], dict[str, Tensor]]  # computes an entry
 
@@ -218,7 +218,7 @@ class CachedEncoder:
         """Load an encoder, write its entries and free it."""
         self.family.load(encoder)
         is_quiet = not accelerator.is_main_process
-        for key, job in tqdm(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
+        for key, job in track(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
             self.cache.write(key, job())
         self.family.unload()
 
