@@ -29,7 +29,18 @@ def read_ordinary_file(path: Path) -> bytes:
     """Raises: OSError for what is no file, such as a pipe, which nobody may ever write to."""
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
-    return path.read_bytes()
+    with open(path, "rb", opener=open_without_waiting) as file:
+        content = file.read()
+    if content is None:
+        raise BlockingIOError(errno.EAGAIN, "it has no content yet", str(path))
+    return content
+
+
+def open_without_waiting(path: str | Path, flags: int) -> int:
+    """For `open`: reading gives None where others wait, as for /proc/kmsg, which stat calls a file
+    like any other."""
+    # Windows has neither such files nor the flag
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextmanager

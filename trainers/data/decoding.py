@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from trainers.atomic import open_without_waiting
+
 # Pillow's name of each format that is read, and how its files end. Others are refused, whatever
 # their files are called: some start programs (EPS), and many decoders are little tested.
 FORMATS = {
@@ -98,7 +100,7 @@ def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
             raise UnreadablePictureError("is not an ordinary file: remove it from the folder")
         if status.st_size > max_bytes:
             raise UnreadablePictureError(limit)
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_without_waiting) as file:
             # some files have no end and say that they are empty
             data = file.read(max_bytes + 1)
     except FileNotFoundError:
@@ -106,6 +108,8 @@ def read_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         raise UnreadablePictureError(f"{reason}: restore or remove it") from None
     except OSError as error:
         raise UnreadablePictureError(f"cannot be read ({error.strerror})") from None
+    if data is None:
+        raise UnreadablePictureError("is not an ordinary file: remove it from the folder")
     if len(data) > max_bytes:
         raise UnreadablePictureError(limit)
     return data
