@@ -72,9 +72,9 @@ PAGE = """# Coming from {title}
 python scripts/import_config.py FILE --out configs/mine.yaml
 ```
 
-reads the {config} and writes a config of this toolkit. Each key of the result says in a comment where it
-comes from, and what has no equal here is listed at the end. What is still missing, such as a folder
-that does not exist, is printed.
+reads the {config} and writes a config of this toolkit. Each key of the result says in a comment
+where it comes from, and what has no equal here is listed at the end. What is still missing, such as
+a folder that does not exist, is printed.
 
 ## Keys
 
@@ -86,8 +86,8 @@ These keys have no effect on the training here, or are always on: {without_effec
 
 ## An example
 
-Some keys are worked out from several others, or from the other trainer's defaults. The example shows
-them: this config
+Some keys are worked out from several others, or from the other trainer's defaults. The example
+shows them: this config
 
 ```{language}
 {example}

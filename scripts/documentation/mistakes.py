@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from documentation import code_blocks
-from documentation.code_blocks import ROOT, Piece
+from documentation.code_blocks import Piece
 from documentation.commands import PLACEHOLDER, command_mistakes
 from trainers.config import KINDS
 from trainers.config.loading import known_paths, validate

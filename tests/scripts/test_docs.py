@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from documentation import code_blocks, commands, mistakes, pages
 
+from documentation import code_blocks, commands, mistakes, pages
 from tests.shared.processes import ROOT
 from trainers.config import KINDS
 from trainers.config.loading import known_paths
