@@ -104,5 +104,5 @@ def limits_text(part: Schema) -> str:
     for option in options:
         for name, text in LIMITS.items():
             if name in option and not ("prefixItems" in option and name.endswith("Items")):
-                found.append(text.format(f"{option[name]:,}".replace(",", " ")))
+                found.append(text.format(f"{option[name]:,}"))
     return ", ".join(dict.fromkeys(found))
