@@ -23,8 +23,8 @@ def main() -> None:
 
     from tqdm.auto import tqdm
 
+    from trainers.data.pictures import picture_from_file
     from trainers.from_scratch.checks import warn_of_squashing
-    from trainers.from_scratch.image_sets import picture_from_file
     from trainers.unet import Translator
 
     translate = Translator(config, arguments.run, arguments.full_size)

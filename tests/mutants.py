@@ -73,7 +73,7 @@ class FirstFailure:
 
 
 def judge(root: Path, tests: list[str], answer: Connection) -> None:
-    """In a child: the name of the first failing test of the copy in `root`, or "" when all pass."""
+    """In a child: the first failing test of the copy in `root`, or "", and pytest's exit status."""
     os.chdir(root)
     os.environ["PYTHONPATH"] = sys.path[0] = str(root)
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -85,18 +85,19 @@ def judge(root: Path, tests: list[str], answer: Connection) -> None:
     first = FirstFailure()
     paths = [f"tests/{test}" for test in tests]
     status = pytest.main(["-x", "-p", "no:cacheprovider", *paths], [first])
-    answer.send(first.name or ("" if status == 0 else f"pytest ended with {status!r}"))
+    answer.send((first.name, status))
 
 
-def first_failure(root: Path, tests: list[str]) -> str:
+def first_failure(root: Path, tests: list[str]) -> tuple[str, int]:
+    """The first failing test or "", and pytest's exit status."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     child = fork.Process(target=judge, args=(root, tests, theirs))
     child.start()
     theirs.close()
-    name = ours.recv()
+    answer = ours.recv()
     child.join()
-    return name
+    return answer
 
 
 def verdict(root: Path, mutant: Mutant) -> str:
@@ -106,9 +107,14 @@ def verdict(root: Path, mutant: Mutant) -> str:
     if text.count(mutant.old) != 1:
         return f"NOT APPLIED: its text is there {text.count(mutant.old)} times"
     path.write_text(text.replace(mutant.old, mutant.new))
-    failed = first_failure(root, list(mutant.tests))
+    failed, status = first_failure(root, list(mutant.tests))
     path.write_text(text)
-    return f"caught by {failed}" if failed else "SURVIVED"
+    if failed:
+        return f"caught by {failed}"
+    if status == pytest.ExitCode.OK:
+        return "SURVIVED"
+    # no test notices what keeps the tests from starting, as a syntax error does
+    return f"NO TEST RAN: pytest ended with {status!r}"
 
 
 def verdicts(root: Path, mutants: list[Mutant]) -> Iterator[str]:
@@ -140,8 +146,9 @@ def main(words: list[str]) -> int:
         root = Path(folder).resolve() / "copy"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*NOT_COPIED))
         needed = sorted({test for mutant in mutants for test in mutant.tests})
-        if failed := first_failure(root, needed):
-            print(f"without any fault, {failed} fails")
+        failed, status = first_failure(root, needed)
+        if status != pytest.ExitCode.OK:
+            print(f"without any fault, pytest ends with {status!r} {failed}")
             return 1
         caught = sum(text.startswith("caught") for text in verdicts(root, mutants))
     print(f"{caught} of {len(mutants)} caught")

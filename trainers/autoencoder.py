@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
+from trainers.data.pictures import picture_from_file
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.checks import warn_of_squashing
 from trainers.from_scratch.codes import anomaly_score, corrupt, plot_codes
-from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sample, picture_from_file
+from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sample
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.image_quality import auroc, psnr, ssim
@@ -155,7 +156,8 @@ def encode_pictures(
     """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
     squared error."""
     model = ConvAutoencoder.from_pretrained(run / MODEL).to(best_device())
-    samples = [ImageSample(picture_from_file(path)) for path in paths]
+    depth = config.data.bit_depth
+    samples = [ImageSample(picture_from_file(path, bit_depth=depth)) for path in paths]
     warn_of_squashing([sample.picture for sample in samples], config)
     decoder = partial(decode_sample, config=config.data, read_target=None)
     images, codes, scores = ImageSet(samples, decoder, False, model.device), [], []

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.config import DreamBoothConfig
-from trainers.data import pictures
+from trainers.data import photo_checks
 from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
 from trainers.data.encoder_cache import CachedEncoder, fill_cache
 from trainers.data.rng import SampleRng, derive_seed
@@ -178,14 +178,14 @@ def build(
     Encoders and denoiser are never in memory together, unless the encoders train.
     """
     data = config.data
-    pools = [pictures.load_instance_pictures(data)]
+    intake, pools, held_out = photo_checks.load_photos(config, accelerator)
     dtype = deepspeed.compute_dtype(accelerator) if config.lora else torch.float32
     family = open_family(config.model, accelerator.device, dtype, shard)
+    photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
     cache_folder = data.cache_dir or config.output_dir / CACHE
     encoder = CachedEncoder(family, cache_folder, data.cache, trained_encoders(family, config))
     if data.uses_prior:
-        pools.append(prepare_class_pictures(encoder, config, accelerator))
-    held_out = pictures.load_held_out_pictures(data) if data.held_out_dir else []
+        pools.append(prepare_class_pictures(encoder, config, accelerator, intake))
     if data.cache:
         fill_cache(encoder, [*chain(*pools), *held_out], config, accelerator)
     batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)

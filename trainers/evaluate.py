@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from trainers.atomic import replacing_file, write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
-from trainers.data.pictures import Picture, collect_image_files, load_instance_pictures
+from trainers.data.folders import collect_image_files
+from trainers.data.pictures import Picture, load_instance_pictures, picture_from_file
 from trainers.errors import UserError
 from trainers.lora.low_rank import energy_by_rank, smallest_rank
 from trainers.lora.peft_format import from_peft
@@ -128,12 +129,13 @@ def rank_usage(run: Path) -> dict[str, int | dict[str, float]]:
 
 def load_held_out_photos(folder: Path, training: Sequence[Picture]) -> list[Picture]:
     """Raises: UserError for none, for a broken one, and for one that was trained on."""
-    photos = [Picture(str(path), path.read_bytes, "") for path in collect_image_files([folder])]
-    names_by_digest = {picture.digest: picture.name for picture in training}
-    if trained_on := next((photo for photo in photos if photo.digest in names_by_digest), None):
+    depth = training[0].bit_depth
+    photos = [picture_from_file(path, bit_depth=depth) for path in collect_image_files([folder])]
+    names = {picture.facts.fingerprint: picture.name for picture in training}
+    if trained_on := next((photo for photo in photos if photo.facts.fingerprint in names), None):
         raise UserError(
             f"{trained_on.name} is not held out: it is the training photo "
-            f"{names_by_digest[trained_on.digest]}"
+            f"{names[trained_on.facts.fingerprint]}"
         )
     return photos
 

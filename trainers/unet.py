@@ -13,17 +13,12 @@ from torch import Tensor
 
 from trainers.config import PairsConfig, UNetConfig
 from trainers.data.imaging import to_pil, write_grid
-from trainers.data.pictures import Picture
+from trainers.data.pictures import Picture, picture_from_file
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.adversarial import LOSSES, freeze
-from trainers.from_scratch.image_sets import (
-    ImageSample,
-    ImageSet,
-    decode_sample,
-    list_samples,
-    picture_from_file,
-)
+from trainers.from_scratch.image_samples import ImageSample, list_samples
+from trainers.from_scratch.image_sets import ImageSet, decode_sample
 from trainers.from_scratch.networks import PatchDiscriminator, UNet
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask
 from trainers.from_scratch.tiling import predict_tiled
@@ -155,7 +150,7 @@ class Translator:
 
     def read(self, path: Path, config: PairsConfig) -> Tensor:
         """(1, C, H, W) uint8, as in training."""
-        sample = ImageSample(picture_from_file(path))
+        sample = ImageSample(picture_from_file(path, bit_depth=config.bit_depth))
         return decode_sample(sample, config, read_target=None)[None].to(self.model.device)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from trainers import dreambooth
 from trainers.cli import silence_libraries
 from trainers.config import DreamBoothConfig, loading
 from trainers.data.dreambooth_batches import DreamBoothBatches
-from trainers.distributed.accelerator import make_accelerator
+from trainers.distributed.accelerator import best_device, make_accelerator
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.memory_plan import matmul_rate, time_call
 from trainers.training.callbacks import LogMetrics
@@ -40,12 +40,13 @@ STEPS_PER_CHUNK = 10
 
 def main() -> None:
     path, family, size, out, *overrides = sys.argv[1:]
-    settings = loading.load_config(path, overrides)
     silence_libraries()
-    accelerator, _ = make_accelerator(settings)
-    base = Path(settings.model.pretrained_model_name_or_path)
+    # a config whose base is not there is a mistake
+    base = Path(loading.read_tree(Path(path))["model"]["pretrained_model_name_or_path"])
     if not base.exists():
-        bases.make_base(family, size, base, accelerator.device)
+        bases.make_base(family, size, base, best_device())
+    settings = loading.load_config(path, overrides)
+    accelerator, _ = make_accelerator(settings)
     clear_device_cache(garbage_collection=True)
     accelerator.init_trackers(settings.tracking.project_name)
     task, batches, _ = dreambooth.build(settings, accelerator)

@@ -16,7 +16,7 @@ def test_pictures_of_every_format_are_read_in_the_order_of_their_names(put, tmp_
     for name in reversed(names):
         put(name)
     put(".hidden.png")
-    put("f.gif")
+    put("f.psd", b"a format that is not read")
     put("notes.md", b"not a picture")
     assert [p.name for p in load_instance_pictures(data(tmp_path))] == [
         str(tmp_path / name) for name in names

@@ -128,8 +128,8 @@ def test_a_step_whose_loss_is_no_number_in_one_process_is_skipped_in_both(
     )
     printed = launched(two, stage, before=partial(spoil, 1))
     assert (
-        "step 3 was skipped, for its gradient is not finite (1 so far): loss of denoiser"
-        in printed[1]
+        "step 3 was skipped, because its gradient is not finite (1 skipped so far): loss of "
+        "denoiser" in printed[1]
     )
     assert rows(two, "skipped") == [1]
     monkeypatch.setattr(DreamBooth, "losses", DreamBooth.losses)

@@ -5,7 +5,7 @@ import pytest
 
 from trainers.distributed.accelerator import check_environment, make_accelerator
 from trainers.errors import UserError
-from trainers.run import run
+from trainers.run import TASKS, run
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ def test_a_variable_that_would_win_over_the_config_is_refused(
 ):
     config = settings()
     monkeypatch.setenv(name, value)
+    monkeypatch.setitem(TASKS, "dreambooth", lambda *_: pytest.fail("something was loaded"))
     with pytest.raises(UserError) as caught:
         run(config)
     assert name in str(caught.value)

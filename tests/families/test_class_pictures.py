@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainers.config import DreamBoothConfig
 from trainers.config.loading import validate
+from trainers.data.intake import Intake
 from trainers.families import class_pictures
 from trainers.families.class_pictures import claim_names, prepare_class_pictures
 
@@ -39,6 +40,7 @@ def prepare(drawn, tmp_path):
     def call(*overrides, digests=DIGESTS, **data):
         data = {"class_prompt": "a dog", "num_class_images": 3, "resolution": 16} | data
         tree = {"data": {"class_data_dir": str(tmp_path / "class"), "cache": False, **data}}
+        tree["output_dir"] = str(tmp_path / "run")
         for section, values in overrides:
             tree.setdefault(section, {}).update(values)
         config, _ = validate(tree)
@@ -47,6 +49,7 @@ def prepare(drawn, tmp_path):
             digests=lambda folder: digests,
             max_sequence_length=0,
             denoiser_name="unet",
+            text_encoder_names=(),
             load=lambda *names: None,
             apply_memory_options=lambda: None,
             unload=lambda: None,
@@ -57,7 +60,7 @@ def prepare(drawn, tmp_path):
             loaded_encoders=(),
             encoder_outputs=None,
         )
-        pictures = prepare_class_pictures(encoder, config, accelerator)
+        pictures = prepare_class_pictures(encoder, config, accelerator, Intake())
         return {os.path.basename(p.name): (p.digest, p.caption) for p in pictures}
 
     return call

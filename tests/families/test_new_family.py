@@ -26,7 +26,7 @@ text_encoders: {text_encoder: {lora: true}}
 blocks: [up_blocks]
 lora_targets: {attention: [to_q, to_v], mlp: [ff.net.2]}
 config_keys: {objective: [snr_gamma]}
-architecture: made-up
+architecture: {made-up: {}}
 licenses: {}
 kohya:
   prefixes: {unet: lora_unet_, text_encoder: lora_te_}
@@ -43,7 +43,15 @@ def made_up(monkeypatch, tmp_path):
     (tmp_path / "families" / f"{NAME}.yaml").write_text(FACTS)
     monkeypatch.setattr(facts_module, "FOLDER", tmp_path / "families")
     family_names.cache_clear()
+    try:
+        yield make_family()
+    finally:
+        CLASSES.pop(NAME, None)
+        family_names.cache_clear()
+        family_facts.cache_clear()
 
+
+def make_family():
     class MadeUp(Family):
         pipeline = StableDiffusionPipeline
         denoiser_name = "unet"
@@ -61,10 +69,7 @@ def made_up(monkeypatch, tmp_path):
         def predict(self, denoiser, x_t, t, condition):
             return denoiser(x_t, t, **condition, return_dict=False)[0]
 
-    yield MadeUp
-    CLASSES.pop(NAME)
-    family_names.cache_clear()
-    family_facts.cache_clear()
+    return MadeUp
 
 
 @pytest.fixture

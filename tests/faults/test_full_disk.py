@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_for_good_is_one_message(
     if at == "cache":
         fill(disk, 4)
         remains, left = (
-            "There is no checkpoint yet: the same command begins anew",
+            "There is no checkpoint yet: the same command starts from step 0",
             {".lock", ".owner", "cache"},
         )
     else:
@@ -94,7 +94,8 @@ def test_a_disk_that_is_full_for_good_is_one_message(
     assert re.search(
         r"^the disk is full \(.*No space left.*\)\. Free some space\. " + remains, message
     )
-    assert {path.name for path in settings.output_dir.iterdir()} == left
+    # what is known about the photos is small, and comes first
+    assert {path.name for path in settings.output_dir.iterdir()} - {"intake.json"} == left
     (disk / "ballast").unlink()
     assert call("train.py", tmp_path / "config.yaml") == 0
     assert (settings.output_dir / "pytorch_lora_weights.safetensors").exists()

@@ -63,8 +63,8 @@ def test_a_step_without_a_finite_loss_is_skipped_to_the_bit(
     disturb(nan=lambda step, player: step == 2)
     run(settings)
     wanted = (
-        "step 3 was skipped, for its gradient is not finite (1 so far): loss of denoiser is "
-        "not finite, of "
+        "step 3 was skipped, because its gradient is not finite (1 skipped so far): loss "
+        "of denoiser is not finite, of "
     )
     assert wanted + ", ".join(seen(photos, 2)) in warning_text().splitlines()
     changed = [

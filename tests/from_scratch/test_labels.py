@@ -240,9 +240,11 @@ def test_one_file_is_not_both_what_is_learnt_from_and_what_is_held_out(tmp_path)
     assert loading.load_config(path, ["data.test_split=null"]).data.test_split is None
 
 
-def test_held_out_pictures_that_are_trained_on_and_large_batches_are_warned_of(tmp_path, recwarn):
+def test_held_out_pictures_that_are_trained_on_and_large_batches_are_warned_of(tmp_path, capsys):
     data = make_data(tmp_path, [0, 1], [0, 1])
-    Autoencoder(AutoencoderConfig(data=data, train={"train_batch_size": 3}), Accelerator(cpu=True))
-    messages = " ".join(str(warning.message) for warning in recwarn)
+    train = {"train_batch_size": 3}
+    config = AutoencoderConfig(data=data, train=train, output_dir=tmp_path / "run")
+    Autoencoder(config, Accelerator(cpu=True))
+    messages = capsys.readouterr().out
     assert "2 of 2 held-out pictures are also training pictures" in messages
     assert "train_batch_size: 3 is more than the 2 training pictures" in messages

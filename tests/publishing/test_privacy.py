@@ -259,7 +259,7 @@ def test_a_prompt_stays_text_in_the_reports(card, prompt):
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_a_prompt_comes_back_from_the_header_and_the_public_config(card, prompt):
     config, _ = card(prompt)
-    header = make_metadata(config)
+    header = make_metadata(config, "stable-diffusion-v1")
     assert json.loads(header["diffusion_trainers.config"])["data"]["instance_prompt"] == prompt
     assert loading.parse_yaml(public_text(config))["data"]["instance_prompt"] == prompt
 

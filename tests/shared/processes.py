@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from trainers.training.process_state import STOP_SIGNALS
+from trainers.training.process_state import STOP_SIGNALS, stop_request
 
 ROOT = Path(__file__).parents[2]
 server = multiprocessing.get_context("forkserver")
@@ -53,7 +53,7 @@ def group(script, *arguments, log, processes, before=None, **environment):
     ]
 
 
-def launch(script, *arguments, log, processes, before=None, limit=60, **environment):
+def launch(script, *arguments, log, processes, before=None, limit=240, **environment):
     """The exit statuses of a group, -9 for those that hang, which is told after `limit` seconds."""
     ranks = group(script, *arguments, log=log, processes=processes, before=before, **environment)
     for rank in ranks:
@@ -90,4 +90,7 @@ def call(script, *arguments):
         sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        # else the next signal in this process would end it, as a script's does
+        stop_request.end_watching()
+        stop_request.reset()
     raise AssertionError(f"{script} did not end by sys.exit")

@@ -240,7 +240,7 @@ def test_a_signal_while_a_checkpoint_is_written_stops_after_that_step(settings, 
 @pytest.mark.parametrize(
     ("steps", "advice"),
     [
-        (0, "there is no checkpoint yet: .* begins anew"),
+        (0, "there is no checkpoint yet: .* starts from step 0"),
         (2, "the checkpoint step-000002 is intact"),
     ],
 )

@@ -8,7 +8,8 @@ from PIL import Image
 
 from trainers.data.pictures import Picture
 from trainers.errors import UserError
-from trainers.from_scratch.image_sets import load_images, samples_from_pairs
+from trainers.from_scratch.image_samples import samples_from_pairs
+from trainers.from_scratch.image_sets import load_images
 from trainers.metrics.image_quality import psnr
 from trainers.run import run
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from trainers.config import loading
 from trainers.data.imaging import to_float, write_grid
+from trainers.data.pictures import picture_from_file
 from trainers.from_scratch.checks import warn_of_squashing
-from trainers.from_scratch.image_sets import picture_from_file
 from trainers.from_scratch.tiling import predict_tiled
 from trainers.metrics.image_quality import confusion_metrics
 from trainers.run import run

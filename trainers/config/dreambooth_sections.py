@@ -131,7 +131,9 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """The pictures, their captions, and what the base model must not forget."""
 
-    instance_data_dir: PathField | None = field(None, "Folder with the training pictures.")
+    instance_data_dir: PathField | None = field(
+        None, "Folder with the training pictures, in sub-folders too."
+    )
     held_out_dir: PathField | None = field(
         None, "Other pictures of the subject, used for evaluation only: held_out_loss."
     )
@@ -141,7 +143,9 @@ class DataConfig(Section):
     dataset_split: Name = field("train", "Split of dataset_name.")
     image_column: Name = field("image", "Column of dataset_name that holds the pictures.")
     caption_column: Name | None = field(
-        None, "Column of dataset_name (or metadata.jsonl) that holds the captions."
+        None,
+        "Column of dataset_name, metadata.jsonl or metadata.csv with the captions; null: the first "
+        "of text, caption and prompt in metadata, none of dataset_name.",
     )
     instance_prompt: Prompt | None = field(
         None, "Caption of every picture that has none of its own."
@@ -174,9 +178,13 @@ class DataConfig(Section):
         None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache."
     )
     cache_variants: int = field(4, "Random crops and flips kept for each picture.", ge=1, le=10_000)
+    bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
+        None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."
+    )
     skip_corrupt: bool = field(
         False, "Leave unreadable pictures out with a warning instead of stopping."
     )
+    strict: bool = field(False, "Warnings about the data end the run before it trains.")
 
     @property
     def uses_prior(self) -> bool:

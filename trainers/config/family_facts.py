@@ -89,6 +89,8 @@ class FamilyFacts(Facts):
     kohya: KohyaFacts
     # the names that XLabs' trainer gives to layers, beside those of the release
     xlabs: list[KohyaBlock] = []
+    widths: dict[int, str] = {}  # of the denoiser: which base models of the family have it
+    telling_names: str = ""  # a regex of layers' names that no other family has
     names_elsewhere: list[str] = []  # what other trainers' configs call it, in lower case
 
     def is_in_block(self, layer: str) -> bool:

@@ -16,7 +16,7 @@ from trainers.config.bounds import Name, NameOrPath, PathField, Pixels
 class ImagesConfig(Section):
     """The pictures: a folder or a data set, their size, and how they are varied."""
 
-    image_dir: PathField | None = field(None, "Folder with pictures.")
+    image_dir: PathField | None = field(None, "Folder with pictures, in sub-folders too.")
     folds: int | None = field(
         None,
         "image_dir: every folds-th picture is held out for evaluation; null: none.",
@@ -40,6 +40,9 @@ class ImagesConfig(Section):
     )
     resolution: Pixels = field(28, "Side of the pictures in pixels; others are resized.")
     channels: Literal[1, 3] = field(1, "1 for gray, 3 for color.")
+    bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
+        None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."
+    )
     in_memory: bool = field(
         True, "Decode all once and keep them on the device; false decodes at each step."
     )
@@ -52,6 +55,7 @@ class ImagesConfig(Section):
         ge=0,
         le=1000,
     )
+    strict: bool = field(False, "Warnings about the data end the run before it trains.")
 
     @property
     def resize_to(self) -> int | None:

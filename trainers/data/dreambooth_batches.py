@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,6 +37,10 @@ class DreamBoothBatches:
     config: DataConfig
     batch_slice: BatchSlice
     device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        # each pool with every picture as often as it counts
+        self.drawn_from = [repeat_pictures(pool) for pool in self.pools]
 
     @property
     def sample_weights(self) -> Tensor:
@@ -82,9 +87,8 @@ class DreamBoothBatches:
         ]
 
     def picture(self, step: int, pool: int, row: int) -> Picture:
-        return self.pools[pool][
-            self.batch_slice.sample_index(step, row, len(self.pools[pool]), pool)
-        ]
+        pictures = self.drawn_from[pool]
+        return pictures[self.batch_slice.sample_index(step, row, len(pictures), pool)]
 
     def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
@@ -107,6 +111,15 @@ class DreamBoothBatches:
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])
+
+
+def repeat_pictures(pictures: Sequence[Picture]) -> list[Picture]:
+    """Every picture as often as it counts; only the ratios of the counts matter."""
+    divisor = math.gcd(*(picture.repeats for picture in pictures))
+    repeated = []
+    for picture in pictures:
+        repeated += [picture] * (picture.repeats // divisor)
+    return repeated
 
 
 def held_out_batches(

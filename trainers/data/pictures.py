@@ -1,137 +1,191 @@
-"""Pictures and captions from a folder or the `datasets` library, and the order in which training
-visits them."""
+"""Pictures with their captions, from a folder or the `datasets` library."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from trainers.config import DataConfig
+from trainers.data import decoding
+from trainers.data.captions import read_captions
+from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
+from trainers.data.intake import Intake
 from trainers.errors import UserError
 
-if TYPE_CHECKING:
-    import datasets
+__all__ = [
+    "Picture",
+    "PictureFacts",
+    "check_bit_depth",
+    "collect_image_files",
+    "list_image_files",
+    "load_class_pictures",
+    "load_held_out_pictures",
+    "load_instance_pictures",
+    "picture_from_file",
+]
+
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and microscopes
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+@dataclass(frozen=True)
+class PictureFacts:
+    """What one decoding of a picture tells; size: width and height in pixels, upright;
+    fingerprint: of its pixels, whatever file holds them."""
+
+    size: tuple[int, int]
+    fingerprint: str
+    storage: decoding.StoredAs
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: its name for messages, a way to read its encoded bytes, its caption."""
+    """One picture: its name for messages, a way to read its encoded bytes, its caption.
+
+    bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
+    counts among the others.
+    """
 
     name: str
     read: Callable[[], bytes]
     caption: str
+    bit_depth: int | None = None
+    repeats: int = 1
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.read()).hexdigest()
+        """Of what decides the pixels."""
+        with self.named_errors():
+            content = hashlib.sha256(self.read())
+        if self.bit_depth is not None:
+            content.update(f"bit depth {self.bit_depth}".encode())
+        return content.hexdigest()
 
     @property
     def is_grayscale(self) -> bool:
         """Whether it is stored without colours."""
-        with Image.open(io.BytesIO(self.read())) as image:
-            return image.mode in ("1", "L", "LA", "I", "I;16", "F")
+        return self.storage.mode in ("1", "L", "LA", "F") or self.storage.has_deep_gray
+
+    @cached_property
+    def storage(self) -> decoding.StoredAs:
+        with self.named_errors():
+            return decoding.read_storage(self.read())
+
+    @cached_property
+    def facts(self) -> PictureFacts:
+        """Raises: UserError, as `decode`."""
+        image = self.decode()
+        fingerprint = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return PictureFacts(image.size, fingerprint, self.storage)
+
+    @property
+    def largest_value(self) -> int:
+        """Of a picture with more than 8 bits."""
+        with self.named_errors():
+            return decoding.largest_value(self.read())
 
     def decode(self) -> Image.Image:
-        """RGB, upright (EXIF), on white where it was transparent. Raises: UserError naming a broken
+        """RGB, upright and in sRGB, see `decoding.decode`. Raises: UserError naming a broken
         file."""
+        with self.named_errors():
+            return decoding.decode(self.read(), self.bit_depth)
+
+    @contextmanager
+    def named_errors(self, kind: str = "picture") -> Iterator[None]:
+        """Whatever goes wrong inside is a UserError that names the file and its kind."""
         try:
-            with Image.open(io.BytesIO(self.read())) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-                if image.has_transparency_data:
-                    image = Image.alpha_composite(
-                        Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                    )
-                return image.convert("RGB")
+            yield
+        except decoding.UnreadablePictureError as error:
+            reason = str(error).replace("readable picture", f"readable {kind}")
+            raise UserError(f"{self.name} {reason}") from None
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise UserError(
-                f"{self.name} is not a readable picture ({error}): mend or remove it"
+                f"{self.name} is not a readable {kind} ({error}): mend or remove it"
             ) from None
 
 
-def load_instance_pictures(config: DataConfig) -> list[Picture]:
+def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = None) -> Picture:
+    return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
+
+
+def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
     """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or
     uncaptioned ones."""
-    folder, prompt = config.instance_data_dir, config.instance_prompt
-    pictures = (
-        pictures_from_dataset(config)
-        if config.dataset_name
-        else pictures_from_folder(folder, prompt, config.caption_column)
-    )
-    return keep_readable(
-        pictures, config.skip_corrupt, config.dataset_name or str(config.instance_data_dir)
-    )
+    intake = intake or Intake()
+    if config.dataset_name:
+        pictures, source = pictures_from_dataset(config, intake), config.dataset_name
+    else:
+        folder, column = config.instance_data_dir, config.caption_column
+        pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+        source = str(folder)
+    return keep_readable(pictures, config, source, intake)
 
 
-def load_held_out_pictures(config: DataConfig) -> list[Picture]:
+def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
     """Photos of the subject that are only measured on. Raises: UserError, as
     `load_instance_pictures`."""
-    pictures = pictures_from_folder(config.held_out_dir, config.instance_prompt)
-    return keep_readable(pictures, config.skip_corrupt, str(config.held_out_dir))
+    folder = config.held_out_dir
+    # a folder without metadata may stand beside one that has it
+    has_metadata = bool(scan_folder(folder).metadata) and not config.dataset_name
+    column = config.caption_column if has_metadata else None
+    intake = intake or Intake()
+    pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+    return keep_readable(pictures, config, str(folder), intake)
 
 
 def load_class_pictures(
-    folder: Path, config: DataConfig, names: Container[str] | None = None
+    folder: Path,
+    config: DataConfig,
+    names: Container[str] | None = None,
+    intake: Intake | None = None,
 ) -> list[Picture]:
     """The first `num_class_images` pictures of the class folder; without captions of their own they
     have the prompt.
 
     names: the file names of those that may be taken, if not all.
     """
-    pictures = pictures_from_folder(folder, config.class_prompts[0])
+    intake = intake or Intake()
+    pictures = pictures_from_folder(folder, config, config.class_prompts[0], intake)
     allowed = [p for p in pictures if names is None or Path(p.name).name in names]
-    return keep_readable(allowed[: config.num_class_images], config.skip_corrupt, str(folder))
-
-
-def list_image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-    )
-
-
-def collect_image_files(paths: Sequence[Path]) -> list[Path]:
-    """Pictures, and those in folders. Raises: UserError for a place that is or holds none."""
-    result = []
-    for path in paths:
-        result += (images := [path] if path.is_file() else list_image_files(path))
-        if not images:
-            raise UserError(f"{path} is no picture and no folder with pictures")
-    return result
+    used = allowed[: config.num_class_images]
+    if len(pictures) > len(used):
+        intake.note(
+            f"of {len(pictures)} class pictures {len(used)} are used (data.num_class_images)"
+        )
+    return keep_readable(used, config, str(folder), intake)
 
 
 def pictures_from_folder(
-    folder: Path, prompt: str | None, column: str | None = None
+    folder: Path,
+    config: DataConfig,
+    prompt: str | None,
+    intake: Intake,
+    column: str | None = None,
 ) -> list[Picture]:
-    """A picture's caption is the .txt beside it, else its line in metadata.jsonl, else `prompt`."""
-    captions = read_metadata(folder / "metadata.jsonl", column)
+    """The pictures of a folder and its sub-folders with their captions, see `read_captions`.
+
+    Without one of its own a picture has `prompt`, and without that the name of its folder, where
+    that is one of kohya's.
+    """
+    others = (config.instance_data_dir, config.held_out_dir, config.class_data_dir)
+    contents = scan_folder(folder, others)
+    captions = read_captions(contents, column)
     pictures = []
-    for path in list_image_files(folder):
-        caption_file = path.with_suffix(".txt")
-        caption = (
-            read_text(caption_file).strip()
-            if caption_file.is_file()
-            else captions.get(path.name, prompt)
-        )
-        pictures.append(Picture(str(path), path.read_bytes, caption))
+    for path in contents.pictures:
+        repeats, folder_caption = kohya_repeats(path, folder)
+        fallback = folder_caption if prompt is None else prompt
+        caption = captions.by_picture.get(path, fallback)
+        read = partial(decoding.read_file, path)
+        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats))
+    intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures)
 
 
@@ -139,46 +193,15 @@ def check_captions(pictures: list[Picture]) -> list[Picture]:
     """Raises: UserError naming pictures without a caption."""
     uncaptioned = [Path(picture.name).name for picture in pictures if picture.caption is None]
     if uncaptioned:
+        more = f" and {len(uncaptioned) - 5} more" if len(uncaptioned) > 5 else ""
         raise UserError(
-            f"no caption for {', '.join(uncaptioned[:5])}: set data.instance_prompt, or put a "
-            f".txt beside each"
+            f"no caption for {', '.join(uncaptioned[:5])}{more}: set data.instance_prompt, or put "
+            f"a .txt beside each"
         )
     return pictures
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from None
-
-
-def read_metadata(path: Path, column: str | None) -> dict[str, str]:
-    """File name -> caption, from lines such as {"file_name": "1.jpg", "text": "a dog"}; {} without
-    the file."""
-    if not path.is_file():
-        return {}
-    captions, columns = {}, set()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            columns |= row.keys()
-            name, caption = row["file_name"], row.get(column or "text")
-            if caption is not None:
-                captions[name] = caption.strip()
-        except (ValueError, KeyError, AttributeError) as error:
-            example = '{"file_name": "1.jpg", "text": "a caption"}'
-            raise UserError(f"{path}, line {number}: not like {example} ({error})") from None
-    if column and column not in columns:
-        raise UserError(
-            f"data.caption_column: {path} has no {column!r}, it has {', '.join(sorted(columns))}"
-        )
-    return captions
-
-
-def pictures_from_dataset(config: DataConfig) -> list[Picture]:
+def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
     """Each row is read when it is wanted, for such a set may be large."""
     if config.caption_column is None and config.instance_prompt is None:
         raise UserError("no captions: set data.caption_column or data.instance_prompt")
@@ -189,65 +212,72 @@ def pictures_from_dataset(config: DataConfig) -> list[Picture]:
         {"image_column": column, "caption_column": config.caption_column},
     )
     captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
-    captions = [config.instance_prompt if caption is None else caption for caption in captions]
-    pictures = [
-        Picture(f"{name}[{i}]", partial(read_encoded, rows, i, column), text)
-        for i, text in enumerate(captions)
-    ]
+    pictures, num_without = [], 0
+    for i, caption in enumerate(captions):
+        if caption is not None and not isinstance(caption, str):
+            raise UserError(
+                f"data.caption_column: {name}[{i}] has {caption!r} in {config.caption_column!r}, "
+                "which is not text"
+            )
+        if not (caption or "").strip():
+            caption = config.instance_prompt
+            num_without += 1
+        read = partial(read_encoded, rows, i, column)
+        pictures.append(Picture(f"{name}[{i}]", read, caption, config.bit_depth))
+    intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
+    if num_without and config.caption_column:
+        intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
     return check_captions(pictures)
 
 
-def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datasets.Dataset:
-    """A Hub data set, a local folder that `datasets` can read, or a .parquet file, its pictures
-    left encoded.
-
-    columns: keys of the config and the columns that they name, if any, the picture's first. Raises:
-    UserError.
-    """
-    import datasets
-
-    try:
-        if name.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files={split: name}, split=split)
-        else:
-            rows = datasets.load_dataset(name, split=split)
-    except Exception as error:
-        raise UserError(
-            f"data.dataset_name: cannot load {name!r}, split {split!r} ({error})"
-        ) from error
-    for key, column in columns.items():
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"data.{key}: {name} has no column {column!r}, it has "
-                f"{', '.join(rows.column_names)}"
-            )
-    return rows.cast_column(next(iter(columns.values())), datasets.Image(decode=False))
-
-
-def read_encoded(rows: datasets.Dataset, i: int, column: str) -> bytes:
-    """A data set's undecoded picture; a row without one gives no bytes, which is a broken
-    picture."""
-    image = rows[i][column] or {"bytes": b""}
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
-def keep_readable(pictures: list[Picture], skip_corrupt: bool, source: str) -> list[Picture]:
+def keep_readable(
+    pictures: list[Picture], config: DataConfig, source: str, intake: Intake
+) -> list[Picture]:
     """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
     none is left."""
 
     def decoding_error(picture: Picture) -> UserError | None:
         try:
-            picture.decode()
+            picture.facts  # noqa: B018
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool:
         errors = list(pool.map(decoding_error, pictures))
     for error in filter(None, errors):
-        if not skip_corrupt:
+        if not config.skip_corrupt:
             raise UserError(f"{error}, or set data.skip_corrupt=true")
         warnings.warn(f"skipped: {error}", stacklevel=2)
+    if num_skipped := len(errors) - errors.count(None):
+        intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
     result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
-        raise UserError(f"{source} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(
+            f"{source} holds no pictures ({', '.join(sorted(decoding.IMAGE_SUFFIXES))})"
+        )
+    check_bit_depth(result, config.bit_depth)
     return result
+
+
+def check_bit_depth(pictures: Sequence[Picture], bit_depth: int | None) -> None:
+    """Raises: UserError where deep pictures use fewer bits than they would be read with, which
+    would leave a few dark levels of them."""
+    colors = [picture for picture in pictures if picture.storage.has_deep_colors]
+    gray = [picture for picture in pictures if picture.storage.has_deep_gray]
+    for group, is_told in ((colors, bit_depth == 16), (gray, bit_depth is not None)):
+        if not group or is_told:
+            continue
+        largest = max(picture.largest_value for picture in group)
+        bits = next((bits for bits in BIT_DEPTHS if largest < 2**bits), 16)
+        if bits == 16:
+            continue
+        found = (
+            f"data.bit_depth: {len(group)} pictures such as {group[0].name} have 16 bits and use "
+            f"{bits} of them (the largest value is {largest})"
+        )
+        if group is colors:
+            raise UserError(
+                f"{found}; of colors the upper 8 bits are read: save them with 8 bits, or set "
+                "data.bit_depth=16 if they are that dark"
+            )
+        raise UserError(f"{found}: set data.bit_depth={bits}, or 16 if they are that dark")

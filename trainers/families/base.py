@@ -118,6 +118,14 @@ class Family(LoadedBase, ABC):
         tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
         return torch.tensor(tokens.input_ids)
 
+    def count_tokens(self, name: str, prompt: str) -> tuple[int, int, str]:
+        """How many tokens a prompt has, how many `tokenize` keeps, and the text of the others."""
+        tokenizer = getattr(self.pipe, tokenizer_name(name))
+        ids, length = tokenizer(prompt, verbose=False).input_ids, len(self.tokenize(name, prompt))
+        # the last token that is kept marks the end
+        rest = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)
+        return len(ids), length, rest
+
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
         """`encode_text` of one prompt, without the batch axis."""

@@ -19,8 +19,10 @@ from tqdm.auto import tqdm
 
 from trainers.atomic import aside, write_atomic
 from trainers.config import DreamBoothConfig
+from trainers.data import photo_checks
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
+from trainers.data.intake import Intake
 from trainers.data.pictures import Picture, list_image_files, load_class_pictures
 from trainers.distributed.collectives import own_items
 from trainers.families.sampling import sample_picture
@@ -32,9 +34,15 @@ DRAWN_FROM = "drawn_from"  # the key of a set's file
 
 
 def prepare_class_pictures(
-    encoder: CachedEncoder, config: DreamBoothConfig, accelerator: Accelerator
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+    intake: Intake,
 ) -> list[Picture]:
-    """The class pictures of a run: those of the user's own in its folder, and drawn ones."""
+    """The class pictures of a run: those of the user's own in its folder, and drawn ones.
+
+    intake: is told what is found in the folder, and reports it.
+    """
     data = config.data
     folder = data.class_data_dir or config.output_dir / CLASS_PICTURES
     own, others = [], []
@@ -58,7 +66,9 @@ def prepare_class_pictures(
     for path in paths:
         if not path.with_suffix(".txt").exists():
             write_atomic(path.with_suffix(".txt"), picture_prompt(path, config))
-    return load_class_pictures(folder, data, {*names, *drawn})
+    pictures = load_class_pictures(folder, data, {*names, *drawn}, intake)
+    photo_checks.report(intake, encoder.family, pictures, config, accelerator)
+    return pictures
 
 
 def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig) -> dict[str, Any]:

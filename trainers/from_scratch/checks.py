@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from PIL import Image
-
-from trainers.config import ScratchConfig
+from trainers.config import ImagesConfig, ScratchConfig
+from trainers.data.folders import name_some
+from trainers.data.intake import Intake
 from trainers.data.pictures import Picture
 from trainers.data.rng import choose_rows, derive_seed
 from trainers.errors import UserError
+from trainers.from_scratch.image_samples import choose_evenly, describe_folder
 from trainers.from_scratch.image_sets import ImageSet
 
 # a side that is so many times as long as the other still counts as equal
@@ -20,30 +21,37 @@ MAX_MEASURED_PICTURES = 500  # whose sizes are read
 MIN_HELD_OUT = 10  # pictures that a GAN is measured with
 
 
-def warn_of_data(config: ScratchConfig, train: ImageSet, test: ImageSet | None) -> None:
-    """Warn of pictures that are squashed, of batches larger than the set, and of held-out pictures
-    that are trained on."""
-    warn_of_squashing([sample.picture for sample in train.samples], config)
+def warn_of_data(
+    config: ScratchConfig, train: ImageSet, test: ImageSet | None, intake: Intake
+) -> None:
+    """Note what is not used, pictures that are squashed or enlarged, batches larger than the set,
+    and held-out pictures that are trained on."""
+    if config.data.image_dir is not None:
+        describe_folder(config.data, train.samples[0].target is not None, intake)
+    warn_of_squashing([sample.picture for sample in train.samples], config, intake.warn)
+    warn_of_enlarging([s.picture for s in choose_evenly(train.samples)], config.data, intake)
     batch = config.train.train_batch_size
     if batch > len(train):
-        warnings.warn(
+        intake.warn(
             f"train.train_batch_size: {batch} is more than the {len(train)} training pictures, so "
-            "that a batch holds some of them more than once",
-            stacklevel=2,
+            "that a batch holds some of them more than once"
         )
     if test is None:
         return
     known = {sample.picture.digest for sample in train.samples}
     names = [s.picture.name for s in test.samples if s.picture.digest in known]
     if names:
-        warnings.warn(
+        intake.warn(
             f"{len(names)} of {len(test)} held-out pictures are also training pictures, such as "
-            f"{names[0]}: the figures are too good",
-            stacklevel=2,
+            f"{Path(names[0]).name}: the figures are too good"
         )
 
 
-def warn_of_squashing(pictures: Sequence[Picture], config: ScratchConfig) -> None:
+def warn_of_squashing(
+    pictures: Sequence[Picture],
+    config: ScratchConfig,
+    warn: Callable[[str], None] = warnings.warn,
+) -> None:
     """Warn of pictures that are not square where all are resized to squares."""
     side = config.data.resize_to
     if side is None:
@@ -56,11 +64,20 @@ def warn_of_squashing(pictures: Sequence[Picture], config: ScratchConfig) -> Non
         remedy = (
             ", or train with data.crop=true, which cuts squares" if config.kind == "unet" else ""
         )
-        warnings.warn(
+        warn(
             f"{len(squashed)} of {len(ratios)} pictures are not square and are squashed to {side} "
-            f"x {side} pixels: of {name} one side is {ratio:.2f} times as long as the other. Crop "
-            f"pictures to squares first where shapes matter{remedy}",
-            stacklevel=2,
+            f"x {side} pixels: of {Path(name).name} one side is {ratio:.2f} times as long as the "
+            f"other. Crop pictures to squares first where shapes matter{remedy}"
+        )
+
+
+def warn_of_enlarging(pictures: Sequence[Picture], config: ImagesConfig, intake: Intake) -> None:
+    small = [picture for picture in pictures if min(picture.storage.size) < config.resolution]
+    if small and config.resize_to is not None:
+        names = name_some([Path(picture.name).name for picture in small])
+        intake.warn(
+            f"{len(small)} of {len(pictures)} pictures are smaller than "
+            f"data.resolution={config.resolution}, so enlarged: {names}"
         )
 
 
@@ -68,10 +85,10 @@ def aspect_ratio(picture: Picture) -> float:
     """The longer side over the shorter one; 1 for a picture that cannot be read, which the decoder
     reports."""
     try:
-        with Image.open(io.BytesIO(picture.read())) as image:
-            return max(image.size) / min(image.size)
-    except Exception:  # decoders raise whatever a broken file leads them to
+        size = picture.storage.size
+    except UserError:
         return 1.0
+    return max(size) / min(size)
 
 
 def check_gan_measurable(train: ImageSet, test: ImageSet, by_classifier: bool) -> None:

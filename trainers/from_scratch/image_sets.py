@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,27 +15,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trainers.config import ImagesConfig, PairsConfig
+from trainers.config import ImagesConfig
 from trainers.data.imaging import mirror_pad
-from trainers.data.pictures import Picture, list_image_files, open_dataset, read_encoded
+from trainers.data.pictures import Picture, check_bit_depth
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
-from trainers.from_scratch.labels import UNLABELED, Classes, find_classes, list_names
+from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
+from trainers.from_scratch.labels import UNLABELED, find_classes, list_names
+from trainers.from_scratch.masks import turn_alike
 from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
-
-
-@dataclass(frozen=True)
-class ImageSample:
-    """A picture, what belongs to it in a data set of pairs, and its class, -1 where there is
-    none."""
-
-    picture: Picture
-    target: Picture | None = None
-    label: int = UNLABELED
 
 
 class ImageSet:
@@ -123,6 +114,8 @@ def load_images(
     if not samples:
         known = f"; its classes are {list_names(classes.names)}" if classes else ""
         raise UserError(f"{source}: there is no picture{known}")
+    if not held_out:
+        check_bit_depth([s.picture for s in choose_evenly(samples)], config.bit_depth)
     return ImageSet(
         samples,
         partial(decode_sample, config=config, read_target=read_target),
@@ -130,85 +123,6 @@ def load_images(
         device,
         classes.names if classes else (),
     )
-
-
-def list_samples(
-    config: ImagesConfig, held_out: bool, pairs: bool, classes: Classes | None = None
-) -> list[ImageSample] | None:
-    """All that is learnt from, or held out (None where nothing is). Raises: UserError."""
-    if config.image_dir is None:
-        split = config.test_split if held_out else config.train_split
-        return None if split is None else samples_from_dataset(config, split, pairs, classes)
-    if held_out and config.folds is None:
-        return None
-    files = [] if pairs else list_image_files(config.image_dir)
-    samples = [ImageSample(picture_from_file(path)) for path in files]
-    if pairs:
-        samples = samples_from_pairs(config)
-    if config.folds is None:
-        return samples
-    return [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
-
-
-def picture_from_file(path: Path) -> Picture:
-    return Picture(str(path), path.read_bytes, "")
-
-
-def samples_from_pairs(config: PairsConfig) -> list[ImageSample]:
-    """A file has the longest ending that fits. Raises: UserError for pictures without a partner, or
-    with two."""
-    by_end: dict[str, dict[str, Path]] = {config.image_suffix: {}, config.target_suffix: {}}
-    for path in list_image_files(config.image_dir):
-        if suffixes := [suffix for suffix in by_end if path.stem.endswith(suffix)]:
-            paths, name = (
-                by_end[max(suffixes, key=len)],
-                path.stem.removesuffix(max(suffixes, key=len)),
-            )
-            if name in paths:
-                raise UserError(
-                    f"data.image_dir: {paths[name].name} and {path.name} have one name: remove one"
-                )
-            paths[name] = path
-    images, targets = by_end.values()
-    if unpaired := sorted(images.keys() ^ targets.keys()):
-        missing_suffix = config.target_suffix if unpaired[0] in images else config.image_suffix
-        raise UserError(
-            f"data.image_dir: {len(unpaired)} pictures have no partner, such as {unpaired[0]!r}: "
-            f"there is no "
-            f"{unpaired[0]}{missing_suffix}.* in {config.image_dir}. Pairs are named "
-            f"*{config.image_suffix}.* and "
-            f"*{config.target_suffix}.*"
-        )
-    return [
-        ImageSample(picture_from_file(path), picture_from_file(targets[name]))
-        for name, path in sorted(images.items())
-    ]
-
-
-def samples_from_dataset(
-    config: ImagesConfig, split: str, pairs: bool, classes: Classes | None
-) -> list[ImageSample]:
-    columns = {"image_column": config.image_column}
-    if pairs:
-        columns["target_column"] = config.target_column
-    rows = open_dataset(config.dataset_name, split, columns | {"label_column": config.label_column})
-    source = f"data: {config.dataset_name}, split {split!r}"
-    labels = classes.indices(rows, config.label_column, source) if classes else None
-
-    def picture(i: int, column: str) -> Picture:
-        return Picture(
-            f"{config.dataset_name} {split}[{i}] {column}",
-            partial(read_encoded, rows, i, column),
-            "",
-        )
-
-    return [
-        ImageSample(
-            *(picture(i, column) for column in columns.values()),
-            label=labels[i] if labels else UNLABELED,
-        )
-        for i in range(len(rows))
-    ]
 
 
 def decode_sample(
@@ -220,7 +134,7 @@ def decode_sample(
     """
     images = [sample.picture.decode().convert("L" if config.channels == 1 else "RGB")]
     if read_target is not None:
-        images.append(read_target(sample.target))
+        images.append(turn_alike(read_target(sample.target), sample.target, sample.picture))
         if images[0].size != images[1].size:
             sizes = " and ".join("{} x {}".format(*image.size) for image in images)
             raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainers.atomic import replacing_folder, write_atomic
 from trainers.config import ScratchConfig
+from trainers.data.intake import Intake
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.checks import warn_of_data
@@ -55,8 +56,11 @@ class FromScratchTask(ABC):
             )
             for held_out in (False, True)
         )
+        intake = Intake(config.data.strict)
+        warn_of_data(config, self.train_images, self.test_images, intake)
         if accelerator.is_main_process:
-            warn_of_data(config, self.train_images, self.test_images)
+            intake.save(config.output_dir)
+        intake.report(accelerator.print)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
         self.callbacks: list[Callback] = []

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trainers.errors import UserError
-from trainers.lora.other_files import WIDTHS, describe_other_file, describe_width, guess_model
+from trainers.lora.other_files import (
+    describe_other_file,
+    describe_width,
+    guess_model,
+    known_widths,
+)
 from trainers.lora.tensor_file import TensorFile, TensorInfo
 from trainers.lora.update import Rows
 
@@ -118,7 +123,7 @@ def check_shapes(
         return
     # inputs of a known width tell more than others
     layer, found, expected, side = max(
-        wrong, key=lambda row: (row[3] == "inputs", row[1] in WIDTHS)
+        wrong, key=lambda row: (row[3] == "inputs", row[1] in known_widths())
     )
     if found == expected:
         width = "its kernel is another one"

@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
+from trainers.config.family_facts import family_facts, family_names
 from trainers.lora.tensor_file import TensorInfo
 
 # Widths of text embeddings and of denoisers, by which models of one kind differ.
-WIDTHS = {
-    768: "SD1.x",
-    1024: "SD2.x",
-    2048: "SDXL",
-    1280: "SDXL",
-    1536: "SD3 or SD3.5 medium",
-    2432: "SD3.5 large",
-    3072: "Flux.1",
-}
+OTHER_WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "SDXL"}
+
+
+@cache
+def known_widths() -> dict[int, str]:
+    """The models that have a width, those of the supported families too."""
+    widths = dict(OTHER_WIDTHS)
+    for name in family_names():
+        widths |= family_facts(name).widths
+    return widths
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,24 @@ MODELS = (
 
 MAX_EMBEDDINGS = 4  # tensors of a textual inversion, which has one for each text encoder
 
-# Names that one model alone has.
-OTHER_MODELS = (
+# Names that one model alone has: they come before those of the families, or after them.
+CERTAIN_MODELS = [
     (r"lora_te3_|text_encoder_3|t5xxl|SelfAttention", "a T5 text encoder"),
     (r"add_embedding|input_blocks_[78]_|transformer_blocks[._][2-9][._]attn1", "SDXL"),
-    (r"double_blocks|single_transformer_blocks|single_blocks", "Flux.1"),
-    (r"joint_blocks", "SD3 or SD3.5"),
-    (r"transformer_blocks[._]\d+[._]attn[._]", "SD3, SD3.5 or Flux.1"),
-    (r"lora_te2_|text_encoder_2", "SDXL, SD3 or SD3.5"),
+]
+LIKELY_MODELS = [
+    (r"transformer_blocks[._]\d+[._]attn[._]", "a multimodal transformer"),
+    (r"lora_te2_|text_encoder_2", "a model with several text encoders"),
     (r"down_blocks|up_blocks|input_blocks", "a U-Net (SD1.x, SD2.x or SDXL)"),
-)
+]
+
+
+@cache
+def telling_names() -> list[tuple[str, str]]:
+    """Patterns of layers' names and the model that they give away, the surest first."""
+    families = map(family_facts, family_names())
+    of_families = [(facts.telling_names, facts.title) for facts in families if facts.telling_names]
+    return CERTAIN_MODELS + of_families + LIKELY_MODELS
 
 
 def describe_other_file(tensors: Mapping[str, TensorInfo]) -> str:
@@ -106,7 +117,7 @@ def describe_other_file(tensors: Mapping[str, TensorInfo]) -> str:
 def is_embedding(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the file may be a textual inversion, whose tensors are called like its words."""
     widths = [info.shape[-1] for info in tensors.values() if 1 <= len(info.shape) <= 2]
-    return len(widths) == len(tensors) <= MAX_EMBEDDINGS and set(widths) <= WIDTHS.keys()
+    return len(widths) == len(tensors) <= MAX_EMBEDDINGS and set(widths) <= known_widths().keys()
 
 
 def find_kind(kinds: Iterable[Kind], names: Iterable[str]) -> Kind | None:
@@ -129,7 +140,7 @@ def describe(kind: Kind, tensors: Mapping[str, TensorInfo]) -> str:
 def guess_model(names: Iterable[str]) -> str:
     """The model that has layers of these names; empty where nothing gives it away."""
     names = list(names)
-    for pattern, model in OTHER_MODELS:
+    for pattern, model in telling_names():
         search: Callable[[str], object] = re.compile(pattern).search
         if any(search(name) for name in names):
             return model
@@ -138,5 +149,6 @@ def guess_model(names: Iterable[str]) -> str:
 
 def describe_width(found: int, expected: int) -> str:
     """Whose width a LoRA has that does not fit the base."""
-    guess = f" ({WIDTHS[found]}?)" if found in WIDTHS else ""
+    widths = known_widths()
+    guess = f" ({widths[found]}?)" if found in widths else ""
     return f"this LoRA is for a model of width {found}{guess}, the base has {expected}"

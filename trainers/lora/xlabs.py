@@ -1,4 +1,4 @@
-"""The names of XLabs' trainer of Flux.1, which the families' facts state."""
+"""The names that XLabs' trainer gives to layers, which the families' facts state."""
 
 from __future__ import annotations
 

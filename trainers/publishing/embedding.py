@@ -16,7 +16,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from trainers.config import Config, DataConfig, DreamBoothConfig, ImagesConfig
-from trainers.data.pictures import Picture, list_image_files, open_dataset, read_encoded
+from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.decoding import read_file
+from trainers.data.folders import list_image_files
+from trainers.data.pictures import Picture
 from trainers.errors import UserError
 from trainers.publishing.charts import Record
 from trainers.publishing.html import parts
@@ -146,7 +149,7 @@ def training_pictures(data: DataConfig | ImagesConfig) -> Markup:
         return Markup()
     try:
         if folder:
-            reads = [path.read_bytes for path in list_image_files(folder)]
+            reads = [partial(read_file, path) for path in list_image_files(folder)]
         else:
             rows = open_dataset(name, split, {"image_column": column})
             reads = [partial(read_encoded, rows, i, column) for i in range(len(rows))]
@@ -154,5 +157,6 @@ def training_pictures(data: DataConfig | ImagesConfig) -> Markup:
         return Markup()
     num_shown = min(len(reads), MAX_TRAINING_PICTURES)
     shown = sorted(random.Random(0).sample(range(len(reads)), num_shown))
-    pictures = embed_all((Picture("", reads[i], "") for i in shown), 192)
+    sources = (Picture("", reads[i], "", data.bit_depth) for i in shown)
+    pictures = embed_all(sources, 192)
     return parts.contact_sheet(pictures, num_shown, len(reads))

@@ -62,6 +62,7 @@ CHANGEABLE_KEYS = {
     "data.cache_dir",
     "data.in_memory",
     "data.skip_corrupt",
+    "data.strict",
 }
 
 # class pictures are drawn as the validation prompts are
@@ -129,8 +130,14 @@ def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
     """The instance pictures and, where there are any, the class pictures."""
     described = {}
     for name, pool in zip(("instance", "class"), pools, strict=False):
-        described[name] = describe_pictures((p.name, p.digest, p.caption) for p in pool)
+        described[name] = describe_pictures((p.name, p.digest, counted_caption(p)) for p in pool)
     return described
+
+
+def counted_caption(picture: Picture) -> str:
+    """The caption and, if it is not once, how often the picture counts."""
+    times = "" if picture.repeats == 1 else f" x {picture.repeats}"
+    return picture.caption + times
 
 
 def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> None:

@@ -91,5 +91,5 @@ def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
     folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
     if not folders:
-        return "There is no checkpoint yet: the same command begins anew"
+        return "There is no checkpoint yet: the same command starts from step 0"
     return f"The checkpoint {folders[0].name} is intact: the same command goes on from it"

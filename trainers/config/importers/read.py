@@ -12,6 +12,7 @@ import yaml
 
 from trainers.config.importers import ai_toolkit, diffusers_scripts, kohya, onetrainer, simpletuner
 from trainers.config.importers.base import ForeignConfig
+from trainers.config.yaml_text import parse_yaml
 from trainers.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -49,7 +50,7 @@ def parse(path: Path, text: str) -> Mapping[str, Any]:
     """The values of a TOML, JSON or YAML file. Raises: UserError."""
     parsers = {".toml": tomllib.loads, ".json": json.loads}
     try:
-        tree = parsers.get(path.suffix.lower(), yaml.safe_load)(text)
+        tree = parsers.get(path.suffix.lower(), parse_yaml)(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be parsed: {error}") from None
     if not isinstance(tree, Mapping):

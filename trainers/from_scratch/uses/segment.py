@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -17,11 +16,17 @@ from trainers.data.imaging import to_float
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng
 from trainers.errors import UserError
+from trainers.from_scratch.masks import (
+    IGNORE_INDEX,
+    MAX_NAMED_VALUES,
+    check_values,
+    find_values,
+    is_binary,
+    read_mask,
+)
 from trainers.from_scratch.uses.base import Use
 from trainers.metrics.image_quality import confusion_metrics
 
-IGNORE_INDEX = 255  # in a mask
-MAX_NAMED_VALUES = 5  # in a message
 NUM_READERS = 4  # threads
 
 
@@ -42,7 +47,7 @@ class Segment(Use):
         Raises: UserError for a mask that cannot be read and for masks that teach nothing.
         """
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            values = list(pool.map(find_values, [*train, *test]))
+            values = list(pool.map(find_values, [*train, *test], repeat(self.out_channels)))
         train_values = frozenset().union(*values[: len(train)])
         test_values = frozenset().union(*values[len(train) :])
         self.mask_values = train_values | test_values
@@ -107,71 +112,3 @@ class Segment(Use):
 
     def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
         return confusion_metrics(generated, y, self.out_channels, IGNORE_INDEX)
-
-
-def read_mask(
-    picture: Picture, classes: int, all_values: frozenset[int] | None = None
-) -> Image.Image:
-    """Classes as a picture of mode P, which is resized by the nearest pixel.
-
-    all_values: those of all masks of the data set; None: of this one. Where they are 0 and 255
-    alone, and there are two classes, 255 is class 1; else it is to be ignored. Raises: UserError
-    for other values.
-    """
-    array = read_values(picture)
-    values = frozenset(np.unique(array).tolist())
-    all_values = all_values or values
-    check_values(picture.name, values, all_values, classes)
-    if is_binary(all_values, classes):
-        array = array // 255
-    image = Image.fromarray(array.astype(np.uint8))
-    image.putpalette([level for level in range(256) for _ in range(3)])
-    return image
-
-
-def is_binary(values: Collection[int], classes: int) -> bool:
-    """Whether masks are black and white: 0 and 255 for two classes."""
-    return classes == 2 and {0, 255}.issuperset(values)
-
-
-def check_values(
-    name: str, values: Collection[int], all_values: Collection[int], classes: int
-) -> None:
-    """Raises: UserError naming values of a mask that are no class."""
-    invalid = sorted(v for v in values if not 0 <= v < classes and v != IGNORE_INDEX)
-    if is_binary(all_values, classes) or not invalid:
-        return
-    found_values = ", ".join(map(str, invalid[:MAX_NAMED_VALUES]))
-    if len(invalid) > MAX_NAMED_VALUES:
-        found_values += ", ..."
-    allowed = f"0 to {classes - 1}, and {IGNORE_INDEX} for 'ignore'"
-    if classes == 2:
-        allowed += f", or all masks hold 0 and {IGNORE_INDEX} alone"
-    raise UserError(
-        f"{name} has the values {found_values}: with objective.classes={classes} a mask holds "
-        f"{allowed}. JPEG spoils masks: save them as PNG"
-    )
-
-
-def find_values(mask: Picture) -> frozenset[int]:
-    """Raises: UserError for a mask that cannot be read."""
-    return frozenset(np.unique(read_values(mask)).tolist())
-
-
-def read_values(picture: Picture) -> np.ndarray:
-    """(H, W) of int: the mask as it is stored. Raises: UserError."""
-    try:
-        with Image.open(io.BytesIO(picture.read())) as image:
-            array = np.asarray(image)
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise UserError(
-            f"{picture.name} is not a readable mask ({error}): mend or remove it"
-        ) from None
-    channels = array.reshape(*array.shape[:2], -1)
-    channels = channels[..., :1] if channels.shape[2] == 2 else channels[..., :3]  # without alpha
-    if (channels != channels[..., :1]).any():
-        raise UserError(
-            f"{picture.name} is in colour: a mask has one channel, which holds the class of each "
-            f"pixel"
-        )
-    return channels[..., 0].astype(int)
