@@ -1,17 +1,17 @@
-"""Measure a finished DreamBooth LoRA, and with --checkpoints find which of its weights to keep.
+"""Measure a DreamBooth LoRA, and with --checkpoints find which of its weights to keep.
 
 python scripts/evaluate.py RUN [--photos HELD_OUT_FOLDER] [--checkpoints] [--prompts "..." "..."]
 
 It prints a table. RUN/evaluation.json holds the metrics, RUN/evaluation the pictures, RUN/best the
-best checkpoint's LoRA. The card and the report show the metrics too.
+best checkpoint's LoRA. The card and the report show the metrics too. Of RUN@STEP, or a run that was
+stopped, RUN/evaluation-step-STEP has all of it.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from trainers.cli import make_parser, positive_int, run_main, silence_libraries
-from trainers.run_folder import load_run_config
+from trainers.cli import find_run, make_parser, positive_int, run_main, silence_libraries
 
 # the arguments that are fields of EvaluationOptions
 OPTIONS = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "num_images")
@@ -19,7 +19,7 @@ OPTIONS = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "nu
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="The run folder of a DreamBooth run.")
+    parser.add_argument("run", type=Path, help="A DreamBooth run folder, or RUN@STEP.")
     help = "A folder with photos of the subject that were not trained on."
     parser.add_argument("--photos", type=Path, help=help)
     help = "Prompts to sample and to measure. By default the run's validation prompts."
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    config = load_run_config(arguments.run, "dreambooth")
+    found = find_run(arguments.run, "dreambooth")
     silence_libraries()
 
     from trainers.distributed.accelerator import best_device
@@ -53,11 +53,14 @@ def main() -> None:
     networks = find_networks(arguments.dino, arguments.clip, best_device())
     values = {name: getattr(arguments, name) for name in OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
-    result = evaluate(config, arguments.run, networks, EvaluationOptions(**given))
+    options = EvaluationOptions(**given, step=found.step)
+    result = evaluate(found.config, found.run, networks, options)
     print(format_evaluation(result))
-    add_metrics(arguments.run, card_metrics(result))
-    write_report(arguments.run, pictures=False)
-    print(write_report(arguments.run))
+    # the card and the report are of the finished run
+    if found.step is None:
+        add_metrics(found.run, card_metrics(result))
+        write_report(found.run, pictures=False)
+        print(write_report(found.run))
 
 
 if __name__ == "__main__":

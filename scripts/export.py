@@ -1,7 +1,7 @@
 """Write a LoRA in another program's format, at a lower rank, or into the weights of its base.
 
 python scripts/export.py RUN --format kohya
-    for ComfyUI, A1111 and sd-scripts
+    for ComfyUI, A1111 and sd-scripts; RUN@STEP is the LoRA of a step
 python scripts/export.py LORA.safetensors --base MODEL --rank 4 [--format diffusers]
 python scripts/export.py RUN --format merged --out FOLDER
     a whole pipeline, which needs no LoRA reader
@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 
 from trainers import run_folder
 from trainers.cli import (
+    find_weights,
     is_pipeline,
-    load_weights_config,
     make_parser,
     positive_int,
     run_main,
     silence_libraries,
 )
 from trainers.lora.formats import FORMATS, load_format
+from trainers.training.run_weights import is_run, split_step
 
 if TYPE_CHECKING:
     from trainers.families import Family
@@ -36,7 +37,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    help = "A run folder, a LoRA file, a PEFT folder or a tuned pipeline."
+    help = "A run folder, RUN@STEP, a LoRA file, a PEFT folder or a tuned pipeline."
     parser.add_argument("source", type=Path, help=help)
     parser.add_argument("--format", choices=[*FORMATS, "merged"], default="diffusers")
     help = "Write the nearest LoRA of this rank, by SVD."
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    config = load_weights_config(arguments.source, arguments.base)
+    config, source = find_weights(arguments.source, arguments.base)
     silence_libraries()
 
     from trainers.families import FAMILIES
@@ -60,8 +61,8 @@ def main() -> None:
     from trainers.lora.update import max_relative_difference
 
     family = FAMILIES[config.model.family](config.model)
-    lora = load_source(arguments, family)
-    out = arguments.out or default_path(arguments)
+    lora = load_source(source, arguments.rank, family)
+    out = arguments.out or default_path(source, arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "merged":
         write_merged(family, lora, arguments.dtype, out)
@@ -73,12 +74,11 @@ def main() -> None:
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 
 
-def load_source(arguments: argparse.Namespace, family: Family) -> Lora:
+def load_source(source: Path, rank: int | None, family: Family) -> Lora:
     """The source's updates, at the rank that was asked for."""
     from trainers.lora import base_layers, low_rank
     from trainers.lora.files import read_lora
 
-    source, rank = arguments.source, arguments.rank
     if is_pipeline(source):
         rank = rank or 16
         model = family.model.model_copy(update={"pretrained_model_name_or_path": str(source)})
@@ -94,11 +94,14 @@ def load_source(arguments: argparse.Namespace, family: Family) -> Lora:
     return lora
 
 
-def default_path(arguments: argparse.Namespace) -> Path:
+def default_path(source: Path, arguments: argparse.Namespace) -> Path:
     """In the run folder, or beside any other source."""
-    source, format = arguments.source, arguments.format
-    folder = source if (source / run_folder.CONFIG_NAME).is_file() else source.parent
-    stem = source.name if source.is_dir() else source.stem
+    format = arguments.format
+    run, step = split_step(source)
+    if is_run(source):
+        folder, stem = run, run.name if step is None else f"{run.name}@{step}"
+    else:
+        folder, stem = source.parent, source.name if source.is_dir() else source.stem
     rank = f"_rank{arguments.rank}" if arguments.rank else ""
     suffix = "" if format == "merged" else load_format(format).SUFFIX
     return folder / f"{stem}{rank}_{format}{suffix}"

@@ -1,6 +1,7 @@
-"""Make pictures with a finished run, or with any LoRA file.
+"""Make pictures with a run, with the LoRA of one of its steps, or with any LoRA file.
 
 python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--num-images 4]
+python scripts/generate.py RUN@STEP --prompt "a photo of a sks dog"
 python scripts/generate.py LORA.safetensors --base MODEL --prompt "a photo of a sks dog"
 """
 
@@ -8,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from trainers.cli import load_weights_config, make_parser, positive_int, run_main, silence_libraries
+from trainers.cli import find_weights, make_parser, positive_int, run_main, silence_libraries
 from trainers.config import DreamBoothConfig
 
 # the arguments that replace a value of the run's section `validation`
@@ -17,7 +18,8 @@ VALIDATION_KEYS = ("prompts", "num_images", "seed", "num_inference_steps", "guid
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("weights", type=Path, help="A run folder or a LoRA .safetensors file.")
+    help = "A run folder, RUN@STEP or a LoRA .safetensors file."
+    parser.add_argument("weights", type=Path, help=help)
     help = "What the pictures shall show; it may be given several times."
     parser.add_argument("--prompt", action="append", required=True, dest="prompts", help=help)
     parser.add_argument("--base", help="The base model; a run folder knows its own.")
@@ -36,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    config = apply_arguments(load_weights_config(arguments.weights, arguments.base), arguments)
+    config, weights = find_weights(arguments.weights, arguments.base)
+    config = apply_arguments(config, arguments)
     silence_libraries()
 
     from trainers.distributed.accelerator import best_device, preferred_dtype
@@ -49,8 +52,8 @@ def main() -> None:
     family = open_family(config.model, device, preferred_dtype(device))
     family.load("vae", family.denoiser_name, *family.text_encoder_names)
     if config.lora:
-        file = arguments.weights / WEIGHT_NAME
-        load_lora(family, file if file.is_file() else arguments.weights)
+        file = weights / WEIGHT_NAME
+        load_lora(family, file if file.is_file() else weights)
     family.apply_memory_options()
     write_samples(family, config, arguments.out)
     print(arguments.out / GRID_NAME)

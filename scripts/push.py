@@ -1,18 +1,23 @@
-"""Push a finished run to the Hub, as its own config says unless told otherwise.
+"""Push a run to the Hub, as its own config says unless told otherwise.
 
 python scripts/push.py RUN [--repo USER/NAME] [--private] [--revision BRANCH | --create-pr]
+python scripts/push.py RUN@STEP --repo USER/NAME
+    the LoRA of a step, with a card of its own
 """
 
+import argparse
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from trainers.cli import make_parser, run_main
-from trainers.run_folder import PUBLIC_REPORT_NAME, load_run_config
+from trainers.cli import find_run, make_parser, run_main
+from trainers.run_folder import PUBLIC_REPORT_NAME
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="A finished run folder.")
+    parser.add_argument("run", type=Path, help="A run folder, or RUN@STEP.")
     parser.add_argument("--repo", dest="hub_model_id", help="USER/NAME of the repository.")
     help = "Create the repository as private."
     parser.add_argument("--private", action="store_true", default=None, help=help)
@@ -21,22 +26,30 @@ def main() -> None:
     target.add_argument("--revision", dest="hub_revision", help=help)
     help = "Open a pull request."
     target.add_argument("--create-pr", action="store_true", default=None, help=help)
-    arguments = parser.parse_args()
-    config = load_run_config(arguments.run)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    found = find_run(arguments.run)
 
     from trainers.publishing.hub import check_access, push_run
     from trainers.publishing.report import write_report
+    from trainers.publishing.step_release import step_release
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     overrides = {name: value for name, value in given.items() if name != "run"}
     if overrides.keys() & {"hub_revision", "create_pr"}:
         overrides = {"hub_revision": None, "create_pr": False} | overrides
-    hub = config.hub.model_copy(update={"push_to_hub": True} | overrides)
-    config = config.model_copy(update={"output_dir": arguments.run, "hub": hub})
+    hub = found.config.hub.model_copy(update={"push_to_hub": True} | overrides)
+    config = found.config.model_copy(update={"output_dir": found.run, "hub": hub})
     repo = check_access(config)
-    if not (arguments.run / PUBLIC_REPORT_NAME).is_file():
-        write_report(arguments.run, pictures=False)
-    print(push_run(config, repo))
+    with ExitStack() as stack:
+        if found.step is not None:
+            config = stack.enter_context(step_release(replace(found, config=config)))
+        elif not (found.run / PUBLIC_REPORT_NAME).is_file():
+            write_report(found.run, pictures=False)
+        print(push_run(config, repo, found.name))
 
 
 if __name__ == "__main__":

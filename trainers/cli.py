@@ -24,6 +24,7 @@ from trainers.training.process_state import ignore_signals, is_first_process, st
 
 if TYPE_CHECKING:
     from trainers.config import Config, DreamBoothConfig
+    from trainers.training.run_weights import RunWeights
 
 # a launcher ends the other processes of a machine within this time after the first has ended
 LAUNCHER_SECONDS = 2.0
@@ -90,14 +91,16 @@ def report(message: str, status: int) -> int:
     return status
 
 
-def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
-    """A run's own config, or the defaults for a LoRA file, a PEFT folder or a tuned pipeline on
-    `base`."""
+def find_weights(weights: Path, base: str | None) -> tuple[DreamBoothConfig, Path]:
+    """The config of RUN or RUN@STEP, or the defaults for a LoRA file, a PEFT folder or a tuned
+    pipeline on `base`; and where the weights lie."""
     from trainers.config import DreamBoothConfig, ModelConfig
-    from trainers.run_folder import CONFIG_NAME, PIPELINE, load_run_config
+    from trainers.run_folder import PIPELINE
+    from trainers.training.run_weights import is_run
 
-    if (weights / CONFIG_NAME).is_file():
-        config = load_run_config(weights, "dreambooth")
+    if is_run(weights):
+        found = find_run(weights, "dreambooth")
+        config, weights = found.config, found.folder
         base = base or (None if config.lora else str(weights / PIPELINE))
     elif base and (
         weights.is_file() or any(weights.glob("**/adapter_config.json")) or is_pipeline(weights)
@@ -115,7 +118,17 @@ def load_weights_config(weights: Path, base: str | None) -> DreamBoothConfig:
     if base:
         model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
         config = config.model_copy(update={"model": config.model.model_copy(update=model)})
-    return config
+    return config, weights
+
+
+def find_run(argument: Path, kind: str = "") -> RunWeights:
+    """The weights of RUN or RUN@STEP; which those of a run that was stopped are is told."""
+    from trainers.training.run_weights import find_run_weights
+
+    found = find_run_weights(argument, kind)
+    if found.note:
+        print(found.note)
+    return found
 
 
 def is_pipeline(folder: Path) -> bool:

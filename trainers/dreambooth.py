@@ -23,11 +23,10 @@ from trainers.families import Family
 from trainers.families.class_pictures import prepare_class_pictures
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
-from trainers.lora import export, proof
-from trainers.lora.layers import add_lora
+from trainers.lora import export, initial, proof
 from trainers.publishing import model_card
 from trainers.run_folder import CACHE, FINAL, PIPELINE, SAMPLES
-from trainers.training.facts import Facts, describe_pools
+from trainers.training.facts import INITIAL_LORA, Facts, describe_pools
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once
@@ -54,9 +53,8 @@ class DreamBooth:
         # LoRA draws its start from the global generator
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.module = TrainableDenoiser(family, encoder.trained_encoders)
-        if config.lora:
-            add_lora(family, config.lora, encoder.trained_encoders)
-        else:
+        self.initial_lora = initial.start_lora(family, config.lora, encoder.trained_encoders)
+        if config.lora is None:
             self.module.requires_grad_(True)
         family.apply_memory_options()
         configure_blocks(family, config.train, accelerator)
@@ -167,7 +165,7 @@ class DreamBooth:
             write_samples(reloaded, config, folder, encode, joint_accelerator)
         if is_main:
             digests = [picture.digest for picture in instance_pictures]
-            model_card.write_dreambooth_card(config, steps, difference, digests)
+            model_card.write_dreambooth_card(config, steps, difference, digests, self.initial_lora)
 
 
 def build(
@@ -197,4 +195,5 @@ def build(
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
     task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    return task, batches, {"base": family.digests(cache_folder), "pictures": describe_pools(pools)}
+    facts = {"base": family.digests(cache_folder), "pictures": describe_pools(pools)}
+    return task, batches, facts | {INITIAL_LORA: task.initial_lora}

@@ -32,12 +32,17 @@ from trainers.run_folder import (
     FINAL,
     WEIGHT_NAME,
     parse_step,
+    step_name,
 )
+from trainers.training.run_weights import RunWeights
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """photos: a folder of held-out ones; prompts and class_prompts. None: the run's own."""
+    """photos: a folder of held-out ones; prompts and class_prompts. None: the run's own.
+
+    step: of the LoRA; None: the finished run's.
+    """
 
     photos: Path | None = None
     prompts: Sequence[str] | None = None
@@ -45,6 +50,7 @@ class EvaluationOptions:
     checkpoints: bool = False
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     num_images: int = 8
+    step: int | None = None
 
 
 def evaluate(
@@ -55,57 +61,74 @@ def evaluate(
 ) -> dict:
     """What RUN/evaluation.json holds; pictures are in RUN/evaluation, the best LoRA in RUN/best.
 
-    networks: from `find_networks`. Raises: UserError where there is no LoRA.
+    RUN/evaluation-step-NNNNNN has both of the LoRA of a step. networks: from `find_networks`.
+    Raises: UserError where there is no LoRA.
     """
-    check_evaluable(config, run)
-    training, out = load_instance_pictures(config.data), run / EVALUATION
+    weights = RunWeights(run, config, options.step)
+    check_evaluable(weights)
+    training, out = load_instance_pictures(config.data), evaluation_folder(weights)
     photo_folder = options.photos or config.data.held_out_dir
     photos = load_held_out_photos(photo_folder, training) if photo_folder else training
     prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
     prompts = {row: [prompt for prompt, _ in seeds] for row, seeds in prompt_seeds.items()}
     shutil.rmtree(out, ignore_errors=True)
     export_folder = out if options.checkpoints else None
-    sampler = LoraSampler(config, run, [*chain(*prompts.values())], export_folder)
-    target, training_pixels = (
-        torch.stack([Crop(size)(photo.decode()) for photo in group]) for group in (photos, training)
-    )
+    sampler = LoraSampler(weights, [*chain(*prompts.values())], export_folder)
+    target, training_pixels = decode_square(photos, size), decode_square(training, size)
     save_pictures({"photo": training_pixels}, out / "photos")
     base = sampler("base", prompt_seeds, out / "base")
     measure = partial(lora_metrics, networks, base=base, photos=target, prompts=prompts)
     rows: list[MetricsRow] = [{"checkpoint": "base", "step": 0, **measure(base)}]
-    for name in sampler.folders:  # FINAL is the last
+    for name in sampler.folders:
         step = config.train.max_train_steps if name == FINAL else parse_step(name)
         generated = sampler(name, prompt_seeds, out / name)
         rows.append({"checkpoint": name, "step": step, **measure(generated)})
     few = {row: seeds for row, seeds in prompt_seeds.items() if row in ("subject", "class")}
     strength = []
     for scale in options.strengths:
-        row = measure(sampler(FINAL, few, out / f"strength-{scale:.2f}", scale))
+        row = measure(sampler(sampler.name, few, out / f"strength-{scale:.2f}", scale))
         strength.append({"scale": scale} | {name: row[name] for name in ("subject", "prior_drift")})
-    prompt_network = next((network for network in networks if network.text_features), None)
     result = {
         "net": networks[0].name,
-        "prompt_net": prompt_network and prompt_network.name,
+        "prompt_net": prompt_network_name(networks),
         "photos": "held out" if photo_folder else "training",
         "columns": list(rows[0])[2:],
         "rows": rows,
         "strength": strength,
         "best": keep_best(run, rows[1:], sampler.folders) if options.checkpoints else None,
-        **rank_usage(run),
+        **rank_usage(weights.folder),
         "memorisation": find_memorization(networks[0], generated, training_pixels),
     }
-    write_atomic(run / EVALUATION_NAME, json.dumps(result, indent=2) + "\n")
+    file = (run if options.step is None else out) / EVALUATION_NAME
+    write_atomic(file, json.dumps(result, indent=2) + "\n")
     return result
 
 
-def check_evaluable(config: DreamBoothConfig, run: Path) -> None:
+def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
+    """The photos as (N, 3, size, size), cut at their center."""
+    return torch.stack([Crop(size)(photo.decode()) for photo in photos])
+
+
+def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:
+    """The network that compares pictures with their prompts, if one can."""
+    return next((network.name for network in networks if network.text_features), None)
+
+
+def evaluation_folder(weights: RunWeights) -> Path:
+    """Where the pictures go: of a step beside those of the finished run."""
+    if weights.step is None:
+        return weights.run / EVALUATION
+    return weights.run / f"{EVALUATION}-{step_name(weights.step)}"
+
+
+def check_evaluable(weights: RunWeights) -> None:
     """Raises: UserError where there is no LoRA, or none yet."""
-    if config.lora is None:
+    if weights.config.lora is None:
         raise UserError(
-            f"{run} trained all weights: only a LoRA can be compared with the base under it"
+            f"{weights.run} trained all weights: only a LoRA can be compared with the base under it"
         )
-    if not (run / WEIGHT_NAME).is_file():
-        raise UserError(f"{run} is not finished: it has no {WEIGHT_NAME}")
+    if not (weights.folder / WEIGHT_NAME).is_file():
+        raise UserError(f"{weights.run} is not finished: it has no {WEIGHT_NAME}")
 
 
 def keep_best(run: Path, rows: Sequence[MetricsRow], folders: dict[str, Path]) -> str:
@@ -117,10 +140,10 @@ def keep_best(run: Path, rows: Sequence[MetricsRow], folders: dict[str, Path]) -
     return name
 
 
-def rank_usage(run: Path) -> dict[str, int | dict[str, float]]:
-    """How much of the final LoRA each rank holds, and the smallest that would do."""
+def rank_usage(folder: Path) -> dict[str, int | dict[str, float]]:
+    """How much of the LoRA each rank holds, and the smallest that would do."""
     # DoRA's magnitudes are no low-rank update
-    weights = load_file(run / WEIGHT_NAME).items()
+    weights = load_file(folder / WEIGHT_NAME).items()
     plain = {name: value for name, value in weights if "magnitude" not in name}
     energies = energy_by_rank(from_peft(plain))
     spectrum = {str(rank): share for rank, share in enumerate(energies, 1)}
@@ -186,10 +209,11 @@ def format_evaluation(result: dict) -> str:
         )
 
     columns, flagged = result["columns"], [row for row in result["memorisation"] if row["flagged"]]
+    last = FINAL if result["rows"][-1]["checkpoint"] == FINAL else "step"
     lines = [f"{'':14}" + "".join(f"{name:>13}" for name in columns)]
     lines += [line(row["checkpoint"], row, columns) for row in result["rows"]]
     lines += [
-        line(f"final x {row['scale']:.2f}", row, ("subject", "prior_drift"))
+        line(f"{last} x {row['scale']:.2f}", row, ("subject", "prior_drift"))
         for row in result["strength"]
     ]
     lines += ["", f"compared with the {result['photos']} photos by {result['net']}"]

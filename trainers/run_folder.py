@@ -30,6 +30,7 @@ REPORT_NAME = "report.html"
 PUBLIC_REPORT_NAME = "report_public.html"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+LORA_NAMES = (WEIGHT_NAME, KOHYA_NAME)
 LOCK_NAME = ".lock"
 OWNER_NAME = ".owner"
 
@@ -49,6 +50,7 @@ PUSH = ".push"
 FINAL = "final"
 GRID_NAME = "grid.png"
 MANIFEST_NAME = "manifest.json"
+OPTIMIZER_SUFFIX = ".optimizer.pt"
 BASE_DIGESTS_NAME = "base_files.json"
 
 
@@ -81,7 +83,21 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Those in a folder of checkpoints, complete or not, newest first."""
-    return list(reversed(step_folders(root).values()))
+    folders = reversed(step_folders(root).values())
+    return [folder for folder in folders if not has_lora_alone(folder)]
+
+
+def lora_folders(root: Path) -> dict[int, Path]:
+    """The folders in `root` with the LoRA of a step, by their steps, the lowest first."""
+    folders = step_folders(root).items()
+    return {step: folder for step, folder in folders if (folder / WEIGHT_NAME).is_file()}
+
+
+def has_lora_alone(folder: Path) -> bool:
+    """Whether a folder is what stays of an old checkpoint: its LoRA without a state to resume."""
+    if not (folder / WEIGHT_NAME).is_file() or (folder / MANIFEST_NAME).exists():
+        return False
+    return not any(path.name.endswith(OPTIMIZER_SUFFIX) for path in folder.iterdir())
 
 
 def sample_grids(run: Path) -> list[Path]:
@@ -112,12 +128,17 @@ def load_run_config(run: Path, kind: str = "") -> Config:
     config = read_run_config(run)
     if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    check_finished(run, config)
+    return config
+
+
+def check_finished(run: Path, config: Config) -> None:
+    """Raises: UserError for a run that has no result yet."""
     result = MODEL
     if config.kind == "dreambooth":
         result = WEIGHT_NAME if config.lora else PIPELINE
     if not (run / result).exists():
         raise UserError(f"{run} is not finished: it has no {result}. {continue_hint(run)}")
-    return config
 
 
 def continue_hint(run: Path) -> str:

@@ -138,7 +138,9 @@ def script_mistakes(script: str, words: Sequence[str]) -> Iterator[str]:
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         yield from (f"{script} has no {flag}" for flag in flags if f'"{flag}"' not in text)
         return
-    words = [word for word in words if word != "..."]
+    # the ellipsis stands for further words, but for a value after an option
+    pairs = zip(["", *words], words, strict=False)
+    words = [word for before, word in pairs if word != "..." or before.startswith("--")]
     arguments, told = parse(path, words)
     if arguments is None:
         yield f"{script}: {told}"

@@ -10,7 +10,7 @@ from tests.shared.runs import lora, losses
 from trainers import run_folder
 from trainers.errors import UserError
 from trainers.run import run
-from trainers.training import checkpoint
+from trainers.training import checkpoint_folders
 from trainers.training.checkpoint import read_checkpoint
 
 
@@ -67,9 +67,9 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it(settings
         shutil.rmtree(folder, ignore_errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "shutil", SimpleNamespace(rmtree=half))
+        patch.setattr(checkpoint_folders, "shutil", SimpleNamespace(rmtree=half))
         with pytest.raises(Killed):
-            run(settings("checkpoint.checkpoints_total_limit=1"))
+            run(settings("checkpoint.checkpoints_total_limit=1", "checkpoint.keep_loras=0"))
     root = settings().output_dir / "checkpoints"
     assert all(read_checkpoint(folder) for folder in run_folder.list_checkpoints(root))
     run(settings())

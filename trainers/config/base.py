@@ -58,6 +58,11 @@ class Config(Section):
         return True
 
     @property
+    def writes_lora(self) -> bool:
+        """Whether what is trained is a LoRA, whose file lies beside each checkpoint."""
+        return False
+
+    @property
     def applied_presets(self) -> dict[str, dict[str, Any]]:
         """Presets, and the settings that each of them resulted in."""
         return {}

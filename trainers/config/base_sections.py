@@ -137,8 +137,20 @@ class CheckpointConfig(Section):
         None, "Minutes between checkpoints, in addition to checkpointing_steps.", gt=0, le=100_000
     )
     checkpoints_total_limit: int = field(2, "Older checkpoints are removed.", ge=1, le=100_000)
+    keep_loras: int | None = field(
+        10,
+        "The LoRA files of so many newest checkpoints stay when their states are removed; null "
+        "keeps all.",
+        ge=0,
+        le=1_000_000,
+    )
     resume_from_checkpoint: Name | None = field(
         "latest", "latest, the path of a checkpoint, or null to start from step 0."
+    )
+    extend: bool = field(
+        False,
+        "Go on where train.max_train_steps has grown, with the learning rates of the new length, "
+        "or where the training was over early.",
     )
 
 

@@ -106,6 +106,10 @@ class DreamBoothConfig(Config):
         return family_facts(self.model.family)
 
     @property
+    def writes_lora(self) -> bool:
+        return self.lora is not None
+
+    @property
     def writes_kohya(self) -> bool:
         """Whether a kohya file is written."""
         if self.lora is None:
@@ -164,3 +168,4 @@ class DreamBoothConfig(Config):
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
             yield from rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from rules.initial_lora_errors(self.lora.init_from, self.output_dir)

@@ -202,3 +202,31 @@ def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig, family: str) -> 
         problem = pattern_problem(lora.target_modules, family_facts(family))
         if problem:
             yield "lora.target_modules", problem
+
+
+def initial_lora_errors(source: str | None, output_dir: Path) -> Errors:
+    """A LoRA to start from that cannot be one, as far as can be seen without reading it."""
+    if source is None:
+        return
+    path = Path(source.rpartition("@")[0] or source)
+    if not source.strip():
+        message = "must not be empty: write a file, RUN, RUN@STEP or USER/NAME on the Hub, or null"
+        yield "lora.init_from", message
+    elif "://" in source:
+        page = HUB_PAGE.match(source)
+        name = page[1] if page else "USER/NAME of a repository on the Hub, or a file"
+        yield "lora.init_from", f"{source} is an address: write {name}"
+    elif is_kind(path, lambda folder: folder.resolve() == output_dir.resolve()):
+        message = (
+            f"{source} is this run's own folder. To train it longer, remove the key and raise "
+            "train.max_train_steps; for a new run that starts from it, set another output_dir"
+        )
+        yield "lora.init_from", message
+    elif is_path_like(source) and not any(is_kind(p, Path.exists) for p in (Path(source), path)):
+        yield "lora.init_from", f"no such file or folder: {source}"
+
+
+def is_path_like(name: str) -> bool:
+    """Whether a name can be none on the Hub."""
+    has_ending = name.lower().endswith(SINGLE_FILE_SUFFIXES)
+    return has_ending or name[0] in "./~" or name.count("/") != 1 or "\\" in name

@@ -120,6 +120,11 @@ class LoraConfig(Section):
     init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field(
         "gaussian", "Initialization of lora_A."
     )
+    init_from: NameOrPath | None = field(
+        None,
+        "Start from this LoRA: a file or PEFT folder, RUN, RUN@STEP, or USER/NAME on the Hub; null "
+        "starts anew.",
+    )
     use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
     use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
     kohya: bool | None = field(

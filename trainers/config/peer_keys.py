@@ -18,6 +18,7 @@ NAMES_BY_PATH = {
     "lora.rank": "network_dim lora_rank linear dim r",
     "lora.alpha": "network_alpha lora_alpha linear_alpha",
     "lora.dropout": "network_dropout lora_dropout",
+    "lora.init_from": "network_weights pretrained_lora_path lora_model_name init_lora",
     "lora.target_modules": "lora_layers layer_filter only_if_contains",
     "lora.use_dora": "lora_decompose weight_decompose dora",
     "data": "datasets dataset concepts",

@@ -33,9 +33,12 @@ from trainers.run_folder import (
     FINAL,
     GRID_NAME,
     WEIGHT_NAME,
-    list_checkpoints,
+    lora_folders,
+    step_folders,
+    step_name,
 )
 from trainers.training.checkpoint import read_checkpoint
+from trainers.training.run_weights import RunWeights
 
 # rows of pictures, each by its prompt and the seed of its noise
 PromptSeeds = dict[str, list[tuple[str, int]]]
@@ -47,12 +50,15 @@ class LoraSampler:
 
     def __init__(
         self,
-        config: DreamBoothConfig,
-        run: Path,
+        weights: RunWeights,
         prompts: Sequence[str],
         export_folder: Path | None,
     ) -> None:
-        """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too."""
+        """export_folder: a folder for the LoRA files of the checkpoints, if they are wanted too.
+
+        The LoRA of `weights` is `name`, the last in `folders`.
+        """
+        config, run = weights.config, weights.run
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         device = accelerator.device
         family = open_family(config.model, device, preferred_dtype(device))
@@ -64,14 +70,12 @@ class LoraSampler:
             self.encoder.fill(
                 [], dict.fromkeys([*prompts, config.validation.negative_prompt]), accelerator
             )
-        self.folders = {
-            **(
-                export_checkpoints(config, run, family, text_encoders, export_folder)
-                if export_folder
-                else {}
-            ),
-            FINAL: run,
-        }
+        self.name = FINAL if weights.step is None else step_name(weights.step)
+        self.folders = {}
+        if export_folder:
+            self.folders = export_checkpoints(config, run, family, text_encoders, export_folder)
+            self.folders.pop(self.name, None)
+        self.folders[self.name] = weights.folder
         family.load("vae", family.denoiser_name, *self.encoder.loaded_encoders)
         for name, folder in self.folders.items():
             # diffusers would load a file that is not finite, or not whole
@@ -111,7 +115,6 @@ class LoraSampler:
         )
 
 
-@torch.no_grad()
 def export_checkpoints(
     config: DreamBoothConfig,
     run: Path,
@@ -119,13 +122,36 @@ def export_checkpoints(
     text_encoders: Sequence[str],
     export_folder: Path,
 ) -> dict[str, Path]:
-    """Each checkpoint of the run as a LoRA file in a folder of its own, the oldest first; averaged
-    weights if kept."""
+    """The folder with the LoRA of each step that has one, the oldest first; averaged weights if
+    kept.
+
+    Checkpoints of earlier versions have none, and theirs are written to `export_folder`.
+    """
+    folders = step_folders(run / CHECKPOINTS)
+    without = [
+        folder for step, folder in folders.items() if step not in lora_folders(folder.parent)
+    ]
+    exported = export_states(config, without, family, text_encoders, export_folder)
+    found = {folder.name: exported.get(folder.name, folder) for folder in folders.values()}
+    return {name: folder for name, folder in found.items() if (folder / WEIGHT_NAME).is_file()}
+
+
+@torch.no_grad()
+def export_states(
+    config: DreamBoothConfig,
+    checkpoints: Sequence[Path],
+    family: Family,
+    text_encoders: Sequence[str],
+    export_folder: Path,
+) -> dict[str, Path]:
+    """The states of checkpoints as LoRA files, each in a folder of its own."""
+    if not checkpoints:
+        return {}
     family.load(family.denoiser_name, *text_encoders)
     module = TrainableDenoiser(family, text_encoders)
     add_lora(family, config.lora, text_encoders)
     trained, folders = trainable_state(module), {}
-    for checkpoint in reversed(list_checkpoints(run / CHECKPOINTS)):
+    for checkpoint in checkpoints:
         if (state := read_checkpoint(checkpoint)) is None:
             warnings.warn(f"{checkpoint} is damaged and is passed over", stacklevel=2)
             continue

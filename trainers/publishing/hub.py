@@ -124,9 +124,14 @@ def upload(config: Config, repo: str, folder: Path, message: str) -> str | None:
     return None if commit.oid == before else commit.pr_url or str(commit.repo_url)
 
 
-def push_run(config: Config, repo: str) -> str:
-    """Upload a finished run; says what came of it. repo: from `check_access`. Raises: PushError."""
+def push_run(config: Config, repo: str, source: str | None = None) -> str:
+    """Upload a finished run; says what came of it.
+
+    repo: from `check_access`. source: RUN@STEP, if the folder is `step_release`'s. Raises:
+    PushError.
+    """
     folder, hub = config.output_dir, config.hub
+    source = source or str(folder)
     if not (folder / CARD_NAME).exists():
         raise UserError(f"{folder} is not finished: it has no {CARD_NAME}, which a run writes last")
     name_repository(folder, repo)
@@ -142,15 +147,15 @@ def push_run(config: Config, repo: str) -> str:
                 continue
             raise PushError(
                 f"the upload to {repo} failed: {error_reason(error)}. The run is complete in "
-                f"{folder}. To try again:\n"
-                f"  {shlex.join(retry_command(config, repo))}"
+                f"{source}. To try again:\n"
+                f"  {shlex.join(retry_command(config, repo, source))}"
             ) from error
         return f"pushed to {address}" if address else f"nothing new to push: {repo} has all of it"
 
 
-def retry_command(config: Config, repo: str) -> list[str]:
+def retry_command(config: Config, repo: str, source: str) -> list[str]:
     """The command that pushes a finished run."""
-    hub, command = config.hub, ["python", "scripts/push.py", str(config.output_dir), "--repo", repo]
+    hub, command = config.hub, ["python", "scripts/push.py", source, "--repo", repo]
     command += ["--private"] if hub.private else []
     command += ["--revision", hub.hub_revision] if hub.hub_revision else []
     return command + (["--create-pr"] if hub.create_pr else [])

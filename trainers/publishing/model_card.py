@@ -49,12 +49,17 @@ def base_license(base: str, licenses: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_dreambooth_card(
-    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
+    config: DreamBoothConfig,
+    steps: int,
+    difference: float | None,
+    pictures: Sequence[str],
+    initial_lora: str | None = None,
 ) -> None:
     """Write README.md of the run folder.
 
-    steps: how many were trained; difference: the reload proof's relative difference;
-    pictures: digests of the training pictures.
+    steps: how many were trained; difference: the reload proof's relative difference, None if
+    there was none; pictures: digests of the training pictures, none if they are not at hand;
+    initial_lora: the digest of the LoRA from which the training started.
     """
     shared = public_config(config)
     prompt = card_prompt(shared)
@@ -67,7 +72,16 @@ def write_dreambooth_card(
         python=python_values(shared),
         is_lora=config.lora is not None,
         readers=lora_readers(shared),
-        facts=markdown_table(dreambooth_facts(shared, steps, difference, pictures)),
+        facts=markdown_table(
+            {
+                **base_facts(shared),
+                **initial_facts(config, initial_lora),
+                **picture_facts(shared, pictures),
+                **training_facts(shared, steps),
+                **proof_facts(difference),
+                "Versions": versions_line(),
+            }
+        ),
     )
     write_atomic(config.output_dir / CARD_NAME, str(card))
 
@@ -150,29 +164,45 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     }
 
 
-def dreambooth_facts(
-    config: DreamBoothConfig, steps: int, difference: float, pictures: Sequence[str]
-) -> dict[str, object]:
-    """What was trained on what, for the card's table."""
-    data, lora = config.data, config.lora
+def base_facts(config: DreamBoothConfig) -> dict[str, object]:
+    """What was trained, for the card's table."""
+    lora = config.lora
     trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
-    prior = "none"
+    return {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+
+
+def initial_facts(config: DreamBoothConfig, digest: str | None) -> dict[str, object]:
+    """The LoRA that the training started from, if any; the name of a local one is the user's."""
+    if digest is None:
+        return {}
+    source = config.lora.init_from
+    name = "a LoRA that is not public" if is_local(source) else source
+    return {"Started from": f"{name}; sha256 {digest[:16]}"}
+
+
+def picture_facts(config: DreamBoothConfig, pictures: Sequence[str]) -> dict[str, object]:
+    """What was trained on, for the card's table; pictures: their digests, if they are at hand."""
+    data = config.data
+    facts = {}
+    if pictures:
+        digest = sha256("".join(pictures).encode()).hexdigest()[:16]
+        facts["Pictures"] = f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}"
+    facts["Prior pictures"] = "none"
     if data.uses_prior:
         prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)
         prior = f"{data.num_class_images} of {prompts}, weight {data.prior_loss_weight}"
-    digest = sha256("".join(pictures).encode()).hexdigest()[:16]
+        facts["Prior pictures"] = prior
+    return facts
+
+
+def proof_facts(difference: float | None) -> dict[str, object]:
+    """The reload proof, if there was one, for the card's table."""
+    if difference is None:
+        return {}
     proof = f"the saved file, loaded into a fresh base, differs by {difference:.1e} (relative L2)"
-    return {
-        "Base model": config.model.pretrained_model_name_or_path,
-        "Trained": trained,
-        "Pictures": f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}",
-        "Prior pictures": prior,
-        **training_facts(config, steps),
-        "Reload proof": proof,
-        "Versions": versions_line(),
-    }
+    return {"Reload proof": proof}
 
 
 def training_facts(config: Config, steps: int) -> dict[str, object]:

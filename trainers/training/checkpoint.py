@@ -10,9 +10,10 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,23 +28,29 @@ from trainers.distributed.trained_weights import trainable_state
 from trainers.errors import UserError, warn_on_error
 from trainers.run_folder import (
     CHECKPOINTS,
+    LORA_NAMES,
     MANIFEST_NAME,
+    OPTIMIZER_SUFFIX,
+    has_lora_alone,
     list_checkpoints,
+    lora_folders,
     parse_step,
-    step_folders,
     step_name,
 )
-from trainers.training.facts import Facts, check_facts, check_length
-from trainers.training.loop import Player, Task
+from trainers.training.checkpoint_folders import (
+    clear_aside,
+    delete_checkpoint,
+    prune_checkpoints,
+    rename_checkpoints,
+)
+from trainers.training.facts import Facts, check_facts, check_length, find_extension
+from trainers.training.loop import Player, Task, averaged_weights
 from trainers.training.manifest import (
-    complete_checkpoints,
+    Manifest,
     is_own_checkpoint,
     manifest_checksum,
     read_checkpoint,
 )
-
-# what is being written, or removed
-ASIDE = re.compile(r"\.(gone-)?step-[0-9]{6,}")
 
 
 @dataclass
@@ -51,42 +58,57 @@ class RunState:
     """Where a run is, beside its tensors.
 
     facts: from `resume_facts`; rollbacks: each has halved the learning rate; end: why the training
-    was over before the last step, if it was.
+    was over before the last step, if it was; extensions: from `find_extension`, oldest first.
     """
 
     facts: Facts
     step: int = 0
     rollbacks: int = 0
     end: str = ""
+    extensions: Sequence[Facts] = ()
 
 
 def save_checkpoint(
     config: Config, task: Task, accelerator: Accelerator, state: RunState, prune: bool = True
 ) -> None:
-    """Write checkpoints/step-NNNNNN. A failure, as of a full disk, is a warning.
+    """Write checkpoints/step-NNNNNN, with the LoRA that a run stopped here would have given.
 
-    prune: whether to remove the oldest beyond the limit.
+    A failure, as of a full disk, is a warning. prune: whether to remove the oldest beyond the
+    limits.
     """
     if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
         files = pack_checkpoint(task, accelerator, state)
-    if accelerator.is_main_process:
-        root = config.output_dir / CHECKPOINTS
-        final = root / step_name(state.step)
-        temporary = root / f".{final.name}"
-        limit = config.checkpoint.checkpoints_total_limit
-        try:
-            with warn_on_error(f"writing {final}"):
-                write_temporary(temporary, files)
-                if is_own_checkpoint(final):
-                    delete_checkpoint(final)
-                elif final.exists():
-                    raise FileExistsError(f"{final} is no checkpoint of this run: move it away")
-                temporary.rename(final)
-                for old in complete_checkpoints(root)[limit:] if prune else ():
-                    delete_checkpoint(old)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with ExitStack() as stack:
+        if config.writes_lora:
+            stack.enter_context(averaged_weights(task))
+            for player in task.players.values():
+                stack.enter_context(deepspeed.gathered_weights(player.module, accelerator))
+        if accelerator.is_main_process:
+            write_checkpoint(config, task, state.step, files, prune)
     accelerator.wait_for_everyone()
+
+
+def write_checkpoint(
+    config: Config, task: Task, step: int, files: dict[str, bytes], prune: bool
+) -> None:
+    """Write it aside, and give it its name when all of it is on the disk."""
+    final = config.output_dir / CHECKPOINTS / step_name(step)
+    temporary = final.with_name(f".{final.name}")
+    try:
+        with warn_on_error(f"writing {final}"):
+            write_temporary(temporary, files)
+            if config.writes_lora:
+                task.save(temporary)
+                flush_loras(temporary)
+            if is_own_checkpoint(final) or has_lora_alone(final):
+                delete_checkpoint(final)
+            elif final.exists():
+                raise FileExistsError(f"{final} is no checkpoint of this run: move it away")
+            temporary.rename(final)
+            if prune:
+                prune_checkpoints(final.parent, config.checkpoint)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> dict[str, bytes]:
@@ -103,7 +125,7 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
         files[f"{name}.safetensors"] = save(tensors)
         buffer = io.BytesIO()
         torch.save(optimizer, buffer)
-        files[f"{name}.optimizer.pt"] = buffer.getvalue()
+        files[f"{name}{OPTIMIZER_SUFFIX}"] = buffer.getvalue()
         if player.ema:
             ema = {key: value.cpu().contiguous() for key, value in player.ema.average.items()}
             files[f"{name}.ema.safetensors"] = save(ema)
@@ -111,6 +133,7 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
         "step": state.step,
         "rollbacks": state.rollbacks,
         "end": state.end,
+        "extensions": list(state.extensions),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -122,9 +145,7 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
 def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
     """Write the files of a checkpoint, after what an earlier, killed run left aside is removed."""
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    for path in temporary.parent.iterdir():
-        if ASIDE.fullmatch(path.name) and path.is_dir():
-            shutil.rmtree(path)
+    clear_aside(temporary.parent)
     temporary.mkdir()
     for name, content in files.items():
         with open(temporary / name, "wb") as file:
@@ -133,34 +154,12 @@ def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
             os.fsync(file.fileno())
 
 
-def delete_checkpoint(folder: Path) -> None:
-    """Under another name first, so that a kill leaves no half of it under its own."""
-    trash = folder.with_name(f".gone-{folder.name}")
-    folder.rename(trash)
-    shutil.rmtree(trash)
-
-
-def rename_checkpoints(root: Path, first_step: int, name: str, accelerator: Accelerator) -> None:
-    """Rename checkpoints from step `first_step` on to NAME-NNNNNN, once all processes have done
-    with them."""
-    accelerator.wait_for_everyone()
-    for step, folder in step_folders(root).items() if accelerator.is_main_process else ():
-        if step >= first_step:
-            folder.rename(free_name(root / f"{name}-{step:06d}"))
-    accelerator.wait_for_everyone()
-
-
-def free_name(path: Path) -> Path:
-    """`path`, from which an earlier checkpoint is removed, or PATH-2, ... where something else lies
-    there."""
-    candidate, number = path, 1
-    while candidate.exists():
-        if (candidate / MANIFEST_NAME).is_file() and not candidate.is_symlink():
-            shutil.rmtree(candidate)
-        else:
-            number += 1
-            candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
+def flush_loras(folder: Path) -> None:
+    """Wait until the LoRA files in a folder are on the disk."""
+    for name in LORA_NAMES:
+        if (folder / name).is_file():
+            with open(folder / name, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict] | None:
@@ -170,9 +169,10 @@ def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict
     valid checkpoint, or when a new run would overwrite an earlier one.
     """
     folders = list_checkpoints(root)
-    if requested is None and folders:
+    names = [folder.name for folder in (*folders, *lora_folders(root).values())]
+    if requested is None and names:
         raise UserError(
-            f"{root.parent} holds a run already ({folders[0].name}): choose another output_dir or "
+            f"{root.parent} holds a run already ({names[0]}): choose another output_dir or "
             "resume it"
         )
     if requested is None:
@@ -204,7 +204,7 @@ def restore_player(
     weights = load(files[f"{name}.safetensors"])
     # by way of the CPU, for the device on which it was written may not be there
     optimizer = torch.load(
-        io.BytesIO(files[f"{name}.optimizer.pt"]), map_location="cpu", weights_only=True
+        io.BytesIO(files[f"{name}{OPTIMIZER_SUFFIX}"]), map_location="cpu", weights_only=True
     )
     if deepspeed.zero_stage(accelerator):
         deepspeed.restore_state(module, player.optimizer, weights, optimizer)
@@ -236,6 +236,8 @@ def resume(
         rename_checkpoints(root, before_step, "diverged", accelerator)
     found = find_checkpoint(root, requested)
     if found is None:
+        # the LoRAs of a run whose states were removed by hand are none of this run's
+        rename_checkpoints(root, 1, "left", accelerator)
         return RunState(facts)
     folder, manifest, files = found
 
@@ -252,4 +254,24 @@ def resume(
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
-    return RunState(facts, manifest["step"], manifest.get("rollbacks", 0), manifest.get("end", ""))
+    return state_of(manifest, facts, config, accelerator)
+
+
+def state_of(
+    manifest: Manifest, facts: Facts, config: Config, accelerator: Accelerator
+) -> RunState:
+    """The state in a manifest, open again where the run is to be trained longer."""
+    step, end = manifest["step"], manifest.get("end", "")
+    extensions = manifest.get("extensions", [])
+    if extension := find_extension(manifest, config):
+        extensions, end = [*extensions, extension], ""
+        accelerator.print(
+            f"trained longer from step {step} on, with the learning rates of a run of "
+            f"{config.train.max_train_steps} steps"
+        )
+    elif end:
+        accelerator.print(
+            f"the training was over after step {step}: {end}. checkpoint.extend=true goes on to "
+            "train.max_train_steps, once for each number of steps"
+        )
+    return RunState(facts, step, manifest.get("rollbacks", 0), end, extensions)

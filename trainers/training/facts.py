@@ -25,6 +25,9 @@ Facts = dict[str, Any]  # JSON values
 PictureEntry = tuple[str, str, str]
 
 STEPS_KEY = "train.max_train_steps"
+# what a run that is trained longer may change: a short one's warm-up was reduced to fit
+SCHEDULE_KEYS = (STEPS_KEY, "optimizer.lr_warmup_steps")
+INITIAL_LORA = "initial LoRA"
 MAX_LISTED_FILES = 1000  # of a larger pool of pictures only the digest is kept
 MAX_NAMED = 5  # in a message
 
@@ -50,6 +53,7 @@ CHANGEABLE_KEYS = {
     "train.train_batch_size",
     "train.gradient_accumulation_steps",
     # the files and captions themselves are compared instead of where they lie
+    "lora.init_from",
     "model.pretrained_model_name_or_path",
     "model.revision",
     "model.variant",
@@ -72,8 +76,12 @@ ADVICE = (
     "Restore these to go on from there, or set another output_dir for a new run. Free to change: "
     "where pictures and base lie; how the global batch is split into micro-batches and processes; "
     "memory and speed options; checkpoint, validation, tracking and hub; and, with a constant "
-    "learning rate, train.max_train_steps, which makes a run longer."
+    "learning rate or checkpoint.extend=true, train.max_train_steps, which makes a run longer."
 )
+EXTEND_ADVICE = """The learning rate of each step depends on the number of steps. Choose:
+  checkpoint.extend=true goes on from there, with the learning rates of the new length
+  another output_dir trains from step 0 with one schedule
+  the old values finish the run as it was planned"""
 
 
 def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Facts:
@@ -145,7 +153,8 @@ def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> N
 
     What a checkpoint of an earlier version does not say cannot be compared, which is a warning.
     """
-    unknown = [name for name in current if name not in saved and name != "config"]
+    optional = ("config", INITIAL_LORA)
+    unknown = [name for name in current if name not in saved and name not in optional]
     if unknown:
         warnings.warn(
             f"{folder} was written by an earlier version and does not say which "
@@ -159,12 +168,42 @@ def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> N
     for name in ("mixed precision", "global batch"):
         if name in saved and saved[name] != current[name]:
             differences.append(f"{name}: was {saved[name]}, is {current[name]}")
+    differences += explain_initial_lora(saved.get(INITIAL_LORA), current.get(INITIAL_LORA))
     # an earlier version had the keys beside the other facts
     saved_config = saved.get("config", saved)
-    differences += explain_config(saved_config, current["config"], config)
-    if differences:
+    changes = explain_config(saved_config, current["config"], config)
+    schedule = {}
+    if is_longer(saved_config, current["config"]):
+        schedule = {key: changes.pop(key) for key in SCHEDULE_KEYS if key in changes}
+    if schedule and not config.checkpoint.extend:
+        changes = schedule | changes
+    if lines := [*differences, *changes.values()]:
         head = f"{folder} was made by another configuration, or from other files:"
-        raise UserError("\n".join([head, *(f"  {line}" for line in differences), ADVICE]))
+        advice = EXTEND_ADVICE if lines == [*schedule.values()] else ADVICE
+        raise UserError("\n".join([head, *(f"  {line}" for line in lines), advice]))
+
+
+def is_longer(saved: Facts, current: Facts) -> bool:
+    """Whether a run has not fewer steps than before, as far as its schedule depends on them."""
+    before, now = saved.get(STEPS_KEY), current.get(STEPS_KEY)
+    return before is None or now is None or now >= before
+
+
+def find_extension(manifest: Facts, config: Config) -> Facts | None:
+    """How a run that passed `check_facts` goes on beyond its own plan, for the next manifests.
+
+    None where it does not. A run that was over early is opened again once for each number of
+    steps, so that the same command does not train on each time.
+    """
+    facts, end = manifest["facts"], manifest.get("end", "")
+    step, steps = manifest["step"], config.train.max_train_steps
+    before = facts.get("config", facts).get(STEPS_KEY)
+    has_grown = before is not None and before < steps
+    is_known = any(entry["max_train_steps"] == steps for entry in manifest.get("extensions", ()))
+    is_opened = bool(end) and config.checkpoint.extend and step < steps and not is_known
+    if not (has_grown or is_opened):
+        return None
+    return {"from_step": step, "max_train_steps": steps, "before": before, "end": end}
 
 
 def check_length(folder: Path, step: int, config: Config) -> None:
@@ -177,17 +216,25 @@ def check_length(folder: Path, step: int, config: Config) -> None:
         )
 
 
-def explain_config(saved: Facts, current: Facts, config: Config) -> list[str]:
-    """A line for each key with another value.
+def explain_initial_lora(saved: str | None, current: str | None) -> list[str]:
+    """A line where the LoRA to start from is another one: its place may change, its digest not."""
+    if saved == current:
+        return []
+    digests = ["none" if digest is None else f"sha256 {digest[:16]}" for digest in (saved, current)]
+    return [f"lora.init_from: another LoRA, was {digests[0]}, is {digests[1]}"]
+
+
+def explain_config(saved: Facts, current: Facts, config: Config) -> dict[str, str]:
+    """A line for each key with another value, by key.
 
     A key that an earlier version did not have yet had its default; one that is no more is let be.
     """
-    lines, switched = [], []
+    lines, switched = {}, []
     for section in type(config).model_fields:
         was_null, is_null = (facts.get(section, ...) is None for facts in (saved, current))
         if was_null != is_null:
             switched.append(section)
-            lines.append(f"{section}: {'was null' if was_null else 'is null'}")
+            lines[section] = f"{section}: {'was null' if was_null else 'is null'}"
     defaults = config_facts(type(config)())
     for name, now in current.items():
         # where the number of steps is not noted, the schedule is another one
@@ -195,7 +242,7 @@ def explain_config(saved: Facts, current: Facts, config: Config) -> list[str]:
             continue
         before = saved.get(name, defaults.get(name))
         if before != now:
-            lines.append(f"{name}: was {show(before)}, is {show(now)}")
+            lines[name] = f"{name}: was {show(before)}, is {show(now)}"
     return lines
 
 

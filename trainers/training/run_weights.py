@@ -1,0 +1,121 @@
+"""Which weights a command line or a config names: RUN, RUN@STEP, or a file from anywhere."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.config import Config
+from trainers.errors import UserError
+from trainers.run_folder import (
+    CHECKPOINTS,
+    CONFIG_NAME,
+    WEIGHT_NAME,
+    check_finished,
+    lora_folders,
+    parse_step,
+    read_run_config,
+)
+from trainers.training.manifest import complete_checkpoints, read_manifest
+
+AT_STEP = re.compile(r"(.+?)/?@([0-9]{1,9})")
+MAX_NAMED = 12  # steps in a message
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """What of a run is meant. step: of the checkpoint whose LoRA it is; None: the finished run."""
+
+    run: Path
+    config: Config
+    step: int | None = None
+    note: str = ""  # what is to be told of the choice, a line
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights lie."""
+        if self.step is None:
+            return self.run
+        return lora_folders(self.run / CHECKPOINTS)[self.step]
+
+    @property
+    def name(self) -> str:
+        """RUN or RUN@STEP, as it may be given again."""
+        return str(self.run) if self.step is None else f"{self.run}@{self.step}"
+
+
+def split_step(argument: str | Path) -> tuple[Path, int | None]:
+    """The run and the step in RUN@STEP, or in RUN/checkpoints/step-STEP.
+
+    Without a step the path is what was given: a file or folder of that very name comes first.
+    """
+    path = Path(argument)
+    match = AT_STEP.fullmatch(str(argument))
+    if match and not path.exists():
+        return Path(match[1]), int(match[2])
+    step = parse_step(path.name)
+    if step is not None and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, step
+    return path, None
+
+
+def is_run(argument: str | Path) -> bool:
+    """Whether RUN, or RUN@STEP, is the folder of a run."""
+    return (split_step(argument)[0] / CONFIG_NAME).is_file()
+
+
+def find_run_weights(argument: str | Path, kind: str = "") -> RunWeights:
+    """The weights that RUN or RUN@STEP names.
+
+    A run that was stopped is its newest checkpoint with a LoRA. Raises: UserError when the folder
+    is no run of that kind, if one is given, or has no such weights.
+    """
+    run, step = split_step(argument)
+    config = read_run_config(run)
+    if kind and config.kind != kind:
+        raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    steps = list(lora_folders(run / CHECKPOINTS)) if config.writes_lora else []
+    if step is not None:
+        check_step(run, step, steps, config)
+        return RunWeights(run, config, step)
+    if not steps or is_finished(run, config):
+        check_finished(run, config)
+        return RunWeights(run, config)
+    newest = steps[-1]
+    note = f"{run} is not finished: this is the LoRA of its newest checkpoint, {run}@{newest}"
+    return RunWeights(run, config, newest, note)
+
+
+def check_step(run: Path, step: int, steps: list[int], config: Config) -> None:
+    """Raises: UserError where there is no LoRA of that step."""
+    if step in steps:
+        return
+    if not config.writes_lora:
+        raise UserError(f"{run}@{step}: only the checkpoints of a LoRA run have weights of a step")
+    kept = ", ".join(map(str, steps[-MAX_NAMED:])) or "none"
+    raise UserError(
+        f"{run} has no LoRA of step {step}. There are those of these steps: {kept} "
+        "(checkpoint.checkpointing_steps and checkpoint.keep_loras decide)"
+    )
+
+
+def is_finished(run: Path, config: Config) -> bool:
+    """Whether the LoRA of a run folder is that of its last step.
+
+    A run that is trained longer has one of its shorter self until it is finished again.
+    """
+    final = run / WEIGHT_NAME
+    if not final.is_file():
+        return False
+    for checkpoint in complete_checkpoints(run / CHECKPOINTS):
+        manifest = read_manifest(checkpoint)
+        is_over = manifest.get("end") or manifest["step"] >= config.train.max_train_steps
+        lora = checkpoint / WEIGHT_NAME
+        # a checkpoint that could not be written at the end leaves an older one as the newest
+        return bool(is_over) or not lora.is_file() or not is_newer(lora, final)
+    return True
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    return file.stat().st_mtime_ns > other.stat().st_mtime_ns
