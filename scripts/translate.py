@@ -21,10 +21,9 @@ def main() -> None:
         flags={"--full-size": full_size},
     )
 
-    from tqdm.auto import tqdm
-
     from trainers.data.pictures import picture_from_file
     from trainers.from_scratch.checks import warn_of_squashing
+    from trainers.progress import track
     from trainers.unet import Translator
 
     translate = Translator(config, arguments.run, arguments.full_size)
@@ -37,7 +36,7 @@ def main() -> None:
             f"several pictures would become {twice}: translate them in two goes, with another --out"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for path, result in zip(tqdm(paths, unit="picture"), results, strict=True):
+    for path, result in zip(track(paths, "pictures"), results, strict=True):
         translate(path).save(result)
     print(arguments.out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -24,9 +25,21 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp{path.suffix}")
 
 
+def read_ordinary_file(path: Path) -> bytes:
+    """Raises: OSError for what is no file, such as a pipe, which nobody may ever write to."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    return path.read_bytes()
+
+
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A name to write a file to, which takes the place of `path` when the block ends well."""
+    """A name to write a file to, which takes the place of `path` when the block ends well.
+
+    Raises: UserError when `path` is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written there: move the folder")
     temporary = aside(path)
     try:
         yield temporary

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
@@ -24,6 +23,7 @@ from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sampl
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
 from trainers.metrics.image_quality import auroc, psnr, ssim
+from trainers.progress import track
 from trainers.run_folder import FINAL, GRID_NAME, MODEL, SAMPLES
 
 NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on, by chance
@@ -161,7 +161,7 @@ def encode_pictures(
     warn_of_squashing([sample.picture for sample in samples], config)
     decoder = partial(decode_sample, config=config.data, read_target=None)
     images, codes, scores = ImageSet(samples, decoder, False, model.device), [], []
-    for first in tqdm(range(0, len(images), 256), unit="batch"):
+    for first in track(range(0, len(images), 256), "encoding"):
         x = to_float(images.take(range(first, min(first + 256, len(images)))))
         codes.append(model.encode(x))
         if config.use == "anomaly":

@@ -184,7 +184,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     nargs = None if default is None else "?"
     parser.add_argument("config", nargs=nargs, default=default, help=f"A YAML file, {usual}.")
     help = "Values that replace those in the file, such as optimizer.learning_rate=1e-4."
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help)
+    # without a default argparse says that they are required
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help)
 
 
 def parse_config_arguments(
@@ -203,7 +204,7 @@ def parse_config_arguments(
     errors = list(option_errors(unknown, words))
     if errors:
         raise UserError("\n".join(errors))
-    arguments.overrides += unknown
+    arguments.overrides = [*arguments.overrides, *unknown]
     return arguments
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from trainers import dreambooth
 from trainers.atomic import write_atomic
 from trainers.autoencoder import Autoencoder
+from trainers.banners import end_banner, start_banner
 from trainers.config import Config, loading
 from trainers.distributed.accelerator import make_accelerator, record_precision
 from trainers.distributed.collectives import ProcessGroup, run_on_main
@@ -19,6 +20,7 @@ from trainers.efficiency.attention import attention_kernel
 from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
+from trainers.publishing.live import LiveReport
 from trainers.publishing.public import TRACKER_OPTIONS
 from trainers.publishing.report import write_report
 from trainers.run_folder import CONFIG_NAME, lock_run_folder
@@ -26,11 +28,12 @@ from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
 from trainers.training.checkpoint import RunState, resume, save_checkpoint
 from trainers.training.facts import Facts, resume_facts
-from trainers.training.failures import friendly_errors
+from trainers.training.failures import friendly_errors, stop_advice
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
 from trainers.training.optimizers import make_lr_schedule
 from trainers.training.process_state import restored_process
+from trainers.training.status import recorded_warnings
 from trainers.unet import UNetTask
 
 TASKS = {
@@ -48,16 +51,22 @@ def run(settings: Config) -> None:
     """
     with ExitStack() as stack:
         stack.enter_context(restored_process())
+        shown_warnings = stack.enter_context(recorded_warnings())
         accelerator, shard = make_accelerator(settings)
         settings = record_precision(settings, accelerator)
         stack.enter_context(friendly_errors(settings, accelerator.num_processes))
         repo = run_on_main(accelerator, lambda: check_access(settings))
         run_on_main(accelerator, lambda: stack.enter_context(lock_run_folder(settings.output_dir)))
-        train_and_export(settings, accelerator, shard, repo)
+        live = LiveReport(settings, accelerator.is_main_process, shown_warnings)
+        train_and_export(settings, accelerator, shard, repo, live)
 
 
 def train_and_export(
-    settings: Config, accelerator: Accelerator, shard: ShardFunction | None, repo: str | None
+    settings: Config,
+    accelerator: Accelerator,
+    shard: ShardFunction | None,
+    repo: str | None,
+    live: LiveReport,
 ) -> None:
     for preset, values in settings.applied_presets.items():
         accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
@@ -72,14 +81,17 @@ def train_and_export(
     if settings.train.auto_micro_batch:
         find_executable_batch_size(task, batches, settings, processes, state.step)
     push = PushToHub(task, settings, repo)
-    steps = Training(task, batches, settings, processes, push).to_end(state)
-    if accelerator.is_main_process or task.needs_all_processes:
-        task.finish(steps)
+    banner = start_banner(settings, task, batches, accelerator, state.step)
+    # where stdout is a file, it would come after the progress, which is on stderr
+    accelerator.print(banner, flush=True)
+    with live.followed(state.step):
+        steps = Training(task, batches, settings, processes, push, live).to_end(state)
+        if accelerator.is_main_process or task.needs_all_processes:
+            task.finish(steps)
     if accelerator.is_main_process:
-        write_report(settings.output_dir, config=settings)
         if repo:
             write_report(settings.output_dir, pictures=False, config=settings)
-        accelerator.print(f"done: {settings.output_dir}")
+        accelerator.print(end_banner(settings), flush=True)
     accelerator.wait_for_everyone()
     with warn_on_error("the tracker"):
         accelerator.end_training()
@@ -117,6 +129,7 @@ class Training:
     settings: Config
     processes: ProcessGroup
     push: PushToHub
+    live: LiveReport
 
     def to_end(self, state: RunState) -> int:
         """Train until the loop stops, going back to an earlier checkpoint when the run diverges.
@@ -130,8 +143,7 @@ class Training:
                 state = self.roll_back(error, state)
                 continue
             if reason.signal_number:
-                advice = "the same command goes on from the checkpoint"
-                raise Interrupted(reason.signal_number, advice)
+                raise Interrupted(reason.signal_number, stop_advice(self.settings))
             return reason.step
         return state.step
 
@@ -143,19 +155,25 @@ class Training:
         def rate(step: int) -> float:
             return schedule(step) * 0.5**state.rollbacks
 
-        log = LogMetrics(settings, accelerator, rate, state.step)
-        checkpoints = SaveCheckpoints(task, settings, self.processes, state)
-        callbacks = [
-            *task.callbacks,
-            NonfiniteGuard(task, self.batches, settings, accelerator),
-            log,
-            SamplePictures(task, settings, accelerator),
-            checkpoints,
-            self.push,
-        ]
-        loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
-        with closing(log.progress_bar), attention_kernel(task.attention, accelerator.device):
-            reason = train(task, self.batches, *loop)
+        with attention_kernel(task.attention, accelerator.device):
+            samples = SamplePictures(task, settings, accelerator)
+            if state.step == 0:
+                samples.sample(0)
+            self.live.start(state.step)
+            log = LogMetrics(settings, accelerator, rate, state.step)
+            checkpoints = SaveCheckpoints(task, settings, self.processes, state)
+            callbacks = [
+                *task.callbacks,
+                NonfiniteGuard(task, self.batches, settings, accelerator),
+                log,
+                samples,
+                self.live,
+                checkpoints,
+                self.push,
+            ]
+            loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
+            with closing(log.progress):
+                reason = train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
             reason = checkpoints.save_end(reason)

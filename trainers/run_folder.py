@@ -23,6 +23,7 @@ from trainers.errors import UserError, warn_on_error
 # files
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
+STATUS_NAME = "status.json"
 CARD_NAME = "README.md"
 FIGURES_NAME = "figures.json"
 EVALUATION_NAME = "evaluation.json"

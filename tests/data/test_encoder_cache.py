@@ -2,6 +2,7 @@
 entry depends on."""
 
 import gc
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
 from trainers.data.pictures import Picture, load_instance_pictures
-from trainers.errors import RunFailedError
+from trainers.errors import RunFailedError, UserError
 from trainers.families.sd15 import SD15
 
 ENTRY = {
@@ -79,6 +80,27 @@ def test_an_entry_with_any_byte_changed_is_none_or_still_right(cache, mask):
         cache.path("key").write_bytes(whole[:i] + bytes([whole[i] ^ mask]) + whole[i + 1 :])
         found = cache.read_file("key")
         assert found is None or (i < header and same(found, ENTRY)), i
+
+
+def test_entries_that_were_exchanged_are_none(cache):
+    cache.write("other", {**ENTRY, "ids": torch.arange(5)})
+    shutil.copy(cache.path("other"), cache.path("key"))
+    assert cache.read_file("key") is None
+    assert cache.read_file("other")
+
+
+def test_what_is_no_file_is_no_entry_and_a_folder_in_its_place_is_named(cache):
+    path = cache.path("key")
+    path.unlink()
+    os.mkfifo(path)
+    assert cache.read_file("key") is None
+    cache.write("key", ENTRY)
+    assert same(cache.read_file("key"), ENTRY)
+    path.unlink()
+    path.mkdir()
+    assert cache.read_file("key") is None
+    with pytest.raises(UserError, match="is a folder, and a file is to be written there"):
+        cache.write("key", ENTRY)
 
 
 # Keys

@@ -55,6 +55,23 @@ def test_a_damaged_store_of_digests_is_no_store(tmp_path, content):
     assert fresh(tmp_path / "store.json").known == {}
 
 
+def test_a_digest_that_was_changed_in_the_store_is_not_believed(tmp_path, reads):
+    file, store = tmp_path / "unet.safetensors", tmp_path / "store.json"
+    file.write_bytes(b"weights")
+    digests = fresh(store)
+    digest = digests(file)
+    digests.save()
+    content = store.read_text("utf-8")
+    other = digest.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+    for place in (store, tmp_path / "pipe"):
+        if place == store:
+            store.write_text(content.replace(digest, other), "utf-8")
+        else:
+            os.mkfifo(place)
+        assert fresh(place)(file) == digest
+    assert len(reads) == 3
+
+
 def test_the_hubs_cache_names_its_files_by_their_digest(tmp_path, reads):
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "unet"
     blobs.mkdir()

@@ -57,6 +57,7 @@ def test_a_run_ends_with_weights_that_reload_and_learns(settings, overrides):
     weights = "pytorch_lora_weights.safetensors" if final.lora else "pipeline"
     assert names >= {"config.yaml", "metrics.jsonl", "README.md", "samples", "checkpoints", weights}
     assert {path.name for path in (final.output_dir / "samples").iterdir()} == {
+        "step-000000",
         "step-000003",
         "step-000006",
         "final",

@@ -89,6 +89,7 @@ def test_a_disk_that_is_full_for_good_is_one_message(
         disturb({3: lambda task: fill(disk)})
         remains = "The checkpoint step-000002 is intact: the same command goes on from it"
         left = {".lock", ".owner", "config.yaml", "metrics.jsonl", "checkpoints"}
+        left |= {"report.html", "status.json"}
     assert call("train.py", tmp_path / "config.yaml") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.search(

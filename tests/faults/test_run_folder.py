@@ -1,6 +1,7 @@
 """One run at a time in a folder, and checkpoints by the clock and by signal."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -43,8 +44,10 @@ def test_a_folder_in_use_is_refused_until_kill_9_frees_it_and_sigusr1_makes_a_ch
         bool(read_checkpoint(settings.output_dir / "checkpoints" / name))
         for name in names(settings)
     ] == [True]
-    assert log.read_text().endswith(
-        "stopped by signal 10; the same command goes on from the checkpoint\n"
+    assert re.search(
+        r"\nstopped by signal 10; the same command goes on from the checkpoint step-\d{6} "
+        r"\(python \S*train\.py .*\)\n$",
+        log.read_text(),
     )
 
 

@@ -60,11 +60,14 @@ def test_a_browser_fetches_nothing(runs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_slider_has_one_frame_for_each_sampled_step(runs, kind):
     page = Page(write_report(runs[kind]))
-    assert re.findall("<figcaption>step (\\d+)</figcaption>", page.source) == ["2", "4", "6"]
+    assert re.findall("<figcaption>step (\\d+)</figcaption>", page.source) == ["0", "2", "4", "6"]
     (slider,) = [attrs for tag, attrs in page.tags if tag == "input"]
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "2")
     stack = re.search('<div class="stack">.*?</div>', page.source, re.DOTALL)[0]
     grids = [folder / "grid.png" for folder in sorted((runs[kind] / "samples").glob("step-*"))]
+    base = re.search('<figure class="base">.*?</figure>', page.source, re.DOTALL)[0]
+    (shown,) = pictures(base)
+    assert np.abs(levels(shown) - levels(Image.open(grids.pop(0)))).mean() < 8
     for frame, grid in zip(pictures(stack), grids, strict=True):
         assert np.abs(levels(frame) - levels(Image.open(grid))).mean() < 8
 
@@ -84,10 +87,10 @@ def test_final_pictures_stand_at_their_prompts_and_are_the_files(runs):
     ("kind", "others"), [("dreambooth", 4), ("gan", 1), ("autoencoder", 1), ("unet", 0)]
 )
 def test_no_picture_is_shown_twice(runs, kind, others, tmp_path):
-    """Others than the three frames: the prompts' pictures, the walk, the codes."""
+    """Others than the base and the three frames: the prompts' pictures, the walk, the codes."""
     folder = tmp_path / "run"
     shutil.copytree(runs[kind], folder, ignore=shutil.ignore_patterns("*.safetensors", "cache"))
-    assert len(pictures(Page(write_report(folder, pictures=False)).source)) == 3 + others
+    assert len(pictures(Page(write_report(folder, pictures=False)).source)) == 4 + others
     Image.new("RGB", (200, 90)).save(folder / "samples/final/grid.png")  # no longer the last frame
     shown = pictures(Page(write_report(folder, pictures=False)).source)
     assert [picture.size for picture in shown].count((200, 90)) == (kind != "dreambooth")

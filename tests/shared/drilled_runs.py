@@ -85,11 +85,16 @@ class Start:
         with suppress(FileNotFoundError):
             return any(path.stat().st_mtime >= self.began for path in self.folder.glob(pattern))
 
+    def is_finished(self):
+        """Whether the end of this process's run is noted."""
+        name = "status.json"
+        return self.wrote(name) and '"state": "finished"' in (self.folder / name).read_text()
+
     def phase(self):
         if not self.wrote(".lock"):
             return "meeting"
         if self.saved() == STEPS and (self.first < STEPS or self.wrote(self.weights)):
-            return "over" if self.wrote("report.html") else "end"
+            return "over" if self.is_finished() else "end"
         return "training" if self.wrote("checkpoints/*step-*") else "start-up"
 
     def wait(self, seconds, pattern="nothing"):

@@ -183,7 +183,7 @@ def test_a_bad_line_of_metrics_is_left_out_with_a_warning(run, bad):
         write_report(folder)
     with pytest.warns(UserWarning, match="1 damaged lines"):
         log = LogMetrics(run.config, run.accelerator, lambda step: 1.0, start=3)
-    log.progress_bar.close()
+    log.progress.close()
     assert (folder / "metrics.jsonl").read_bytes() == line(1) + b"\n" + line(3) + b"\n"
 
 

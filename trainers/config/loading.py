@@ -85,7 +85,7 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
     if equals and name.startswith("--"):
         hint = override_hint(name.lstrip("-"), value)
         return f"{shown}: an override has no dashes; {hint}"
-    if not equals or len(sections) >= MAX_DEPTH:
+    if not equals or not key or len(sections) >= MAX_DEPTH:
         return f"{shown}: an override must have the form section.key=value"
     for section in sections:
         inner = {} if tree.get(section) is None else tree[section]

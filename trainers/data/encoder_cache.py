@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
+from trainers.progress import track
 
 Job = Callable[[], dict[str, Tensor]]  # computes an entry
 
@@ -49,7 +49,7 @@ class Encoders(Protocol):
 
 
 class TensorCache:
-    """Named tensors by key, in one safetensors file for each key, with a checksum of its content.
+    """Named tensors by key, in one safetensors file for each, with a checksum of key and content.
 
     A file is written under another name and then renamed, so that it is whole or absent.
     """
@@ -62,12 +62,16 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read_file(self, key: str) -> dict[str, Tensor] | None:
-        """The entry as the file holds it now, or None if it is absent or damaged."""
+        """The entry as the file holds it now, or None if it is absent, damaged or another one."""
+        path = self.path(key)
+        # a pipe of that name would be waited for
+        if not path.is_file():
+            return None
         try:
-            with safe_open(self.path(key), "pt") as file:
+            with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = (file.metadata() or {}).get("sha256")
-                return tensors if tensor_checksum(tensors) == expected else None
+                return tensors if entry_checksum(key, tensors) == expected else None
         except (OSError, SafetensorError):
             return None
 
@@ -87,14 +91,14 @@ class TensorCache:
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         # other processes may be writing the same entry
         with replacing_file(path) as temporary:
-            save_file(tensors, temporary, {"sha256": tensor_checksum(tensors)})
+            save_file(tensors, temporary, {"sha256": entry_checksum(key, tensors)})
         # it may be remembered as absent
         self.read.cache_clear()
 
 
-def tensor_checksum(tensors: dict[str, Tensor]) -> str:
-    """A SHA-256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
+def entry_checksum(key: str, tensors: dict[str, Tensor]) -> str:
+    """A SHA-256 of the key, for files may be exchanged, and of names, types, shapes and values."""
+    digest = hashlib.sha256(key.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().data)
@@ -214,7 +218,7 @@ class CachedEncoder:
         """Load an encoder, write its entries and free it."""
         self.family.load(encoder)
         is_quiet = not accelerator.is_main_process
-        for key, job in tqdm(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
+        for key, job in track(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
             self.cache.write(key, job())
         self.family.unload()
 

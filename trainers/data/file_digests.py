@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.atomic import write_atomic
+from trainers.atomic import read_ordinary_file, write_atomic
 from trainers.errors import warn_on_error
 
 # the settings and vocabularies of a part; weights are told by their own endings
@@ -20,7 +20,8 @@ SHA256 = re.compile("[0-9a-f]{64}")
 class FileDigests:
     """The SHA-256 of files; one is read once, as long as its size and times stay.
 
-    `load` names a JSON file in which `save` remembers them for the next run.
+    `load` names a JSON file in which `save` remembers them for the next run, with a checksum: a
+    damaged digest would tell of another base model.
     """
 
     def __init__(self) -> None:
@@ -31,13 +32,13 @@ class FileDigests:
     def load(self, store: Path) -> None:
         self.store = store
         try:
-            known = json.loads(store.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            stored = json.loads(read_ordinary_file(store))
+            known, checksum = stored["files"], stored["sha256"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             return
-        for key, digest in known.items() if isinstance(known, dict) else ():
-            if isinstance(digest, str) and SHA256.fullmatch(digest):
-                self.known.setdefault(key, digest)
-        self.num_stored = len(self.known)
+        if isinstance(known, dict) and checksum == digests_checksum(known):
+            self.known = known | self.known
+            self.num_stored = len(self.known)
 
     def __call__(self, path: Path) -> str:
         blob = path.resolve()
@@ -58,8 +59,13 @@ class FileDigests:
             return
         with warn_on_error(f"writing {self.store}"):
             self.store.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.store, json.dumps(self.known, indent=1) + "\n")
+            stored = {"files": self.known, "sha256": digests_checksum(self.known)}
+            write_atomic(self.store, json.dumps(stored, indent=1) + "\n")
             self.num_stored = len(self.known)
+
+
+def digests_checksum(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def read_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainers.data.decoding import IMAGE_SUFFIXES
 from trainers.errors import UserError
+from trainers.run_folder import LOCK_NAME
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -17,8 +18,6 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 ABOUT_FOLDER = {"readme", "license", "licence", "copying"}
 # what file managers and archives leave behind; so are names that begin with a dot
 SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
-# every run folder has this file, and pictures in it were drawn by a model
-RUN_FOLDER_MARK = ".lock"
 # beside class pictures that a run drew stands what they were drawn from
 CLASS_PICTURES_FILE = re.compile(r"class-pictures(-[0-9a-f]{8})?\.json")
 # kohya's scripts read the number before the underscore as how often each picture counts
@@ -82,7 +81,7 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
             yield path
             continue
         target = path.resolve()
-        if target in left_out or (path / RUN_FOLDER_MARK).is_file():
+        if target in left_out or (path / LOCK_NAME).is_file():
             skipped.append(path)
         elif target not in seen:
             seen.add(target)

@@ -29,6 +29,7 @@ MEANT_FOR_USE = {
         "cap csv json jsonl parquet tsv xml"
     ),
 }
+NOT_USED = "not used: "
 UNNAMED_PICTURE = "they hold pictures and need the ending of their format"
 
 
@@ -118,11 +119,20 @@ class Intake:
         for path in contents.unused:
             groups.setdefault(advice_for(path), []).append(path)
         for advice, paths in groups.items():
-            text = f"not used: {name_by_kind(paths, root)}"
+            text = f"{NOT_USED}{name_by_kind(paths, root)}"
             if advice:
                 self.warn(f"{text}: {advice}")
             else:
                 self.note(text)
+
+
+def read_notes(run: Path) -> list[str]:
+    """The texts that `Intake.save` left in a run folder; [] where it left none."""
+    try:
+        notes = json.loads((run / INTAKE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [note["text"] for note in notes]
 
 
 def advice_for(path: Path) -> str | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from trainers.atomic import aside, write_atomic
 from trainers.config import DreamBoothConfig
@@ -26,6 +25,7 @@ from trainers.data.intake import Intake
 from trainers.data.pictures import Picture, list_image_files, load_class_pictures
 from trainers.distributed.collectives import own_items
 from trainers.families.sampling import sample_picture
+from trainers.progress import track
 from trainers.run_folder import CLASS_PICTURES
 
 # the number of a picture and, but in the first set of a folder, the digest of its set
@@ -179,7 +179,7 @@ def draw(
     family = encoder.family
     family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
     family.apply_memory_options()
-    for path in tqdm(missing, "class pictures", disable=not accelerator.is_main_process):
+    for path in track(missing, "class pictures", disable=not accelerator.is_main_process):
         prompt, number = picture_prompt(path, config), picture_number(path)
         settings = config.validation, number, config.data.resolution, encoder.encoder_outputs
         picture = sample_picture(family, prompt, *settings)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from trainers.config import ImagesConfig, OptimizerConfig, TrainConfig
 from trainers.data.imaging import to_float
@@ -17,6 +17,7 @@ from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.image_sets import ImageBatches, ImageSet
 from trainers.from_scratch.networks import Classifier
 from trainers.metrics.feature_networks import NamedFeatures
+from trainers.progress import is_terminal
 from trainers.training.loop import Player, StepMetrics, train
 from trainers.training.optimizers import make_lr_schedule, make_optimizer
 
@@ -55,7 +56,9 @@ def train_classifier(
     task = ClassifierTask(images, seed, optimizer, accelerator)
     batches = ImageBatches(images, data, BatchSlice(seed, 64))
     rate = make_lr_schedule(optimizer, steps)
-    with tqdm(total=steps, desc="classifier to measure with", leave=False) as bar:
+    with tqdm(
+        total=steps, desc="classifier to measure with", leave=False, disable=not is_terminal()
+    ) as bar:
 
         def show_progress(step: int, metrics: StepMetrics) -> None:
             bar.update()

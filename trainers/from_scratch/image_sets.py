@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.config import ImagesConfig
 from trainers.data.imaging import mirror_pad
@@ -25,6 +24,7 @@ from trainers.from_scratch.augment import augment
 from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
 from trainers.from_scratch.labels import UNLABELED, find_classes, list_names
 from trainers.from_scratch.masks import turn_alike
+from trainers.progress import track
 from trainers.training.facts import Facts, describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
@@ -51,10 +51,7 @@ class ImageSet:
         self.labels = torch.tensor([sample.label for sample in samples], device=device)
         self.pixels: Tensor | list[Tensor] | None = None
         if in_memory:
-            pixels = [
-                decode(sample).to(device)
-                for sample in tqdm(samples, "decoding", leave=False, delay=2)
-            ]
+            pixels = [decode(sample).to(device) for sample in track(samples, "decoding")]
             self.pixels = torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
     def __len__(self) -> int:

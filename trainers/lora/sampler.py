@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
@@ -27,6 +26,7 @@ from trainers.lora.export import save_lora
 from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
+from trainers.progress import track
 from trainers.run_folder import (
     CACHE,
     CHECKPOINTS,
@@ -98,8 +98,8 @@ class LoraSampler:
             self.family.pipe.enable_lora()
             self.family.pipe.set_adapters(name, scale)
         validation, size, generated = self.config.validation, self.config.data.resolution, {}
-        for prompt, seed in tqdm(
-            dict.fromkeys(chain(*prompt_seeds.values())), folder.name, unit="picture", leave=False
+        for prompt, seed in track(
+            dict.fromkeys(chain(*prompt_seeds.values())), f"pictures: {folder.name}"
         ):
             generated[prompt, seed] = Crop(size)(
                 sample_picture(

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from markupsafe import Markup
@@ -25,9 +25,11 @@ from trainers.publishing.charts import Record
 from trainers.publishing.html import parts
 from trainers.run_folder import FINAL, GRID_NAME, SAMPLES, sample_grids
 
+BASE_NAME = "step 0"
 MAX_TRAINING_PICTURES = 30
 MAX_NEAREST_PICTURES = 8
 MAX_COLUMNS = 4
+MAX_CACHED_PICTURES = 256
 SMALL_SIDE = 96  # up to this side pictures are lossless and shown with their pixels
 
 
@@ -44,7 +46,18 @@ class EmbeddedPicture:
 
 def embed_picture(source: Path | Picture, side: int, alt: str = "") -> EmbeddedPicture | None:
     """The picture, at most `side` pixels wide and high; None for a file that is broken or gone."""
-    picture = source if isinstance(source, Picture) else Picture("", source.read_bytes, "")
+    if isinstance(source, Path):
+        return embed_file(source, side, alt, source.stat().st_mtime_ns)
+    return embed(source, side, alt)
+
+
+@lru_cache(MAX_CACHED_PICTURES)
+def embed_file(path: Path, side: int, alt: str, changed_at: int) -> EmbeddedPicture | None:
+    """A picture that is embedded in page after page while its file stays as it is."""
+    return embed(Picture("", path.read_bytes, ""), side, alt)
+
+
+def embed(picture: Picture, side: int, alt: str) -> EmbeddedPicture | None:
     try:
         image = picture.decode()
     except UserError:
@@ -125,7 +138,10 @@ def nearest_pictures(run: Path, pairs: Sequence[Record], pictures: bool) -> Mark
 
 
 def slider(grids: Iterable[Path]) -> Markup:
-    """Grids of folders such as step-000100, of which one at a time is shown, in this order."""
+    """Grids of folders such as step-000100, of which one at a time is shown, in this order.
+
+    That of step 0, before anything was learned, stays beside them.
+    """
     by_name = {}
     for grid in grids:
         # step-000100 becomes "step 100"
@@ -133,7 +149,9 @@ def slider(grids: Iterable[Path]) -> Markup:
     # the more frames, the smaller each, or the file would grow without end
     side = min(1280, max(400, 4000 // math.isqrt(len(by_name) or 1)))
     frames = [embed_picture(grid, side, name) for name, grid in by_name.items()]
-    return parts.slider([frame for frame in frames if frame])
+    shown = [frame for frame in frames if frame]
+    base = shown.pop(0) if shown and shown[0].alt == BASE_NAME else None
+    return parts.slider(shown, base)
 
 
 def training_pictures(data: DataConfig | ImagesConfig) -> Markup:

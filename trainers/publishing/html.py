@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from trainers.progress import format_seconds
 
 LABELS = {
     "grad_norm": "gradient norm",
@@ -38,6 +41,11 @@ def display_name(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def format_time(seconds: float) -> str:
+    """The date and time of day here, of seconds since 1970."""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
 environment = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,
@@ -47,6 +55,8 @@ environment = Environment(
 )
 environment.filters["display_name"] = display_name
 environment.filters["format_value"] = format_value
+environment.filters["format_time"] = format_time
+environment.filters["format_seconds"] = format_seconds
 
 # Its macros are functions from values to safe HTML: `parts.table(...)`.
 parts: Any = environment.get_template("report_parts.html.jinja").module

@@ -20,6 +20,11 @@ def unescape_markdown(text: str) -> str:
     return ESCAPED.sub(r"\1", text)
 
 
+def plain_text(text: str) -> str:
+    """Markdown of ours without its code spans and emphasis, for a terminal."""
+    return re.sub("[`*]", "", text)
+
+
 def code_span(text: str) -> str:
     """The text in one line as code, between more backticks than it has in a row itself."""
     text = " ".join(text.split())

@@ -42,7 +42,25 @@ from trainers.run_folder import (
     read_run_config,
     sample_grids,
 )
+from trainers.training.status import (
+    FAILED,
+    FINISHED,
+    GONE,
+    RUNNING,
+    STOPPED,
+    RunStatus,
+    read_status,
+)
 
+# How often a browser reads the page of a run that trains.
+REFRESH_SECONDS = 10
+STATE_WORDS = {
+    RUNNING: "running",
+    FINISHED: "finished",
+    STOPPED: "stopped",
+    FAILED: "failed",
+    GONE: "ended without a word, as a killed process does",
+}
 COST_METRICS = ("images_per_second", "peak_memory_gib")
 # A row of the model card's table, whose cells may contain an escaped |.
 CARD_ROW = re.compile(
@@ -65,12 +83,14 @@ def write_report(run: Path, pictures: bool = True, config: Config | None = None)
     if not pictures:
         config = public_config(config)
         text, title = public_text(config), config.output_dir.name
+    status = read_status(run)
     page = environment.get_template("report.html.jinja").render(
         title=title,
         kind=config.kind,
         lead=describe_run(config),
-        sections=build_sections(run, config, pictures),
+        sections=build_sections(run, config, pictures, status),
         config=text,
+        refresh_seconds=REFRESH_SECONDS if status and status.is_running and pictures else 0,
     )
     out = run / (REPORT_NAME if pictures else PUBLIC_REPORT_NAME)
     write_atomic(out, page)
@@ -105,8 +125,15 @@ def describe_run(config: Config) -> str:
     return f"{name} trained from scratch on {data.resolution}-pixel {color} pictures: {source}"
 
 
-def build_sections(run: Path, config: Config, pictures: bool) -> dict[str, Markup]:
-    """HTML by title, in order; empty where the run has nothing to show."""
+def build_sections(
+    run: Path, config: Config, pictures: bool, status: RunStatus | None = None
+) -> dict[str, Markup]:
+    """HTML by title, in order; empty where the run has nothing to show.
+
+    Of a run that trains, the training pictures are left out: they do not change, and take the
+    longest to read.
+    """
+    is_live = status is not None and status.is_running
     lines = read_metrics(run)
     metrics = parse_json_line(read_if_present(run / FIGURES_NAME))
     evaluation = parse_json_line(read_if_present(run / EVALUATION_NAME))
@@ -115,12 +142,17 @@ def build_sections(run: Path, config: Config, pictures: bool) -> dict[str, Marku
         training.append({key: value for key, value in line.items() if key not in COST_METRICS})
         costs.append({key: line[key] for key in ("step", *COST_METRICS) if key in line})
     return {
-        "": metric_summary(metrics, evaluation) + overview(run, config, lines),
+        "": metric_summary(metrics, evaluation)
+        + overview(run, config, lines)
+        + describe_state(status, config, lines, is_public=not pictures),
+        "Warnings": parts.warnings(status.warnings if status and pictures else []),
         "Result": final_pictures(run, config),
         "Samples over time": slider(sample_grids(run)),
         "Training": line_charts(training, "step"),
         **evaluation_sections(run, evaluation, pictures),
-        "Training pictures": training_pictures(config.data) if pictures else Markup(),
+        "Training pictures": training_pictures(config.data)
+        if pictures and not is_live
+        else Markup(),
         "Speed and memory": line_charts(costs, "step"),
         "Facts": card_facts(read_if_present(run / CARD_NAME)),
     }
@@ -187,8 +219,21 @@ def overview(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
         values["images per second"] = median(speeds)
     if peaks := number_column(lines, "peak_memory_gib"):
         values["peak memory"] = f"{max(peaks):.3g} GiB"
-    state = parts.unfinished() if step < last else Markup()
-    return parts.tiles(values, "") + state
+    return parts.tiles(values, "")
+
+
+def describe_state(
+    status: RunStatus | None, config: Config, lines: Sequence[Record], is_public: bool
+) -> Markup:
+    """Whether the run trains, has ended, and how; nothing of a finished one that says no more.
+
+    is_public: leave out when and by which words, which may name places on this machine.
+    """
+    if status is None or is_public:
+        step = max((line["step"] for line in lines), default=0)
+        is_over = step >= config.train.max_train_steps
+        return Markup() if is_over else parts.state("not finished", None)
+    return parts.state(STATE_WORDS.get(status.state, status.state), status)
 
 
 def number_column(lines: Sequence[Record], name: str) -> list[float]:

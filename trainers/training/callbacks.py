@@ -11,14 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
-from tqdm.auto import tqdm
 
 from trainers.atomic import write_atomic
 from trainers.config import Config
@@ -35,12 +36,13 @@ from trainers.run_folder import (
 from trainers.training.checkpoint import RunState, save_checkpoint
 from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
 from trainers.training.process_state import stop_request
+from trainers.training.progress import make_progress
 
 
 class LogMetrics:
-    """Logs to metrics.jsonl, the trackers and one progress line.
+    """Logs to metrics.jsonl, the trackers and the progress.
 
-    The line shows step, losses, learning rate, images/s, time left and peak memory.
+    The progress shows step, losses, learning rate, images/s, time left and peak memory.
     """
 
     def __init__(
@@ -55,13 +57,7 @@ class LogMetrics:
         self.pending: list[StepMetrics] = []
         self.last_step, self.last_time = start, time.perf_counter()
         is_main = accelerator.is_main_process
-        self.progress_bar = tqdm(
-            total=train.max_train_steps,
-            initial=start,
-            unit="step",
-            disable=not is_main,
-            dynamic_ncols=True,
-        )
+        self.progress = make_progress(train.max_train_steps, start, is_main)
         # a killed run may have logged steps past its last checkpoint, or half a line
         if is_main and self.file.exists():
             rows = [row for row in read_metrics(config.output_dir) if row["step"] <= start]
@@ -69,6 +65,7 @@ class LogMetrics:
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append(metrics)
+        self.progress.step()
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
         steps, now = step - self.last_step, time.perf_counter()
@@ -85,15 +82,7 @@ class LogMetrics:
                 self.accelerator.log(values, step=step)
             with warn_on_error(f"writing {self.file}"):
                 append_line(self.file, json.dumps({"step": step, **values}) + "\n")
-        losses = "  ".join(
-            f"{k.removesuffix('_loss')} {v:.4f}" for k, v in values.items() if k.endswith("_loss")
-        )
-        self.progress_bar.set_postfix_str(
-            f"{losses}  lr {values['learning_rate']:.1e}  {values['images_per_second']:.1f} "
-            f"images/s  "
-            f"peak {values['peak_memory_gib']:.1f} GiB"
-        )
-        self.progress_bar.update(steps)
+        self.progress.report(step, values)
 
     def reduce_pending(self) -> tuple[StepMetrics, StepMetrics]:
         """The sums of the finite values, and how many there are of each.
@@ -130,10 +119,13 @@ class SamplePictures:
         self.task, self.config, self.accelerator = task, config, accelerator
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
+        if step % self.config.validation.validation_steps == 0:
+            self.sample(step)
+
+    def sample(self, step: int) -> None:
+        """Write the pictures of a step; those of step 0 show what was there before."""
         is_main = self.accelerator.is_main_process
-        if step % self.config.validation.validation_steps or not (
-            is_main or self.task.needs_all_processes
-        ):
+        if not (is_main or self.task.needs_all_processes):
             return
         folder = self.config.output_dir / SAMPLES / step_name(step)
         with averaged_weights(self.task), warn_on_error("sampling"):
@@ -190,9 +182,31 @@ class SaveCheckpoints:
 
 
 def log_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
-    # the trackers that take pictures, and what they ask for
-    layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+    """Hand the grid in a folder of samples to each tracker that takes pictures."""
     for tracker in accelerator.trackers:
-        if tracker.name in layout:
-            picture = np.asarray(Image.open(folder / GRID_NAME))
-            tracker.log_images({"samples": picture[None]}, step=step, **layout[tracker.name])
+        if log_picture := PICTURE_LOGGERS.get(tracker.name):
+            with Image.open(folder / GRID_NAME) as picture:
+                log_picture(tracker, np.asarray(picture.convert("RGB")), step)
+
+
+def log_to_tensorboard(tracker: GeneralTracker, picture: np.ndarray, step: int) -> None:
+    tracker.log_images({PICTURE_LABEL: picture[None]}, step=step, dataformats="NHWC")
+
+
+def log_to_wandb(tracker: GeneralTracker, picture: np.ndarray, step: int) -> None:
+    tracker.log_images({PICTURE_LABEL: picture[None]}, step=step)
+
+
+def log_to_trackio(tracker: GeneralTracker, picture: np.ndarray, step: int) -> None:
+    """accelerate's tracker for trackio takes no pictures, but logs whatever trackio can store."""
+    trackio = import_module("trackio")
+    tracker.log({PICTURE_LABEL: trackio.Image(picture)}, step=step)
+
+
+PICTURE_LABEL = "samples"
+# By tracker: how it takes a picture (H, W, 3) uint8.
+PICTURE_LOGGERS: dict[str, Callable[[GeneralTracker, np.ndarray, int], None]] = {
+    "tensorboard": log_to_tensorboard,
+    "wandb": log_to_wandb,
+    "trackio": log_to_trackio,
+}

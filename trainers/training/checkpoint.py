@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load, save
+from torch import Tensor
 
 from trainers.config import Config
 from trainers.distributed import deepspeed
@@ -28,7 +29,6 @@ from trainers.distributed.trained_weights import trainable_state
 from trainers.errors import UserError, warn_on_error
 from trainers.run_folder import (
     CHECKPOINTS,
-    LORA_NAMES,
     MANIFEST_NAME,
     OPTIMIZER_SUFFIX,
     has_lora_alone,
@@ -40,6 +40,7 @@ from trainers.run_folder import (
 from trainers.training.checkpoint_folders import (
     clear_aside,
     delete_checkpoint,
+    flush_loras,
     prune_checkpoints,
     rename_checkpoints,
 )
@@ -154,14 +155,6 @@ def write_temporary(temporary: Path, files: dict[str, bytes]) -> None:
             os.fsync(file.fileno())
 
 
-def flush_loras(folder: Path) -> None:
-    """Wait until the LoRA files in a folder are on the disk."""
-    for name in LORA_NAMES:
-        if (folder / name).is_file():
-            with open(folder / name, "rb+") as file:
-                os.fsync(file.fileno())
-
-
 def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict] | None:
     """The checkpoint to go on from with its manifest and files, or None to start from step 0.
 
@@ -195,6 +188,18 @@ def find_checkpoint(root: Path, requested: str | None) -> tuple[Path, dict, dict
     return None
 
 
+def check_files(folder: Path, name: str, player: Player, files: dict[str, bytes]) -> None:
+    """Raises: UserError unless a checkpoint has all files of the player."""
+    wanted = [f"{name}.safetensors", f"{name}.optimizer.pt"]
+    if player.ema:
+        wanted.append(f"{name}.ema.safetensors")
+    if missing := [file for file in wanted if file not in files]:
+        raise UserError(
+            f"{folder} has no {', '.join(missing)}, so it is of another kind of run: choose "
+            "another output_dir"
+        )
+
+
 @torch.no_grad()
 def restore_player(
     name: str, player: Player, files: dict[str, bytes], accelerator: Accelerator
@@ -209,13 +214,23 @@ def restore_player(
     if deepspeed.zero_stage(accelerator):
         deepspeed.restore_state(module, player.optimizer, weights, optimizer)
     else:
-        trained = trainable_state(module)
-        for key, tensor in weights.items():
-            trained[key].copy_(tensor)
+        copy_tensors(trainable_state(module), weights)
         player.optimizer.load_state_dict(optimizer)
     if player.ema:
-        for key, tensor in load(files[f"{name}.ema.safetensors"]).items():
-            player.ema.average[key].copy_(tensor)
+        copy_tensors(player.ema.average, load(files[f"{name}.ema.safetensors"]))
+
+
+def copy_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Raises: UserError unless both have the same names and shapes; nothing is copied then."""
+    shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (targets, sources)]
+    if shapes[0] != shapes[1]:
+        different = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        raise UserError(
+            f"the checkpoint has other weights than this run trains, for example {different[0]}: "
+            "choose another output_dir"
+        )
+    for name, tensor in sources.items():
+        targets[name].copy_(tensor)
 
 
 def resume(
@@ -248,6 +263,7 @@ def resume(
     # of the main process alone, for other machines may have drawn class pictures of their own
     run_on_main(accelerator, check)
     for name, player in task.players.items():
+        check_files(folder, name, player, files)
         restore_player(name, player, files, accelerator)
     if accelerator.scaler and manifest["scaler"]:
         accelerator.scaler.load_state_dict(manifest["scaler"])

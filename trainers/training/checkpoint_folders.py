@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from contextlib import suppress
@@ -97,3 +98,11 @@ def free_name(path: Path) -> Path:
             number += 1
             candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def flush_loras(folder: Path) -> None:
+    """Wait until the LoRA files in a folder are on the disk."""
+    for name in LORA_NAMES:
+        if (folder / name).is_file():
+            with open(folder / name, "rb+") as file:
+                os.fsync(file.fileno())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
@@ -13,7 +17,7 @@ from trainers.config import Config
 from trainers.errors import RunFailedError
 from trainers.run_folder import CHECKPOINTS
 from trainers.training.manifest import complete_checkpoints
-from trainers.training.process_state import stop_request
+from trainers.training.process_state import LAUNCHER_VARIABLES, stop_request
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -87,9 +91,27 @@ def lower_first(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
 
 
+def resume_command() -> str:
+    """The command that started this process, in brackets; nothing where a launcher or another
+    program did, whose own command is not known."""
+    script = Path(sys.argv[0])
+    is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
+    if script.name != "train.py" or is_launched:
+        return ""
+    return f" (python {shlex.join(sys.argv)})"
+
+
+def stop_advice(config: Config) -> str:
+    """How to go on after a signal, whose checkpoint is the newest."""
+    folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
+    name = f" {folders[0].name}" if folders else ""
+    return f"the same command goes on from the checkpoint{name}{resume_command()}"
+
+
 def resume_hint(config: Config) -> str:
     """What remains, and how to go on."""
     folders = complete_checkpoints(config.output_dir / CHECKPOINTS)
     if not folders:
-        return "There is no checkpoint yet: the same command starts from step 0"
-    return f"The checkpoint {folders[0].name} is intact: the same command goes on from it"
+        return f"There is no checkpoint yet: the same command starts from step 0{resume_command()}"
+    command = f"the same command goes on from it{resume_command()}"
+    return f"The checkpoint {folders[0].name} is intact: {command}"

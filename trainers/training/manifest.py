@@ -5,14 +5,58 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from trainers.atomic import read_ordinary_file
 from trainers.run_folder import MANIFEST_NAME, list_checkpoints, parse_step
 
 Manifest = dict[str, Any]
 
-# what a manifest must hold, and of which type
-FIELDS = {"step": int, "files": dict, "facts": dict, "sha256": str}
+# of a file beside the manifest, never elsewhere
+FileName = Annotated[str, Field(pattern=r"^\w[\w.\-]*$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class PoolForm(TypedDict, total=False):
+    """Of the facts of a pool of pictures; files: by name, digests of content and caption."""
+
+    count: Count
+    digest: str
+    files: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
+# earlier versions had more facts, or fewer
+FactsForm = TypedDict(
+    "FactsForm",
+    {
+        "pictures": dict[str, PoolForm],
+        "base": dict[str, str],
+        "config": dict[str, Any],
+        "mixed precision": str,
+        "global batch": Count,
+    },
+    total=False,
+)
+FactsForm.__pydantic_config__ = ConfigDict(extra="allow")
+
+
+class ManifestForm(TypedDict):
+    """What a manifest must hold, and of which type; others of its values are not looked at."""
+
+    step: Count
+    rollbacks: NotRequired[Annotated[int, Field(ge=0, le=64)]]
+    end: NotRequired[str]
+    files: dict[FileName, str]
+    facts: FactsForm
+    scaler: dict[str, Any] | None
+    sha256: str
+
+
+ManifestForm.__pydantic_config__ = ConfigDict(extra="allow", strict=True)
+MANIFEST_FORM = TypeAdapter(ManifestForm)
 
 
 def manifest_checksum(manifest: Manifest) -> str:
@@ -24,12 +68,9 @@ def manifest_checksum(manifest: Manifest) -> str:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint, or None when it is absent, damaged or something else."""
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(manifest, dict):
-        return None
-    if not all(isinstance(manifest.get(name), kind) for name, kind in FIELDS.items()):
+        manifest = json.loads(read_ordinary_file(folder / MANIFEST_NAME))
+        MANIFEST_FORM.validate_python(manifest)
+    except (OSError, ValueError, RecursionError, ValidationError):
         return None
     return manifest if manifest["sha256"] == manifest_checksum(manifest) else None
 
@@ -42,7 +83,7 @@ def read_checkpoint(folder: Path) -> tuple[Manifest, dict[str, bytes]] | None:
     files = {}
     for name, digest in manifest["files"].items():
         try:
-            files[name] = (folder / name).read_bytes()
+            files[name] = read_ordinary_file(folder / name)
         except OSError:
             return None
         if hashlib.sha256(files[name]).hexdigest() != digest:

@@ -1,0 +1,191 @@
+"""What a person reads before the first step and after the last one."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.data.dreambooth_batches import DreamBoothBatches
+from trainers.data.intake import NOT_USED, read_notes
+from trainers.distributed.trained_weights import trainable_parameters
+from trainers.from_scratch.image_sets import ImageBatches
+from trainers.publishing.markdown import plain_text
+from trainers.publishing.model_card import card_prompt, lora_readers
+from trainers.run_folder import CARD_NAME, MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
+from trainers.training.loop import Batches, Task
+
+DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# by kind of run: the script that uses its result, with what follows the run folder
+NEXT_SCRIPTS = {"autoencoder": "encode.py {run} PICTURES", "unet": "translate.py {run} PICTURES"}
+
+Rows = Iterable[tuple[str, str]]
+
+
+def start_banner(
+    config: Config, task: Task, batches: Batches, accelerator: Accelerator, start: int
+) -> str:
+    """What the run is about to do, in about ten lines."""
+    rows: list[tuple[str, str]] = []
+    num_pictures = 0
+    if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
+        rows += describe_photos(config, batches)
+        num_pictures = len(batches.drawn_from[0])
+    elif isinstance(config, ScratchConfig) and isinstance(batches, ImageBatches):
+        num_pictures = len(batches.images)
+        rows += [("pictures", f"{num_pictures} of {describe_source(config)}")]
+    rows += describe_unused(config)
+    rows += [
+        ("resolution", describe_views(config)),
+        ("trained", describe_weights(config, task)),
+        ("steps", describe_steps(config, batches, num_pictures, start)),
+        ("batch", describe_batch(batches)),
+        ("optimizer", describe_optimizer(config)),
+        ("device", describe_device(config, accelerator)),
+    ]
+    if isinstance(config, DreamBoothConfig):
+        rows.append(("memory", "python scripts/plan.py CONFIG tells the peak beforehand"))
+    rows.append(("folder", f"{config.output_dir} ({REPORT_NAME} there shows the run live)"))
+    return format_rows(f"{config.kind}, seed {config.seed}", rows)
+
+
+def format_rows(title: str, rows: Rows) -> str:
+    lines = [title]
+    for name, text in rows:
+        first, *more = text.splitlines() or [""]
+        lines.append(f"  {name:<11} {first}")
+        lines += [f"  {'':<11} {line}" for line in more]
+    return "\n".join(lines)
+
+
+def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Rows:
+    """The photos, their captions and the class pictures."""
+    data, photos = config.data, batches.pools[0]
+    names = {photo.name for photo in photos}
+    source = data.instance_data_dir or Path(data.dataset_name or "")
+    yield "photos", f"{len(names)} of {source.name}"
+    own = {photo.name for photo in photos if photo.caption != data.instance_prompt}
+    texts = [f"{len(own)} of their own"] if own else []
+    if len(own) < len(names):
+        texts.append(f"{len(names) - len(own)} times {data.instance_prompt!r}")
+    yield "captions", ", ".join(texts)
+    if data.uses_prior:
+        number, prompts = len(batches.pools[1]), len(data.class_prompts)
+        weight = f"weight {data.prior_loss_weight:g}"
+        yield "class", f"{number} pictures of {count(prompts, 'prompt')}, {weight}"
+
+
+def describe_unused(config: Config) -> Rows:
+    """What was found beside the pictures and is not used."""
+    for note in read_notes(config.output_dir):
+        if note.startswith(NOT_USED):
+            yield "not used", note.removeprefix(NOT_USED)
+
+
+def describe_source(config: ScratchConfig) -> str:
+    data = config.data
+    source = Path(data.image_dir or data.dataset_name or "").name
+    return f"{source}, classes by {data.label_column}" if data.label_column else source
+
+
+def describe_views(config: Config) -> str:
+    """The size of the pictures as they are trained on, and how they are varied."""
+    data = config.data
+    texts = [f"{data.resolution} x {data.resolution}"]
+    if isinstance(config, DreamBoothConfig):
+        texts.append("center crops" if data.center_crop else "random crops")
+    else:
+        texts.append("gray" if data.channels == 1 else "color")
+    if data.random_flip:
+        texts.append("half of them mirrored")
+    return ", ".join(texts)
+
+
+def describe_weights(config: Config, task: Task) -> str:
+    """What is trained, player by player."""
+    texts = []
+    for name, player in task.players.items():
+        weights = trainable_parameters(player.module)
+        number = f"{sum(weight.numel() for weight in weights.values()):,} parameters"
+        if isinstance(config, DreamBoothConfig) and config.lora:
+            num_layers = sum(".lora_A." in weight for weight in weights)
+            kind = "DoRA" if config.lora.use_dora else "LoRA"
+            texts.append(f"{kind} of rank {config.lora.rank} in {num_layers} layers: {number}")
+        else:
+            texts.append(f"{name}: {number}")
+    return ", ".join(texts)
+
+
+def describe_steps(config: Config, batches: Batches, num_pictures: int, start: int) -> str:
+    steps = config.train.max_train_steps
+    text = f"{steps:,}"
+    if num_pictures:
+        epochs = steps * batches.batch_slice.global_batch_size / num_pictures
+        text += f" = {epochs:.3g} epochs of {count(num_pictures, 'picture')}"
+    return f"{text}, from step {start:,} on" if start else text
+
+
+def describe_batch(batches: Batches) -> str:
+    """How many pictures a step takes, and how they are shared out."""
+    part = batches.batch_slice
+    text = count(part.global_batch_size, "picture")
+    if part.accumulation_steps * part.world_size == 1:
+        return text
+    processes = count(part.world_size, "process", "es")
+    return f"{text} = {part.batch_size} x {part.accumulation_steps} accumulated x {processes}"
+
+
+def describe_optimizer(config: Config) -> str:
+    optimizer = config.optimizer
+    text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g} {optimizer.lr_scheduler}"
+    if optimizer.lr_warmup_steps:
+        text += f", {count(optimizer.lr_warmup_steps, 'step')} of warm-up"
+    return text
+
+
+def describe_device(config: Config, accelerator: Accelerator) -> str:
+    """The device and the precision that it computes in."""
+    device = accelerator.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} ({platform.machine()}, {count(torch.get_num_threads(), 'thread')})"
+    return f"{name}, {DEVICE_NAMES[config.train.mixed_precision]}"
+
+
+def count(number: int, name: str, plural: str = "s") -> str:
+    return f"{number:,} {name}{'' if number == 1 else plural}"
+
+
+def end_banner(config: Config) -> str:
+    """Where the result is, how it is used, and what to do next."""
+    run, quoted = config.output_dir, shlex.quote(str(config.output_dir))
+    rows: list[tuple[str, str]] = []
+    if isinstance(config, DreamBoothConfig):
+        rows += describe_result(config)
+        prompt = card_prompt(config)
+        rows.append(("next", f"python scripts/generate.py {quoted} --prompt {shlex.quote(prompt)}"))
+    else:
+        rows.append(("model", f"{run / MODEL} (its code stands in {run / CARD_NAME})"))
+        if script := NEXT_SCRIPTS.get(config.kind):
+            rows.append(("next", f"python scripts/{script.format(run=quoted)}"))
+    rows += [("share", f"python scripts/push.py {quoted}"), ("report", f"{run / REPORT_NAME}")]
+    return format_rows(f"done: {run}", rows)
+
+
+def describe_result(config: DreamBoothConfig) -> Rows:
+    """The file, and how diffusers and other programs load it."""
+    run, base = config.output_dir, config.model.pretrained_model_name_or_path
+    load = "pipe = DiffusionPipeline.from_pretrained"
+    if config.lora is None:
+        yield "model", f"{run / PIPELINE}"
+        yield "diffusers", f'{load}("{run / PIPELINE}")'
+        return
+    yield "LoRA", f"{run / WEIGHT_NAME}"
+    yield "diffusers", f'{load}("{base}")\npipe.load_lora_weights("{run}")'
+    yield "others", plain_text(lora_readers(config)).replace(" RUN ", f" {shlex.quote(str(run))} ")
