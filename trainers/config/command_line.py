@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,11 +66,15 @@ def all_paths() -> Iterator[str]:
 
 def missing_config_hint(path: Path) -> str:
     """'; did you mean ...?' with config files whose names are near; empty where there are none."""
-    folders = [path] if path.is_dir() else [path.parent, Path("configs")]
-    files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    # unlike `Path.is_dir`, it takes what no file system takes
+    is_folder = os.path.isdir(path)
+    folders = [path] if is_folder else [path.parent, Path("configs")]
+    files = []
+    for folder in filter(os.path.isdir, folders):
+        files += sorted(folder.glob("*.yaml"))
     names = {file.stem: str(file) for file in reversed(files)}
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
-    if path.is_dir():
+    if is_folder:
         found = list(names)[::-1]
     elif stem in names:
         found = [stem]
