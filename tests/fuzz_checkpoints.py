@@ -234,7 +234,9 @@ def intact_step(run_folder: Path, stopped: Path) -> int | None:
     for step in range(STEPS - 1, 0, -1):
         original = stopped / "checkpoints" / step_name(step)
         folder = run_folder / "checkpoints" / step_name(step)
-        if all(same_file(folder / path.name, path) for path in original.iterdir()):
+        # a LoRA beside them is for people, and nothing goes on from it
+        names = [MANIFEST_NAME, *json.loads((original / MANIFEST_NAME).read_bytes())["files"]]
+        if all(same_file(folder / name, original / name) for name in names):
             return step
     return None
 

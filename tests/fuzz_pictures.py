@@ -72,7 +72,8 @@ def encoded(format: str, rng: random.Random) -> bytes | None:
     if rng.random() < 0.3:
         good = ImageCms.ImageCmsProfile(ImageCms.createProfile(rng.choice(("sRGB", "LAB", "XYZ"))))
         options["icc_profile"] = rng.choice((b"", b"x" * 200, good.tobytes()))
-    for given in (options, {}):
+    # Pillow's writer of AVIF crashes by some profiles and frames; nothing here writes AVIF
+    for given in ({},) if format == "AVIF" else (options, {}):
         buffer = io.BytesIO()
         try:
             image.save(buffer, format, **given)

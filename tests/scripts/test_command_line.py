@@ -49,6 +49,19 @@ def test_a_run_that_was_stopped_is_called_unfinished(settings, script, capsys, m
     assert "goes on from its checkpoint step-000004" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["=3", "seed", "train.=3", "extra.yaml"])
+def test_an_override_without_a_name_or_a_value_is_told_its_form(override, capsys):
+    assert call("train.py", ROOT / "configs/quickstart.yaml", override) == 2
+    assert (
+        f"{override}: an override must have the form section.key=value" in capsys.readouterr().err
+    )
+
+
+def test_only_what_is_missing_is_called_required(capsys):
+    assert call("train.py") == 2
+    assert "required: config\n" in capsys.readouterr().err
+
+
 def test_a_warning_is_one_plain_line_until_the_script_ends():
     script = """
 import warnings
