@@ -3,7 +3,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install quickstart test slow lint guides schema
+.PHONY: install quickstart test slow lint guides schema docs docs-pages docs-check
 
 install: .venv/installed
 
@@ -34,3 +34,16 @@ guides: install
 
 schema: install
 	$(BIN)/python -m trainers.config.loading > configs/schema.json
+
+# the generated pages of docs/: every key of the configs, every script, other trainers' keys
+docs-pages: install
+	$(BIN)/python scripts/documentation
+
+# every command, override, snippet and link of README, docs and configs
+docs-check: install
+	$(BIN)/python scripts/documentation --check
+
+# the site, into site/; it needs no network once the extra `docs` is installed
+docs: docs-pages
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

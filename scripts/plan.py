@@ -5,21 +5,43 @@ python scripts/plan.py configs/NAME.yaml [section.key=value ...] [--memory GIB] 
 It reads the configs of the base model, none of its weights and no photos. A preset leaves what the
 config sets itself as it is. The seconds are the least that a step can take: its multiplications at
 the rate of a large matrix product on this machine, or at --tflops.
+
+Without --memory it also recommends settings for cards of 8 to 80 GB. Plans are kept in
+~/.cache/diffusion-trainers: the first time takes minutes for a large base, and then seconds.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import psutil
 
-from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
+from trainers.cli import (
+    add_config_arguments,
+    make_parser,
+    parse_config_arguments,
+    run_main,
+    silence_libraries,
+)
 from trainers.config import DreamBoothConfig
 from trainers.config.dreambooth import MEMORY_PRESETS
 from trainers.config.loading import load_config
 from trainers.errors import UserError
 
+if TYPE_CHECKING:
+    from trainers.memory_advice import Advice, Planner
+
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+RESOLUTIONS = (512, 1024)
+CALIBRATION = (
+    "Planned steps took 0.96 to 1.05 of what steps on one H200 took, after a correction "
+    "(docs/performance.md).\nWhole runs, quantized bases and smaller cards are not calibrated on a "
+    "GPU."
+)
 HEADINGS = ("memory", "peak GiB", "of it", "TFLOP per step", "seconds at least", "fits")
 
 
@@ -32,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=DTYPES, help=help)
     help = "What the accelerator reaches. By default it is measured on this machine."
     parser.add_argument("--tflops", type=float, help=help)
-    return parser.parse_args()
+    return parse_config_arguments(parser)
 
 
 def main() -> None:
@@ -42,7 +64,8 @@ def main() -> None:
     import torch
 
     from trainers.distributed.accelerator import best_device
-    from trainers.memory_plan import matmul_rate, plan_memory
+    from trainers.memory_advice import PlanCache, Planner
+    from trainers.memory_plan import matmul_rate
 
     device = best_device()
     has_gpu = device.type != "cpu" or arguments.memory is not None
@@ -53,8 +76,9 @@ def main() -> None:
     print_row(HEADINGS)
     print_row(["---"] * len(HEADINGS))
     fitting = None
+    planner = Planner(dtype, has_gpu, PlanCache())
     for name, config in configs.items():
-        plan = plan_memory(config, dtype, has_gpu)
+        plan = planner.plan(config)
         peak = plan.peak_bytes / 2**30
         flops = plan.flops * config.train.gradient_accumulation_steps
         phases = ", ".join(f"{phase} {size / 2**30:.2f}" for phase, size in plan.phases.items())
@@ -64,6 +88,55 @@ def main() -> None:
             fitting = name
     fits_none = "none of them fits: see also accelerate_configs/fsdp2.yaml"
     print(f"train.memory={fitting}" if fitting else fits_none)
+    if arguments.memory is None:
+        # for cards, whatever this machine has
+        planner = Planner(getattr(torch, DTYPES[arguments.precision or "bf16"]), True, PlanCache())
+        print_advice(planner, arguments.config, arguments.overrides)
+
+
+def print_advice(planner: Planner, path: str, overrides: list[str]) -> None:
+    """A table of what fits on cards, for the config's resolution and the usual ones."""
+    from trainers.memory_advice import CARDS, MARGIN, advise
+
+    own = load_config(path, overrides, needs_pictures=False).data.resolution
+    sides = sorted({own, *RESOLUTIONS} if own >= min(RESOLUTIONS) else {own})
+    print(f"\nOn a card, {MARGIN:.0%} of it left free, in {planner.dtype}:\n")
+    print_row(["card", *(f"data.resolution={side}" for side in sides)])
+    print_row(["---"] * (len(sides) + 1))
+    advice = {side: advise(planner, candidates(path, overrides, side)) for side in sides}
+    for gib in CARDS:
+        print_row([f"{gib} GB", *(describe(advice[side][gib]) for side in sides)])
+    print(CALIBRATION)
+
+
+def candidates(path: str, overrides: list[str], side: int) -> list:
+    """The levels that the config can have, and what it is with each."""
+    from trainers.memory_advice import LEVELS, PLAIN
+
+    found, error = [], None
+    for level in LEVELS:
+        settings = {f"model.{key}": value for key, value in PLAIN.items()} | level
+        own = {"data.resolution": side, "train.train_batch_size": 1, "train.memory": None}
+        values = settings | own
+        options = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        try:
+            config = load_config(path, [*overrides, *options], needs_pictures=False)
+        except UserError as reason:
+            error = error or reason
+        else:
+            found.append((level, config))
+    if not found:
+        raise error
+    return found
+
+
+def describe(advice: Advice | None) -> str:
+    """The settings as they are typed, and what they take."""
+    if advice is None:
+        return "nothing"
+    values = {**advice.level, "train.train_batch_size": advice.batch_size}
+    words = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    return f"{words.replace(chr(34), '')} ({advice.peak / 2**30:.1f} GiB)"
 
 
 def load_presets(path: str, overrides: list[str]) -> dict[str, DreamBoothConfig]:

@@ -7,7 +7,13 @@ It prints a table, writes a picture, and exits with status 1 when the LoRA has n
 
 import sys
 
-from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
+from trainers.cli import (
+    add_config_arguments,
+    make_parser,
+    parse_config_arguments,
+    run_main,
+    silence_libraries,
+)
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -15,7 +21,7 @@ CONFIG = "configs/quickstart.yaml"
 def main() -> int:
     parser = make_parser(__doc__)
     add_config_arguments(parser, CONFIG)
-    arguments = parser.parse_args()
+    arguments = parse_config_arguments(parser)
     path, overrides = arguments.config, arguments.overrides
     if "=" in path:
         path, overrides = CONFIG, [path, *overrides]

@@ -1,18 +1,24 @@
 """Train what a YAML file describes.
 
-accelerate launch scripts/train.py configs/NAME.yaml [section.key=value ...]
-python scripts/train.py configs/NAME.yaml                                     (one process)
+python scripts/train.py configs/NAME.yaml [section.key=value ...]             (one process)
+accelerate launch -q [...] scripts/train.py configs/NAME.yaml [section.key=value ...] (several)
 """
 
 import sys
 
-from trainers.cli import add_config_arguments, make_parser, run_main, silence_libraries
+from trainers.cli import (
+    add_config_arguments,
+    make_parser,
+    parse_config_arguments,
+    run_main,
+    silence_libraries,
+)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     add_config_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = parse_config_arguments(parser)
     from trainers.config.loading import load_config
 
     # before the slow imports, so that a mistake is reported at once

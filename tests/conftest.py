@@ -16,6 +16,7 @@ from tests.shared.image_sets import bars, blobs, photos
 from tests.shared.local_hub import local_hub
 from tests.shared.runs import settings
 from tests.shared.tiny_pipelines import base, bases
+from trainers.memory_advice import CACHE_VARIABLE
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,12 @@ def frozen():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Plans are kept from one test to the next, and not from one run of the tests to another."""
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

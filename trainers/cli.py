@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -186,6 +186,26 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     help = "Values that replace those in the file, such as optimizer.learning_rate=1e-4."
     # without a default argparse says that they are required
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help)
+
+
+def parse_config_arguments(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The arguments of a parser with `add_config_arguments`; options and overrides may be mixed.
+
+    words: by default those of the command line. Raises: UserError that says for each unknown
+    option how its setting is written.
+    """
+    from trainers.config.command_line import option_errors
+
+    words = sys.argv[1:] if words is None else words
+    # an unknown option's value would be taken for the config, which is then not the mistake
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    errors = list(option_errors(unknown, words))
+    if errors:
+        raise UserError("\n".join(errors))
+    arguments.overrides = [*arguments.overrides, *unknown]
+    return arguments
 
 
 def silence_libraries() -> None:

@@ -64,6 +64,19 @@ def test_a_shipped_config_is_planned_without_photos(bases, monkeypatch, capsys):
     assert printed.splitlines()[-1] == "train.memory=fast"
 
 
+def test_settings_are_recommended_for_cards(bases, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    base = f"model.pretrained_model_name_or_path={bases['flux']}"
+    options = [base, "data.resolution=64", "--tflops", "1"]
+    assert call("plan.py", "configs/flux_dreambooth.yaml", *options) == 0
+    rows = capsys.readouterr().out.splitlines()
+    (row,) = [row for row in rows if row.startswith("| 8 GB |")]
+    settings = row.split("|")[2].split("(")[0].split()
+    load_config("configs/flux_dreambooth.yaml", [base, *settings], needs_pictures=False)
+    assert settings == ["train.gradient_checkpointing=false", "train.train_batch_size=8"]
+    assert "not calibrated" in rows[-1]
+
+
 def test_a_plan_names_the_presets_that_the_config_excludes(bases, monkeypatch, capsys):
     """Two of them do not compute each block again, as offloading needs it."""
     monkeypatch.chdir(ROOT)

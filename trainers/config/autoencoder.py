@@ -12,6 +12,8 @@ from trainers.config.from_scratch import ScratchConfig
 
 
 class AutoencoderModelConfig(Section):
+    """The size of the autoencoder and of its codes."""
+
     latent_dim: CodeSize = field(32, "Numbers in the code of a picture.")
     width: Channels = field(32, "Channels of the first level; doubled at each further one.")
     variational: bool = field(
@@ -20,6 +22,8 @@ class AutoencoderModelConfig(Section):
 
 
 class AutoencoderObjectiveConfig(Section):
+    """What the autoencoder has to undo, and how its codes are kept in bounds."""
+
     noise: NoiseLevel = field(
         0.3, "denoise: standard deviation of the noise; pictures are in 0..1."
     )
@@ -38,6 +42,8 @@ KEYS_BY_USE = [
 
 
 class AutoencoderConfig(ScratchConfig):
+    """An autoencoder from scratch: short codes, less noise, or anomalies."""
+
     kind: Literal["autoencoder"] = field("autoencoder", "Which trainer runs.")
     output_dir: PathField = field(
         Path("runs/autoencoder"), "The run folder: everything that the run writes."

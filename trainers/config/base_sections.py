@@ -53,6 +53,8 @@ PRODIGY_RATE = 1.0
 
 
 class OptimizerConfig(Section):
+    """The optimizer, its learning rate, and how the rate changes over the steps."""
+
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field(
         "adamw", "Optimizer."
     )
@@ -88,6 +90,8 @@ PRECISION_HELP = (
 
 
 class TrainConfig(Section):
+    """How long is trained, on how many pictures at a time, and in what precision."""
+
     max_train_steps: Steps = field(800, "Optimizer steps.")
     train_batch_size: int = field(
         1,
@@ -124,6 +128,8 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often the state is saved that a run which was stopped goes on from."""
+
     checkpointing_steps: Steps = field(
         500, "Steps between checkpoints; the last step is always saved."
     )
@@ -149,12 +155,16 @@ class CheckpointConfig(Section):
 
 
 class ValidationConfig(Section):
+    """How often the model is sampled and measured while it trains."""
+
     validation_steps: Steps = field(
         100, "Steps between samples; the finished run is always sampled."
     )
 
 
 class TrackingConfig(Section):
+    """Where loss, learning rate, speed and memory are reported."""
+
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(
         ["tensorboard"], "Trackers; metrics.jsonl is always written.", max_length=3
     )
@@ -163,6 +173,8 @@ class TrackingConfig(Section):
 
 
 class HubConfig(Section):
+    """Whether, when and where the result is uploaded to the Hugging Face Hub."""
+
     push_to_hub: bool = field(False, "Upload the result when the run ends.")
     hub_model_id: Name | None = field(
         None, "USER/NAME of the repository; null means the output folder's name."

@@ -36,6 +36,8 @@ MEMORY_PRESETS = {
 
 
 class DreamBoothConfig(Config):
+    """DreamBooth: a LoRA, or all weights, of a diffusion model from a few pictures."""
+
     kind: Literal["dreambooth"] = field("dreambooth", "Which trainer runs.")
     output_dir: PathField = field(
         Path("runs/dreambooth"), "The run folder: everything that the run writes."

@@ -49,6 +49,8 @@ def t5_tokens() -> str:
 
 
 class ModelConfig(Section):
+    """The base model: where it is found, and in what form it is held in memory."""
+
     family: FamilyName = field(default_family(), "Which architecture the base model has.")
     pretrained_model_name_or_path: NameOrPath = field(
         family_facts(default_family()).default_base,
@@ -95,6 +97,8 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
+    """The low-rank update (LoRA): its size, its layers, and how it starts."""
+
     rank: int = field(16, "Inner width of the low-rank update.", ge=1, le=4096)
     alpha: float | None = field(
         None,
@@ -130,6 +134,8 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
+    """The pictures, their captions, and what the base model must not forget."""
+
     instance_data_dir: PathField | None = field(
         None, "Folder with the training pictures, in sub-folders too."
     )
@@ -203,6 +209,8 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
+    """Which times of the noise schedule are trained, and how the loss weighs them."""
+
     stratified: bool = field(
         True, "Spread the times of each global batch evenly over the schedule."
     )
@@ -255,6 +263,8 @@ class ObjectiveConfig(Section):
 
 
 class DreamBoothTrainConfig(TrainConfig):
+    """How long is trained, on how many pictures at a time, and with how much memory."""
+
     mixed_precision: MixedPrecision = field("auto", PRECISION_HELP)
     memory: Literal["fast", "balanced", "low", "lowest"] | None = field(
         None,
@@ -278,6 +288,8 @@ class DreamBoothTrainConfig(TrainConfig):
 
 
 class PromptsConfig(ValidationConfig):
+    """The prompts that are sampled while training and at the end."""
+
     prompts: Prompts = field([], "Prompts to sample.")
     negative_prompt: Prompt = field("", "Negative prompt of the samples.")
     num_images: int = field(1, "Pictures per prompt.", ge=1, le=10_000)

@@ -14,6 +14,8 @@ from trainers.config.bounds import Name, NameOrPath, PathField, Pixels
 
 
 class ImagesConfig(Section):
+    """The pictures: a folder or a data set, their size, and how they are varied."""
+
     image_dir: PathField | None = field(None, "Folder with pictures, in sub-folders too.")
     folds: int | None = field(
         None,

@@ -20,6 +20,8 @@ from trainers.config.from_scratch import ScratchConfig
 
 
 class GanModelConfig(Section):
+    """The generator and the discriminator."""
+
     architecture: Literal["dcgan", "resnet"] = field(
         "dcgan", "Strided convolutions, or residual blocks."
     )
@@ -36,6 +38,8 @@ class GanModelConfig(Section):
 
 
 class GanObjectiveConfig(Section):
+    """The loss of both players, and what keeps them in balance."""
+
     loss: Literal["non_saturating", "hinge", "wasserstein", "relativistic"] = field(
         "relativistic",
         "Loss of both players: Goodfellow 2014, Lim 2017, Arjovsky 2017, or Huang 2024 (R3GAN).",
@@ -67,6 +71,8 @@ class GanObjectiveConfig(Section):
 
 
 class GanOptimizerConfig(OptimizerConfig):
+    """The optimizers of both players."""
+
     learning_rate: LearningRate = field(1e-3, "Peak learning rate (1.0 for prodigy).")
     discriminator_lr: LearningRate | None = field(
         None, "Of the discriminator; null means learning_rate."
@@ -76,6 +82,8 @@ class GanOptimizerConfig(OptimizerConfig):
 
 
 class GanValidationConfig(ValidationConfig):
+    """How often the generator is sampled, and what it is measured in."""
+
     features: Literal["classifier", "dino", "inception"] = field(
         "classifier",
         "What FID and the like are measured in: a classifier of your labels, DINOv2 from the "
@@ -84,6 +92,8 @@ class GanValidationConfig(ValidationConfig):
 
 
 class GanConfig(ScratchConfig):
+    """A generative adversarial network from scratch."""
+
     kind: Literal["gan"] = field("gan", "Which trainer runs.")
     output_dir: PathField = field(
         Path("runs/gan"), "The run folder: everything that the run writes."

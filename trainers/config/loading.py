@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.config.base_rules import reduce_warmup
+from trainers.config.command_line import missing_config_hint, override_hint
 from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
 from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
@@ -60,7 +61,8 @@ def read_tree(path: Path) -> dict[str, Any]:
             # one byte more than is allowed, so that `parse_yaml` refuses it
             tree = parse_yaml(file.read(MAX_BYTES + 1))
     except OSError as error:
-        raise UserError(f"the config {path} cannot be read: {error.strerror}") from None
+        hint = missing_config_hint(path)
+        raise UserError(f"the config {path} cannot be read: {error.strerror}{hint}") from None
     except ValueError:
         raise UserError(f"the config {str(path)!r} is not the path of a file") from None
     except yaml.YAMLError as error:
@@ -80,6 +82,9 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
     name, equals, value = override.partition("=")
     shown = shorten(override)
     *sections, key = name.split(".")
+    if equals and name.startswith("--"):
+        hint = override_hint(name.lstrip("-"), value)
+        return f"{shown}: an override has no dashes; {hint}"
     if not equals or not key or len(sections) >= MAX_DEPTH:
         return f"{shown}: an override must have the form section.key=value"
     for section in sections:

@@ -19,6 +19,8 @@ from trainers.config.from_scratch import ImagesConfig, ScratchConfig
 
 
 class PairsConfig(ImagesConfig):
+    """The pictures, and for some uses their masks or targets."""
+
     target_column: Name | None = field(
         None, "segment, pix2pix: column that holds the masks or the target pictures."
     )
@@ -41,6 +43,8 @@ class PairsConfig(ImagesConfig):
 
 
 class UNetModelConfig(Section):
+    """The size of the U-Net."""
+
     width: Channels = field(32, "Channels of the first level; doubled at each further one.")
     levels: int = field(4, "Resolutions; each halves the one before.", ge=2, le=6)
     patch_size: int = field(
@@ -52,6 +56,8 @@ class UNetModelConfig(Section):
 
 
 class UNetObjectiveConfig(Section):
+    """The loss of each use of the U-Net."""
+
     classes: int = field(
         2,
         "segment: how many; masks hold 0, 1, ... and 255 for 'ignore'; if 2, 0 and 1 or 0 and 255.",
@@ -92,6 +98,8 @@ KEYS_BY_USE = [
 
 
 class UNetConfig(ScratchConfig):
+    """A U-Net from scratch: masks, colors, other pictures, or better ones."""
+
     kind: Literal["unet"] = field("unet", "Which trainer runs.")
     output_dir: PathField = field(
         Path("runs/unet"), "The run folder: everything that the run writes."

@@ -200,13 +200,18 @@ def positive(value: Any) -> float | int | None:
     return found if found and found > 0 else None
 
 
-def choose(table: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Look a name up, whatever its case and its separators."""
+@dataclass(frozen=True)
+class Choice:
+    """A conversion that looks a name up, whatever its case and its separators."""
 
-    def convert(value: Any) -> Any:
-        return table.get(str(value).strip().lower().replace("-", "_"))
+    table: Mapping[str, Any]
 
-    return convert
+    def __call__(self, value: Any) -> Any:
+        return self.table.get(str(value).strip().lower().replace("-", "_"))
+
+
+def choose(table: Mapping[str, Any]) -> Choice:
+    return Choice(table)
 
 
 OPTIMIZERS = {
