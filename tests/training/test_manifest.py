@@ -17,8 +17,10 @@ FACTS = {
     "base": {"unet": "d"},
     "mixed precision": "no",
     "global batch": 2,
-    "config": {"seed": 0},
+    "initial LoRA": None,
+    "config": {"seed": 0, "train.max_train_steps": 4},
 }
+EXTENSION = {"from_step": 3, "max_train_steps": 9, "before": 4, "end": ""}
 
 
 def write_manifest(folder, **changes):
@@ -29,7 +31,7 @@ def write_manifest(folder, **changes):
 
 
 def test_a_manifest_of_this_form_is_read(tmp_path):
-    write_manifest(tmp_path, later_versions="may say more")
+    write_manifest(tmp_path, extensions=[EXTENSION], later_versions="may say more")
     assert read_manifest(tmp_path)["step"] == 3
 
 
@@ -51,6 +53,10 @@ def test_a_manifest_of_this_form_is_read(tmp_path):
         {"facts": FACTS | {"base": []}},
         {"facts": FACTS | {"pictures": {"instance": -1}}},
         {"facts": FACTS | {"pictures": {"instance": {"files": {"a.png": ["b"]}}}}},
+        {"facts": FACTS | {"initial LoRA": 3}},
+        {"facts": FACTS | {"config": {"train.max_train_steps": "many"}}},
+        {"extensions": "3"},
+        {"extensions": [{"max_train_steps": 4}]},
         {"scaler": "x"},
     ],
 )

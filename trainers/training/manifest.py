@@ -28,13 +28,28 @@ class PoolForm(TypedDict, total=False):
     files: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
 
 
-# earlier versions had more facts, or fewer
+class ExtensionForm(TypedDict):
+    """How a run went on beyond its own plan; before: None where no number was planned."""
+
+    from_step: Count
+    max_train_steps: Count
+    before: Count | None
+    end: str
+
+
+# of the config the one value that is compared by more than equality
+ConfigForm = TypedDict("ConfigForm", {"train.max_train_steps": Count}, total=False)
+ConfigForm.__pydantic_config__ = ConfigDict(extra="allow")
+
+# earlier versions had more facts, or fewer, and the config's beside the others
 FactsForm = TypedDict(
     "FactsForm",
     {
         "pictures": dict[str, PoolForm],
         "base": dict[str, str],
-        "config": dict[str, Any],
+        "initial LoRA": str | None,
+        "config": ConfigForm,
+        "train.max_train_steps": Count,
         "mixed precision": str,
         "global batch": Count,
     },
@@ -49,6 +64,7 @@ class ManifestForm(TypedDict):
     step: Count
     rollbacks: NotRequired[Annotated[int, Field(ge=0, le=64)]]
     end: NotRequired[str]
+    extensions: NotRequired[list[ExtensionForm]]
     files: dict[FileName, str]
     facts: FactsForm
     scaler: dict[str, Any] | None
