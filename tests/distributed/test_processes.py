@@ -58,7 +58,7 @@ def test_one_two_and_four_processes_train_alike(trained, settings, tmp_path, fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_sharded_over_two_processes_trains_and_samples_like_a_whole_one(
-    trained, settings, family
+    trained, settings, other_photos, family
 ):
     """Class pictures, held-out photos, samples, text encoders and the reload proof too; then one
     process goes on."""
@@ -70,7 +70,7 @@ def test_a_base_sharded_over_two_processes_trains_and_samples_like_a_whole_one(
     )
     everything += (
         "train.train_text_encoder=true",
-        f"data.held_out_dir={settings().data.instance_data_dir}",
+        f"data.held_out_dir={other_photos}",
     )
     whole = settings(*everything, "train.train_batch_size=2", family=family)
     run(whole)

@@ -127,11 +127,11 @@ def test_four_graphs_are_enough_for_any_depth(monkeypatch):
 
 
 def test_a_compiled_run_writes_the_same_files_and_compiles_nothing_for_pictures(
-    settings, traced, tmp_path
+    settings, other_photos, traced, tmp_path
 ):
     shared = (
         *("validation.prompts=[a b c]", "validation.validation_steps=3", "optimizer.eps=1e-3"),
-        f"data.held_out_dir={settings().data.instance_data_dir}",
+        f"data.held_out_dir={other_photos}",
     )
     plain, fast = (
         settings(*shared, *more, family="flux")

@@ -40,11 +40,11 @@ def short(monkeypatch):
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_the_training_is_equal_to_the_bit(settings, tmp_path, family, overrides):
+def test_the_training_is_equal_to_the_bit(settings, other_photos, tmp_path, family, overrides):
     shared = (
         *overrides,
         "validation.validation_steps=3",
-        f"data.held_out_dir={settings().data.instance_data_dir}",
+        f"data.held_out_dir={other_photos}",
     )
     plain, cached = (
         settings(*shared, family=family),

@@ -17,8 +17,8 @@ OFFLOADED = ("train.gradient_checkpointing=true", "model.offload=true")
 @pytest.mark.parametrize(
     ("family", "more"), [("sd3", ()), ("flux", (CACHED, "lora.target_modules=attention+mlp"))]
 )
-def test_the_training_is_equal_to_the_bit(settings, tmp_path, family, more):
-    held = f"data.held_out_dir={settings().data.instance_data_dir}"
+def test_the_training_is_equal_to_the_bit(settings, other_photos, tmp_path, family, more):
+    held = f"data.held_out_dir={other_photos}"
     shared = (
         *more,
         held,

@@ -47,7 +47,8 @@ def test_no_text_encoder_is_in_memory_with_the_denoiser_unless_it_trains(
     frozen = set(family.text_encoder_names) - set(family.clip_encoders if text else ())
     for alive, brought in loads:
         assert not alive, loads
-        assert not frozen & brought if family.denoiser_name in brought else len(brought) == 1, loads
+        # nothing is brought where only captions are counted
+        assert not frozen & brought if family.denoiser_name in brought else len(brought) <= 1, loads
     assert (
         sum(family.denoiser_name in brought for _, brought in loads) == 3
     )  # class pictures, training, proof

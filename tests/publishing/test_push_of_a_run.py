@@ -30,9 +30,7 @@ def test_a_failed_push_fails_the_run_only_if_it_is_required(
     assert call("train.py", tmp_path / "train.yaml") == required
     assert lora(config)
     message = capsys.readouterr()
-    (line,) = (
-        line for line in (message.out + message.err).splitlines() if "scripts/push.py" in line
-    )
+    (line,) = (line for line in (message.out + message.err).splitlines() if "--repo me/run" in line)
     hub.faults.clear()
     _, *typed = shlex.split(line)
     environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}

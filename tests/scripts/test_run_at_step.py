@@ -124,7 +124,7 @@ def plain(settings):
     def add(step, end=""):
         checkpoint = folder / f"checkpoints/step-{step:06d}"
         checkpoint.mkdir(parents=True)
-        manifest = {"step": step, "files": {}, "facts": {}, "end": end}
+        manifest = {"step": step, "files": {}, "facts": {}, "end": end, "scaler": None}
         manifest["sha256"] = manifest_checksum(manifest)
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         (checkpoint / WEIGHT_NAME).touch()

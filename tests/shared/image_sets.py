@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 
-def write_photos(folder):
+def write_photos(folder, seed=0):
     """Five pictures of noise, each of another size."""
-    r = np.random.default_rng(0)
+    r = np.random.default_rng(seed)
     for i in range(5):
         picture = r.integers(0, 255, (20 + i, 24, 3), dtype=np.uint8)
         Image.fromarray(picture).save(folder / f"{i}.png")
@@ -53,6 +53,12 @@ def write_blobs(folder):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def other_photos(tmp_path_factory):
+    """Photos that no run of a test learns from."""
+    return write_photos(tmp_path_factory.mktemp("other_photos"), seed=1)
 
 
 @pytest.fixture(scope="session")
