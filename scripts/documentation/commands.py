@@ -119,6 +119,14 @@ def launch_mistakes(words: Sequence[str]) -> Iterator[str]:
         yield from script_mistakes(known.training_script, known.training_script_args)
 
 
+def unknown_flags(script: str, text: str, words: Sequence[str]) -> Iterator[str]:
+    """Options that stand neither in a script nor in what it imports of tests/shared."""
+    for name in re.findall(r"^from tests\.shared\.(\w+) import", text, re.MULTILINE):
+        text += (ROOT / f"tests/shared/{name}.py").read_text("utf-8")
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    yield from (f"{script} has no {flag}" for flag in flags if f'"{flag}"' not in text)
+
+
 def script_mistakes(script: str, words: Sequence[str]) -> Iterator[str]:
     """What the script's own parser says, and the config that it is given."""
     if PLACEHOLDER.search(script):
@@ -135,8 +143,7 @@ def script_mistakes(script: str, words: Sequence[str]) -> Iterator[str]:
     text = path.read_text("utf-8")
     if "run_main(main)" not in text:
         # it might do its work before it parses its options
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        yield from (f"{script} has no {flag}" for flag in flags if f'"{flag}"' not in text)
+        yield from unknown_flags(script, text, words)
         return
     # the ellipsis stands for further words, but for a value after an option
     pairs = zip(["", *words], words, strict=False)
