@@ -176,11 +176,12 @@ def test_a_mistake_is_one_message_and_exit_status_2(script, case, undisturbed, t
         "no picture": (finished, "missing.png", "missing.png is no picture"),
         "broken picture": (finished, "broken.png", "broken.png is not a readable picture"),
     }[case]
+    # what the trainings said
+    capsys.readouterr()
     status = call(script, run_folder, tmp_path / picture, "--out", tmp_path / "out.npz")
-    *progress, message = capsys.readouterr().err.strip().splitlines()
+    (message,) = capsys.readouterr().err.strip().splitlines()
     assert status == 2
     assert wanted in message
-    assert all("%|" in line for line in progress)
 
 
 @pytest.mark.parametrize("name", ["new/codes.npz", "codes"])
