@@ -165,3 +165,13 @@ def test_a_batch_of_equal_pictures_has_a_finite_diversity(settings):
     assert torch.isfinite(task.balance_metrics["diversity"]), (
         "the log takes it for divergence and ends the run"
     )
+
+
+def test_diversity_is_the_spread_of_generated_pictures_over_that_of_real_ones(settings):
+    task, batch = build(settings())
+    next(task.losses(batch, draws()))
+    varied = task.balance_metrics["diversity"]
+    equal = batch | {"pixels": batch["pixels"][:1].expand(6, 1, 28, 28)}
+    next(task.losses(equal, draws()))
+    # the generated pictures are the same, and nothing is less varied than equal pictures
+    assert task.balance_metrics["diversity"] > 100 * varied
