@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trainers.class_pictures import prepare_class_pictures
 from trainers.config import DreamBoothConfig
 from trainers.data import photo_checks
 from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
@@ -20,7 +21,6 @@ from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.families import Family
-from trainers.families.class_pictures import prepare_class_pictures
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora import export, initial, proof

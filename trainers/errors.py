@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -45,3 +45,9 @@ def warn_on_error(what: str) -> Iterator[None]:
         warnings.warn(
             f"{what} failed ({type(error).__name__}: {error}); training goes on", stacklevel=3
         )
+
+
+def name_some(names: Sequence[str], most: int = 5) -> str:
+    """A handful of names for a message, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

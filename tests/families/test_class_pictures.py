@@ -9,11 +9,11 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from trainers import class_pictures
+from trainers.class_pictures import claim_names, prepare_class_pictures
 from trainers.config import DreamBoothConfig
 from trainers.config.loading import validate
 from trainers.data.intake import Intake
-from trainers.families import class_pictures
-from trainers.families.class_pictures import claim_names, prepare_class_pictures
 
 DIGESTS = {"unet": "1" * 64, "vae": "2" * 64}
 

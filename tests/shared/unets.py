@@ -14,27 +14,37 @@ from trainers.from_scratch.uses import USES
 @pytest.fixture(scope="session")
 def coloured(blobs, tmp_path_factory):
     """Folder of pictures in colour, without masks."""
-    folder = tmp_path_factory.mktemp("coloured")
-    for path in blobs.glob("*_image.png"):
+    return copy_images(blobs, tmp_path_factory.mktemp("coloured"))
+
+
+def copy_images(pairs, folder):
+    """The pictures of a folder of pairs alone."""
+    for path in pairs.glob("*_image.png"):
         shutil.copy(path, folder)
     return folder
+
+
+def write_config(folder, images, resolution, steps):
+    """The file of a short run on the pictures in a folder, which goes to FOLDER/run."""
+    path = folder / "config.yaml"
+    path.write_text(
+        f"""
+kind: unet
+output_dir: {folder}/run
+model: {{width: 8, levels: 2}}
+data: {{image_dir: {images}, folds: 4, channels: 3, resolution: {resolution}}}
+optimizer: {{learning_rate: 1e-2}}
+train: {{max_train_steps: {steps}, train_batch_size: 4}}
+tracking: {{report_to: [], log_every: 10}}
+"""
+    )
+    return path
 
 
 @pytest.fixture
 def settings(blobs, coloured, tmp_path):
     """A function: use, overrides -> Config of a short run on the blobs."""
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
-kind: unet
-output_dir: {tmp_path}/run
-model: {{width: 8, levels: 2}}
-data: {{image_dir: {coloured}, folds: 4, channels: 3, resolution: 16}}
-optimizer: {{learning_rate: 1e-2}}
-train: {{max_train_steps: 50, train_batch_size: 4}}
-tracking: {{report_to: [], log_every: 10}}
-"""
-    )
+    path = write_config(tmp_path, coloured, resolution=16, steps=50)
     pairs = [f"data.image_dir={blobs}"]
     sources = {"segment": pairs, "pix2pix": [*pairs, "data.target_suffix=_target"]}
     return lambda use, *overrides: loading.load_config(

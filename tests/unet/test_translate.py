@@ -1,7 +1,6 @@
 """A finished U-Net shows its model pictures as training did, and gives results of their size."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from kornia.color import rgb_to_lab
 from PIL import Image
 
+from tests.shared.unets import copy_images, write_config
 from trainers.config import loading
 from trainers.data.imaging import to_float, write_grid
 from trainers.data.pictures import picture_from_file
@@ -41,27 +41,13 @@ def speckled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def coloured(speckled, tmp_path_factory):
     """The pictures alone."""
-    folder = tmp_path_factory.mktemp("coloured")
-    for path in speckled.glob("*_image.png"):
-        shutil.copy(path, folder)
-    return folder
+    return copy_images(speckled, tmp_path_factory.mktemp("coloured"))
 
 
 @pytest.fixture
 def settings(speckled, coloured, tmp_path):
     """A function: use, overrides -> Config of a run on the speckled pictures."""
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
-kind: unet
-output_dir: {tmp_path}/run
-model: {{width: 8, levels: 2}}
-data: {{image_dir: {speckled}, folds: 4, channels: 3, resolution: 32}}
-optimizer: {{learning_rate: 1e-2}}
-train: {{max_train_steps: 60, train_batch_size: 4}}
-tracking: {{report_to: [], log_every: 10}}
-"""
-    )
+    path = write_config(tmp_path, speckled, resolution=32, steps=60)
     more = {"segment": []}
     alone = [f"data.image_dir={coloured}"]
     return lambda use, *overrides: loading.load_config(

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainers.data.decoding import UnreadablePictureError, read_file
-from trainers.data.folders import FolderContents, name_some, relative_name
-from trainers.errors import UserError
+from trainers.data.folders import FolderContents, relative_name
+from trainers.errors import UserError, name_some
 
 # unless the config names one, the first of these columns that a metadata file has is read
 CAPTION_COLUMNS = ("text", "caption", "prompt")

@@ -132,9 +132,3 @@ def relative_name(path: Path | str, root: Path) -> str:
         return Path(path).relative_to(root).as_posix()
     except ValueError:
         return str(path)
-
-
-def name_some(names: Sequence[str], most: int = 5) -> str:
-    """A handful of names, and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

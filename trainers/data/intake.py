@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
 from trainers.data.decoding import IMAGE_SUFFIXES, read_file, read_storage
-from trainers.data.folders import FolderContents, name_some, relative_name
-from trainers.errors import UserError, warn_on_error
+from trainers.data.folders import FolderContents, relative_name
+from trainers.errors import UserError, name_some, warn_on_error
 
 if TYPE_CHECKING:
     from trainers.data.pictures import Picture

@@ -10,10 +10,9 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from trainers.config import DreamBoothConfig
-from trainers.data.folders import name_some
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
-from trainers.errors import UserError
+from trainers.errors import UserError, name_some
 
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
 NOTED_CROP = 0.1

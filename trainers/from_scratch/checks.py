@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainers.config import ImagesConfig, ScratchConfig
-from trainers.data.folders import name_some
 from trainers.data.intake import Intake
 from trainers.data.pictures import Picture
 from trainers.data.rng import choose_rows, derive_seed
-from trainers.errors import UserError
+from trainers.errors import UserError, name_some
 from trainers.from_scratch.image_samples import choose_evenly, describe_folder
 from trainers.from_scratch.image_sets import ImageSet
 

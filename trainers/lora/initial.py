@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainers.config import LoraConfig
 from trainers.data.file_digests import read_digest
-from trainers.errors import UserError
+from trainers.errors import UserError, name_some
 from trainers.families import Family
 from trainers.lora import peft_format
 from trainers.lora.base_layers import name_prefix
@@ -25,7 +25,6 @@ from trainers.run_folder import WEIGHT_NAME
 from trainers.training.process_state import is_first_process
 from trainers.training.run_weights import find_run_weights, is_run
 
-MAX_NAMED = 5  # layers in a message
 ADAPTER = "default"
 
 
@@ -162,8 +161,3 @@ def digest_of(path: Path) -> str:
     endings = (peft_format.CONFIG_NAME, peft_format.TENSORS_NAME)
     files = sorted(file for file in path.rglob("*") if file.name in endings)
     return hashlib.sha256("".join(map(read_digest, files)).encode()).hexdigest()
-
-
-def name_some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(names[:MAX_NAMED])}{rest}"

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig
 from trainers.data.pictures import Picture
-from trainers.errors import UserError
+from trainers.errors import UserError, name_some
 
 Facts = dict[str, Any]  # JSON values
 # name, digest of the contents, caption or label
@@ -29,7 +29,6 @@ STEPS_KEY = "train.max_train_steps"
 SCHEDULE_KEYS = (STEPS_KEY, "optimizer.lr_warmup_steps")
 INITIAL_LORA = "initial LoRA"
 MAX_LISTED_FILES = 1000  # of a larger pool of pictures only the digest is kept
-MAX_NAMED = 5  # in a message
 
 # sections, and keys, that may change between two parts of a run
 CHANGEABLE_KEYS = {
@@ -282,11 +281,6 @@ def explain_base(saved: Mapping[str, str], current: Mapping[str, str]) -> list[s
     parts = dict.fromkeys([*saved, *current])
     changed = [part for part in parts if saved.get(part) != current.get(part)]
     return [f"base model: other files of {', '.join(changed)}"] if changed else []
-
-
-def name_some(names: Sequence[str]) -> str:
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 EXPLAIN = {"pictures": explain_pictures, "base": explain_base}

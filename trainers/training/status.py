@@ -117,7 +117,7 @@ def recorded_warnings() -> Iterator[deque[str]]:
     kept: deque[str] = deque(maxlen=MAX_WARNINGS)
     show = warnings.showwarning
 
-    def record(message, category, filename, lineno, file=None, line=None) -> None:  # noqa: PLR0913 (Python's own)
+    def record(message, category, filename, lineno, file=None, line=None) -> None:  # noqa: PLR0913
         text = " ".join(str(message).split())[:MAX_TEXT]
         if text not in kept:
             kept.append(text)

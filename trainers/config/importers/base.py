@@ -242,3 +242,16 @@ TRACKERS = {
     "all": ["tensorboard", "wandb"],
     "none": [],
 }
+
+# keys that the scripts of diffusers, sd-scripts and SimpleTuner call alike
+SHARED_RULES = [
+    Rule("learning_rate", "optimizer.learning_rate", number),
+    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
+    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
+    Rule("train_batch_size", "train.train_batch_size", number),
+    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
+    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
+    Rule("max_grad_norm", "train.max_grad_norm", positive),
+    Rule("resolution", "data.resolution", first_number),
+    Rule("seed", "seed", number),
+]

@@ -7,12 +7,11 @@ from typing import Any
 
 from trainers.config.family_facts import family_named
 from trainers.config.importers.base import (
-    SCHEDULES,
+    SHARED_RULES,
     TRACKERS,
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
@@ -24,6 +23,7 @@ OPTIMIZERS = {"adamw": "adamw", "prodigy": "prodigy"}
 PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "no": "no"}
 
 RULES = [
+    *SHARED_RULES,
     Rule("pretrained_model_name_or_path", "model.pretrained_model_name_or_path"),
     Rule("revision", "model.revision"),
     Rule("variant", "model.variant"),
@@ -40,27 +40,19 @@ RULES = [
     Rule("class_data_dir", "data.class_data_dir"),
     Rule("class_prompt", "data.class_prompt"),
     Rule("prior_loss_weight", "data.prior_loss_weight", number),
-    Rule("resolution", "data.resolution", first_number),
     Rule("random_flip", "data.random_flip", only_if_on),
     Rule("snr_gamma", "objective.snr_gamma", positive),
     Rule("logit_mean", "objective.logit_mean", number),
     Rule("logit_std", "objective.logit_std", number),
     Rule("mode_scale", "objective.mode_scale", number),
-    Rule("learning_rate", "optimizer.learning_rate", number),
-    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
     Rule("optimizer", "optimizer.name", choose(OPTIMIZERS)),
     Rule("use_8bit_adam", "optimizer.name", lambda on: "adamw_8bit" if is_on(on) else None),
     Rule("adam_weight_decay", "optimizer.weight_decay", number),
     Rule("adam_epsilon", "optimizer.eps", number),
-    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
     Rule("lr_warmup_steps", "optimizer.lr_warmup_steps", positive),
     Rule("lr_num_cycles", "optimizer.lr_num_cycles", number),
     Rule("lr_power", "optimizer.lr_power", number),
     Rule("max_train_steps", "train.max_train_steps", number),
-    Rule("train_batch_size", "train.train_batch_size", number),
-    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
-    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
-    Rule("max_grad_norm", "train.max_grad_norm", positive),
     Rule("mixed_precision", "train.mixed_precision", choose(PRECISIONS)),
     Rule("train_text_encoder", "train.train_text_encoder", only_if_on),
     Rule("checkpointing_steps", "checkpoint.checkpointing_steps", number),
@@ -71,7 +63,6 @@ RULES = [
     Rule("push_to_hub", "hub.push_to_hub", only_if_on),
     Rule("hub_model_id", "hub.hub_model_id"),
     Rule("output_dir", "output_dir"),
-    Rule("seed", "seed", number),
 ]
 WITHOUT_EFFECT = (
     "cache_latents dataloader_num_workers allow_tf32 logging_dir resume_from_checkpoint "

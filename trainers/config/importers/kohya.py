@@ -8,12 +8,11 @@ from typing import Any
 from trainers.config.family_facts import family_named
 from trainers.config.importers.base import (
     OPTIMIZERS,
-    SCHEDULES,
+    SHARED_RULES,
     TRACKERS,
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
@@ -23,6 +22,7 @@ from trainers.config.importers.base import (
 DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
 
 RULES = [
+    *SHARED_RULES,
     Rule(
         "pretrained_model_name_or_path",
         "model.pretrained_model_name_or_path",
@@ -41,7 +41,6 @@ RULES = [
     ),
     Rule("reg_data_dir", "data.class_data_dir", note="Set data.class_prompt too"),
     Rule("prior_loss_weight", "data.prior_loss_weight", number),
-    Rule("resolution", "data.resolution", first_number),
     Rule("flip_aug", "data.random_flip", only_if_on),
     Rule("random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
     Rule("caption_dropout_rate", "data.caption_dropout", positive),
@@ -51,21 +50,13 @@ RULES = [
     Rule("discrete_flow_shift", "objective.shift", number),
     Rule("timestep_sampling", "objective.density", choose(DENSITIES)),
     Rule("optimizer_type", "optimizer.name", choose(OPTIMIZERS)),
-    Rule("learning_rate", "optimizer.learning_rate", number),
     Rule("unet_lr", "optimizer.learning_rate", number),
-    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
-    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
     Rule("lr_scheduler_num_cycles", "optimizer.lr_num_cycles", number),
     Rule("lr_scheduler_power", "optimizer.lr_power", number),
-    Rule("train_batch_size", "train.train_batch_size", number),
-    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
-    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
-    Rule("max_grad_norm", "train.max_grad_norm", positive),
     Rule("save_every_n_steps", "checkpoint.checkpointing_steps", number),
     Rule("sample_every_n_steps", "validation.validation_steps", number),
     Rule("log_with", "tracking.report_to", choose(TRACKERS)),
     Rule("huggingface_repo_id", "hub.hub_model_id"),
-    Rule("seed", "seed", number),
 ]
 # how the files are written, loaded and moved, which is settled here
 WITHOUT_EFFECT = (

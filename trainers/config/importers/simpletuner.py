@@ -8,7 +8,7 @@ from typing import Any
 from trainers.config.family_facts import family_named
 from trainers.config.importers.base import (
     OPTIMIZERS,
-    SCHEDULES,
+    SHARED_RULES,
     TRACKERS,
     ForeignConfig,
     Rule,
@@ -23,6 +23,7 @@ from trainers.config.importers.base import (
 PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
 
 RULES = [
+    *SHARED_RULES,
     Rule("model_family", "model.family", family_named),
     Rule("pretrained_model_name_or_path", "model.pretrained_model_name_or_path"),
     Rule("model_revision", "model.revision"),
@@ -36,22 +37,14 @@ RULES = [
     Rule("instance_data_dir", "data.instance_data_dir"),
     Rule("instance_prompt", "data.instance_prompt"),
     Rule("caption_dropout_probability", "data.caption_dropout", positive),
-    Rule("resolution", "data.resolution", first_number),
     Rule("snr_gamma", "objective.snr_gamma", positive),
     Rule("flow_schedule_shift", "objective.shift", positive),
     Rule("flow_schedule_auto_shift", "objective.shift", lambda on: "auto" if is_on(on) else None),
     Rule("optimizer", "optimizer.name", choose(OPTIMIZERS)),
-    Rule("learning_rate", "optimizer.learning_rate", number),
-    Rule("text_encoder_lr", "optimizer.text_encoder_lr", number),
-    Rule("lr_scheduler", "optimizer.lr_scheduler", choose(SCHEDULES)),
     Rule("lr_warmup_steps", "optimizer.lr_warmup_steps", positive),
     Rule("lr_num_cycles", "optimizer.lr_num_cycles", number),
     Rule("lr_power", "optimizer.lr_power", number),
     Rule("max_train_steps", "train.max_train_steps", positive),
-    Rule("train_batch_size", "train.train_batch_size", number),
-    Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
-    Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
-    Rule("max_grad_norm", "train.max_grad_norm", positive),
     Rule("checkpointing_steps", "checkpoint.checkpointing_steps", number),
     Rule("checkpoint_step_interval", "checkpoint.checkpointing_steps", number),
     Rule("checkpoints_total_limit", "checkpoint.checkpoints_total_limit", positive),
@@ -68,7 +61,6 @@ RULES = [
     Rule("push_to_hub", "hub.push_to_hub", only_if_on),
     Rule("hub_model_id", "hub.hub_model_id"),
     Rule("output_dir", "output_dir"),
-    Rule("seed", "seed", number),
 ]
 # what of a data backend is ours
 BACKEND_RULES = [
