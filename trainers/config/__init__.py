@@ -9,8 +9,8 @@ from trainers.config.autoencoder import AutoencoderConfig
 from trainers.config.base import Config
 from trainers.config.base_sections import OptimizerConfig, TrainConfig
 from trainers.config.dreambooth import DreamBoothConfig
+from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
-    DataConfig,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,

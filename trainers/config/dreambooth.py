@@ -13,8 +13,8 @@ from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
 from trainers.config.bounds import PathField
+from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
-    DataConfig,
     DreamBoothTrainConfig,
     LoraConfig,
     ModelConfig,

@@ -9,8 +9,8 @@ from pathlib import Path
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
 from trainers.config.base_sections import OptimizerConfig
+from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
-    DataConfig,
     DreamBoothTrainConfig,
     LoraConfig,
     ModelConfig,

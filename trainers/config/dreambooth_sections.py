@@ -17,19 +17,15 @@ from trainers.config.base_sections import (
 from trainers.config.bounds import (
     Fraction,
     Guidance,
-    LossWeight,
     Name,
     NameOrPath,
-    PathField,
-    Pixels,
-    Probability,
     Prompt,
     Seed,
 )
+from trainers.config.dreambooth_data import Prompts
 from trainers.config.family_facts import default_family, families_with, family_facts, family_names
 
 FamilyName = Literal[family_names()]
-Prompts = Annotated[list[Prompt], Field(max_length=1000)]
 Shift = Annotated[float, Field(gt=0, le=100)]
 
 
@@ -131,81 +127,6 @@ class LoraConfig(Section):
         None,
         "Also write the file that ComfyUI, A1111 and sd-scripts read; null: where readers need it.",
     )
-
-
-class DataConfig(Section):
-    """The pictures, their captions, and what the base model must not forget."""
-
-    instance_data_dir: PathField | None = field(
-        None, "Folder with the training pictures, in sub-folders too."
-    )
-    held_out_dir: PathField | None = field(
-        None, "Other pictures of the subject, used for evaluation only: held_out_loss."
-    )
-    dataset_name: NameOrPath | None = field(
-        None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
-    )
-    dataset_split: Name = field("train", "Split of dataset_name.")
-    image_column: Name = field("image", "Column of dataset_name that holds the pictures.")
-    caption_column: Name | None = field(
-        None,
-        "Column of dataset_name, metadata.jsonl or metadata.csv with the captions; null: the first "
-        "of text, caption and prompt in metadata, none of dataset_name.",
-    )
-    instance_prompt: Prompt | None = field(
-        None, "Caption of every picture that has none of its own."
-    )
-    class_data_dir: PathField | None = field(
-        None, "Folder of class pictures; null means OUTPUT_DIR/class_images."
-    )
-    class_prompt: Prompt | Prompts | None = field(
-        None,
-        "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
-        "pictures take in turn.",
-    )
-    num_class_images: int = field(
-        0,
-        "Number of class pictures; the base model generates those that are missing.",
-        ge=0,
-        le=1_000_000,
-    )
-    prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
-    resolution: Pixels = field(512, "Side of the training pictures in pixels; a multiple of 8.")
-    center_crop: bool = field(True, "Crop at the center; false crops at random.")
-    random_flip: bool = field(False, "Mirror half of the pictures.")
-    caption_dropout: Probability = field(
-        0.0, "Share of captions that are replaced by the empty prompt."
-    )
-    cache: bool = field(
-        True, "Encode pictures and prompts once, and free the encoders; false encodes at each step."
-    )
-    cache_dir: PathField | None = field(
-        None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache."
-    )
-    cache_variants: int = field(4, "Random crops and flips kept for each picture.", ge=1, le=10_000)
-    bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
-        None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."
-    )
-    skip_corrupt: bool = field(
-        False, "Leave unreadable pictures out with a warning instead of stopping."
-    )
-    strict: bool = field(False, "Warnings about the data end the run before it trains.")
-
-    @property
-    def uses_prior(self) -> bool:
-        return self.num_class_images > 0
-
-    @property
-    def class_prompts(self) -> list[str]:
-        """Class picture i shows the prompt i modulo their number."""
-        if isinstance(self.class_prompt, str):
-            return [self.class_prompt]
-        return self.class_prompt or []
-
-    @property
-    def num_variants(self) -> int:
-        # without chance in the crop, one variant is all there is
-        return self.cache_variants if self.random_flip or not self.center_crop else 1
 
 
 class ObjectiveConfig(Section):
