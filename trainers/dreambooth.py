@@ -21,6 +21,7 @@ from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.families import Family
+from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora import export, initial, proof
@@ -74,8 +75,8 @@ class DreamBooth:
             with self.accelerator.autocast():
                 self.family.modulation.use(key, self.module, upcoming)
         prediction = self.players["denoiser"].module(x_t, t, batch["text"])
-        # (B,); a named difference would stay in memory until the backward pass is over
-        error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean((1, 2, 3))
+        # (B,); a named target would stay in memory until the backward pass is over
+        error = mean_square(prediction, self.objective.target(x0, eps, t), batch.get("mask"))
         yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
 
     def draw_inputs(self, batch: dict, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from trainers.config.base_sections import Section, field
-from trainers.config.bounds import (
-    LossWeight,
-    Name,
-    NameOrPath,
-    PathField,
-    Pixels,
-    Probability,
-    Prompt,
-)
-
-Prompts = Annotated[list[Prompt], Field(max_length=1000)]
+from trainers.config.base_sections import field
+from trainers.config.bounds import LossWeight, PathField, Pixels, Probability
+from trainers.config.photo_sections import PhotoSet
 
 
-class DataConfig(Section):
-    """The pictures, their captions, and what the base model must not forget."""
+class DataConfig(PhotoSet):
+    """The pictures, their captions and masks, and what the base model must not forget."""
 
-    instance_data_dir: PathField | None = field(
-        None, "Folder with the training pictures, in sub-folders too."
-    )
-    held_out_dir: PathField | None = field(
-        None, "Other pictures of the subject, used for evaluation only: held_out_loss."
-    )
-    dataset_name: NameOrPath | None = field(
-        None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
-    )
-    dataset_split: Name = field("train", "Split of dataset_name.")
-    image_column: Name = field("image", "Column of dataset_name that holds the pictures.")
-    caption_column: Name | None = field(
-        None,
-        "Column of dataset_name, metadata.jsonl or metadata.csv with the captions; null: the first "
-        "of text, caption and prompt in metadata, none of dataset_name.",
-    )
-    instance_prompt: Prompt | None = field(
-        None, "Caption of every picture that has none of its own."
-    )
-    class_data_dir: PathField | None = field(
-        None, "Folder of class pictures; null means OUTPUT_DIR/class_images."
-    )
-    class_prompt: Prompt | Prompts | None = field(
-        None,
-        "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
-        "pictures take in turn.",
-    )
-    num_class_images: int = field(
-        0,
-        "Number of class pictures; the base model generates those that are missing.",
-        ge=0,
-        le=1_000_000,
-    )
     prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
+    mask_floor: Probability = field(
+        0.1,
+        "How much a place counts that the mask leaves out, where one that it shows counts 1; at 0 "
+        "nothing is learnt of it.",
+    )
     resolution: Pixels = field(512, "Side of the training pictures in pixels; a multiple of 8.")
     center_crop: bool = field(True, "Crop at the center; false crops at random.")
     random_flip: bool = field(False, "Mirror half of the pictures.")
@@ -77,17 +38,6 @@ class DataConfig(Section):
         False, "Leave unreadable pictures out with a warning instead of stopping."
     )
     strict: bool = field(False, "Warnings about the data end the run before it trains.")
-
-    @property
-    def uses_prior(self) -> bool:
-        return self.num_class_images > 0
-
-    @property
-    def class_prompts(self) -> list[str]:
-        """Class picture i shows the prompt i modulo their number."""
-        if isinstance(self.class_prompt, str):
-            return [self.class_prompt]
-        return self.class_prompt or []
 
     @property
     def num_variants(self) -> int:

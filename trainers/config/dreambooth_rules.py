@@ -34,7 +34,7 @@ def picture_errors(data: DataConfig) -> Errors:
             "there are two sources of pictures, this and data.instance_data_dir: remove one of them"
         )
         yield "data.dataset_name", message
-    for key in ("instance_data_dir", "held_out_dir"):
+    for key in ("instance_data_dir", "held_out_dir", "mask_dir"):
         yield from folder_errors(f"data.{key}", getattr(data, key))
     if data.class_data_dir is not None and not data.uses_prior:
         message = (
@@ -48,6 +48,21 @@ def picture_errors(data: DataConfig) -> Errors:
     if data.class_prompt and not data.uses_prior:
         message = "a class prompt requires class pictures: set how many to use, for example 100"
         yield "data.num_class_images", message
+    yield from mask_errors(data)
+
+
+def mask_errors(data: DataConfig) -> Errors:
+    if data.mask_dir is not None and data.dataset_name is not None:
+        message = (
+            "files belong to the pictures of a folder: set data.instance_data_dir instead of "
+            "data.dataset_name, or data.use_alpha_mask where its pictures have an alpha channel"
+        )
+        yield "data.mask_dir", message
+    if not data.has_masks and data.mask_floor != DataConfig.model_fields["mask_floor"].default:
+        message = (
+            "has no effect without masks: set data.mask_dir or data.use_alpha_mask, or remove it"
+        )
+        yield "data.mask_floor", message
 
 
 def base_errors(model: ModelConfig) -> Errors:

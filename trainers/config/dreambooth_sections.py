@@ -22,8 +22,8 @@ from trainers.config.bounds import (
     Prompt,
     Seed,
 )
-from trainers.config.dreambooth_data import Prompts
 from trainers.config.family_facts import default_family, families_with, family_facts, family_names
+from trainers.config.photo_sections import Prompts
 
 FamilyName = Literal[family_names()]
 Shift = Annotated[float, Field(gt=0, le=100)]

@@ -27,7 +27,7 @@ from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_
 from trainers.errors import UserError
 
 MAX_SHOWN = 120  # characters of a value in a message
-PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir")
+PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir", "data.mask_dir")
 
 
 def load_config(

@@ -27,14 +27,20 @@ class Crop:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, size, size) in [-1, 1]: the short side resized to `size`, then cropped."""
+        return self.pixels(image) / 127.5 - 1
+
+    def pixels(
+        self, image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Tensor:
+        """(C, size, size) in 0..255, cut as `__call__` does."""
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = image.resize((width, height), resampling)
         left, top = round(self.left * (width - self.size)), round(self.top * (height - self.size))
         image = image.crop((left, top, left + self.size, top + self.size))
         if self.flip:
             image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).float()
 
 
 def choose_crop(picture: Picture, variant: int, config: DataConfig) -> Crop:

@@ -41,6 +41,7 @@ class DreamBoothBatches:
     def __post_init__(self) -> None:
         # each pool with every picture as often as it counts
         self.drawn_from = [repeat_pictures(pool) for pool in self.pools]
+        self.has_masks = any(picture.mask for pool in self.pools for picture in pool)
 
     @property
     def sample_weights(self) -> Tensor:
@@ -91,23 +92,32 @@ class DreamBoothBatches:
         return pictures[self.batch_slice.sample_index(step, row, len(pictures), pool)]
 
     def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
-        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
-        moments, texts = [], []
+        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device.
+
+        A run with masks has the weight of each latent in mask (B, 1, h, w) too.
+        """
+        moments, texts, masks = [], [], []
         for pool, row in rows:
             picture = self.picture(step, pool, row)
             key = self.batch_slice.seed, step, self.batch_slice.global_batch_size * pool + row
             variant = derive_seed(*key, "variant") % self.config.num_variants
             is_dropped = derive_seed(*key, "caption") < self.config.caption_dropout * 2**63
-            moments.append(
-                self.encoder.moments(picture, choose_crop(picture, variant, self.config))
-            )
+            crop = choose_crop(picture, variant, self.config)
+            moments.append(self.encoder.moments(picture, crop))
+            if self.has_masks:
+                masks.append(self.encoder.mask(picture, crop, moments[-1].shape[-2:]))
             texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
-        return {
+        batch = {
             "moments": self.stack_on_device(moments),
             "text": text,
             "weight": self.sample_weights,
         }
+        if masks:
+            # exact for 0 and 1, so that a white mask changes nothing
+            shown = self.stack_on_device(masks)
+            batch["mask"] = 1 - (1 - self.config.mask_floor) * (1 - shown)
+        return batch
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])

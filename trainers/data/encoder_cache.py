@@ -22,6 +22,7 @@ from torch import Tensor
 from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop, choose_crop
+from trainers.data.masks import latent_mask
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
 from trainers.progress import track
@@ -138,6 +139,12 @@ class CachedEncoder:
             return self.family.encode_image(crop(picture.decode()))
         return self.read_entry(self.image_key(picture, crop), picture.name)["moments"]
 
+    def mask(self, picture: Picture, crop: Crop, size: Sequence[int]) -> Tensor:
+        """Where that crop of a picture is learnt, (1, h, w) in 0..1; size: h and w."""
+        if picture.mask is None or not self.use_cache:
+            return latent_mask(picture, crop, *size)
+        return self.read_entry(self.image_key(picture, crop), picture.name)["mask"]
+
     def text_inputs(self, prompt: str) -> dict[str, Tensor]:
         """The outputs of the frozen text encoders, and token ids {NAME_ids: (L,)} for the others.
 
@@ -169,7 +176,9 @@ class CachedEncoder:
 
     def compute_image_key(self, picture: Picture, crop: Crop) -> str:
         encoder = self.family.component_digest("vae")
-        return cache_key(image=picture.digest, view=asdict(crop), encoder=encoder)
+        # pictures without masks keep the keys that they had before there were masks
+        mask = {"mask": picture.mask.digest} if picture.mask else {}
+        return cache_key(image=picture.digest, view=asdict(crop), encoder=encoder, **mask)
 
     def compute_prompt_key(self, name: str, prompt: str) -> str:
         parts = [self.family.component_digest(name), self.family.tokenizer_digest(name)]
@@ -223,7 +232,10 @@ class CachedEncoder:
         self.family.unload()
 
     def encode_view(self, picture: Picture, crop: Crop) -> dict[str, Tensor]:
-        return {"moments": self.family.encode_image(crop(picture.decode()))}
+        entry = {"moments": self.family.encode_image(crop(picture.decode()))}
+        if picture.mask:
+            entry["mask"] = latent_mask(picture, crop, *entry["moments"].shape[-2:])
+        return entry
 
 
 def fill_cache(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from trainers.config import DreamBoothConfig
 from trainers.data.intake import Intake, check_batch_size
+from trainers.data.masks import check_masks
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
 
@@ -92,6 +93,7 @@ def check_photos(
         intake.warn(f"smaller than data.resolution={resolution}, so enlarged: {name_some(shown)}")
     if moving := [names[p] for p in pictures if p.facts.storage.has_more_frames]:
         intake.warn(f"of several frames or pages the first is used: {name_some(moving)}")
+    check_masks(intake, pictures, config.data.mask_floor)
     check_duplicates(intake, pictures, held_out)
     if config.data.center_crop:
         check_crops(intake, pictures)

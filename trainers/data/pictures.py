@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
+from trainers.data.masks import find_masks
 from trainers.errors import UserError
 
 __all__ = [
@@ -51,7 +52,8 @@ class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
-    counts among the others.
+    counts among the others; mask: where it is learnt, see `trainers.data.masks`, a picture that is
+    its own mask by its alpha channel.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Picture:
     caption: str
     bit_depth: int | None = None
     repeats: int = 1
+    mask: Picture | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -153,7 +156,8 @@ def load_class_pictures(
     names: the file names of those that may be taken, if not all.
     """
     intake = intake or Intake()
-    pictures = pictures_from_folder(folder, config, config.class_prompts[0], intake)
+    unmasked = config.model_copy(update={"mask_dir": None, "use_alpha_mask": False})
+    pictures = pictures_from_folder(folder, unmasked, config.class_prompts[0], intake)
     allowed = [p for p in pictures if names is None or Path(p.name).name in names]
     used = allowed[: config.num_class_images]
     if len(pictures) > len(used):
@@ -175,8 +179,9 @@ def pictures_from_folder(
     Without one of its own a picture has `prompt`, and without that the name of its folder, where
     that is one of kohya's.
     """
-    others = (config.instance_data_dir, config.held_out_dir, config.class_data_dir)
-    contents = scan_folder(folder, others)
+    other_keys = ("instance_data_dir", "held_out_dir", "class_data_dir", "mask_dir")
+    contents = scan_folder(folder, [getattr(config, key) for key in other_keys])
+    masks = find_masks(contents, config, intake)
     captions = read_captions(contents, column)
     pictures = []
     for path in contents.pictures:
@@ -184,7 +189,12 @@ def pictures_from_folder(
         fallback = folder_caption if prompt is None else prompt
         caption = captions.by_picture.get(path, fallback)
         read = partial(decoding.read_file, path)
-        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats))
+        picture = Picture(str(path), read, caption, config.bit_depth, repeats)
+        if path in masks:
+            picture = replace(picture, mask=picture_from_file(masks[path]))
+        elif config.use_alpha_mask:
+            picture = replace(picture, mask=picture)
+        pictures.append(picture)
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures)
 
@@ -223,7 +233,8 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
             caption = config.instance_prompt
             num_without += 1
         read = partial(read_encoded, rows, i, column)
-        pictures.append(Picture(f"{name}[{i}]", read, caption, config.bit_depth))
+        picture = Picture(f"{name}[{i}]", read, caption, config.bit_depth)
+        pictures.append(replace(picture, mask=picture) if config.use_alpha_mask else picture)
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
     if num_without and config.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")

@@ -16,6 +16,19 @@ from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 
 
+def mean_square(prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """The squared error of each sample, (B, C, h, w) to (B,).
+
+    weight: (B, 1, h, w), by which the mean is taken: so the loss has the same scale whatever part
+    of a picture its mask shows. A sample of which nothing counts gives 0. None: a plain mean.
+    """
+    error = (prediction.float() - target).square()
+    if weight is None:
+        return error.mean((1, 2, 3))
+    shown = weight.mean((1, 2, 3))
+    return (weight * error).mean((1, 2, 3)) / shown.clamp(min=torch.finfo(shown.dtype).tiny)
+
+
 class Objective(Protocol):
     def times(self, rng: SampleRng) -> Tensor: ...
     def noise(self, x0: Tensor, rng: SampleRng) -> Tensor: ...

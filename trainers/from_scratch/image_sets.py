@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainers.config import ImagesConfig
 from trainers.data.imaging import mirror_pad
+from trainers.data.masks import turn_alike
 from trainers.data.pictures import Picture, check_bit_depth
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
@@ -23,7 +24,6 @@ from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
 from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
 from trainers.from_scratch.labels import UNLABELED, find_classes, list_names
-from trainers.from_scratch.masks import turn_alike
 from trainers.progress import track
 from trainers.training.facts import Facts, describe_pictures
 

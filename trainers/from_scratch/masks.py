@@ -1,4 +1,4 @@
-"""Masks, the class of each pixel, and how the second of a pair lies on the first."""
+"""Masks that tell the class of each pixel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image, ImageOps
 
-from trainers.data.decoding import SIDEWAYS, TURNS, open_image
+from trainers.data.decoding import open_image
 from trainers.data.pictures import Picture
 from trainers.errors import UserError
 
@@ -104,20 +104,3 @@ def without_palette(image: Image.Image, classes: int) -> np.ndarray:
     if is_gray and ((colors < classes) | (colors == IGNORE_INDEX)).all():
         return palette[:, 0][np.minimum(values, len(palette) - 1)]
     return values
-
-
-def turn_alike(target: Image.Image, target_file: Picture, picture: Picture) -> Image.Image:
-    """The decoded target as its picture lies, where that alone has an EXIF tag that turns it.
-
-    Its size tells whether it was made for the stored picture or for the upright one. Raises:
-    UserError where it does not.
-    """
-    stored = picture.storage
-    if stored.orientation not in TURNS or target_file.storage.orientation != 1:
-        return target
-    if stored.size[0] == stored.size[1] or stored.orientation not in SIDEWAYS:
-        raise UserError(
-            f"{picture.name} is turned by its EXIF tag, and {target_file.name} has no such tag and "
-            "the same size either way: save the picture upright, without the tag"
-        )
-    return target.transpose(TURNS[stored.orientation]) if target.size == stored.size else target

@@ -61,6 +61,7 @@ CHANGEABLE_KEYS = {
     "data.dataset_name",
     "data.class_data_dir",
     "data.held_out_dir",
+    "data.mask_dir",
     "data.cache",
     "data.cache_dir",
     "data.in_memory",
@@ -134,10 +135,14 @@ def describe_pictures(entries: Iterable[PictureEntry]) -> Facts:
 
 
 def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
-    """The instance pictures and, where there are any, the class pictures."""
+    """The instance pictures and, where there are any, the class pictures and the masks."""
     described = {}
     for name, pool in zip(("instance", "class"), pools, strict=False):
         described[name] = describe_pictures((p.name, p.digest, counted_caption(p)) for p in pool)
+    # a mask also belongs to its picture
+    masks = [(p.mask, f"{i}") for i, p in enumerate(pools[0]) if p.mask]
+    if masks:
+        described["mask"] = describe_pictures((m.name, m.digest, place) for m, place in masks)
     return described
 
 

@@ -1,0 +1,73 @@
+"""Where the photos of a DreamBooth run come from: one set of them, with its prompts and masks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from trainers.config.base_sections import Section, field
+from trainers.config.bounds import Name, NameOrPath, PathField, Prompt
+
+Prompts = Annotated[list[Prompt], Field(max_length=1000)]
+
+
+class PhotoSet(Section):
+    """Pictures of one subject, their captions and masks, and what the base must not forget."""
+
+    instance_data_dir: PathField | None = field(
+        None, "Folder with the training pictures, in sub-folders too."
+    )
+    held_out_dir: PathField | None = field(
+        None, "Other pictures of the subject, used for evaluation only: held_out_loss."
+    )
+    dataset_name: NameOrPath | None = field(
+        None, "Instead of a folder: a `datasets` Hub name, local folder or .parquet file."
+    )
+    dataset_split: Name = field("train", "Split of dataset_name.")
+    image_column: Name = field("image", "Column of dataset_name that holds the pictures.")
+    caption_column: Name | None = field(
+        None,
+        "Column of dataset_name, metadata.jsonl or metadata.csv with the captions; null: the first "
+        "of text, caption and prompt in metadata, none of dataset_name.",
+    )
+    instance_prompt: Prompt | None = field(
+        None, "Caption of every picture that has none of its own."
+    )
+    class_data_dir: PathField | None = field(
+        None, "Folder of class pictures; null means OUTPUT_DIR/class_images."
+    )
+    class_prompt: Prompt | Prompts | None = field(
+        None,
+        "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
+        "pictures take in turn.",
+    )
+    num_class_images: int = field(
+        0,
+        "Number of class pictures; the base model generates those that are missing.",
+        ge=0,
+        le=1_000_000,
+    )
+    mask_dir: PathField | None = field(
+        None,
+        "Folder of masks, white where a picture is learnt: 1.png, 1-masklabel.png or 1_mask.png "
+        "for 1.jpg. It may be the folder of the pictures.",
+    )
+    use_alpha_mask: bool = field(
+        False, "The alpha channel of a picture without a file in mask_dir is its mask."
+    )
+
+    @property
+    def uses_prior(self) -> bool:
+        return self.num_class_images > 0
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """Class picture i shows the prompt i modulo their number."""
+        if isinstance(self.class_prompt, str):
+            return [self.class_prompt]
+        return self.class_prompt or []
+
+    @property
+    def has_masks(self) -> bool:
+        return self.mask_dir is not None or self.use_alpha_mask
