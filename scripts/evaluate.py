@@ -14,7 +14,7 @@ from pathlib import Path
 from trainers.cli import find_run, make_parser, positive_int, run_main, silence_libraries
 
 # the arguments that are fields of EvaluationOptions
-OPTIONS = ("photos", "prompts", "class_prompts", "checkpoints", "strengths", "num_images")
+OPTIONS = "photos prompts class_prompts checkpoints strengths num_images concept".split()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--class-prompt", nargs="+", dest="class_prompts", help=help)
     help = "Measure all checkpoints, and export the best to RUN/best."
     parser.add_argument("--checkpoints", action="store_true", help=help)
+    help = "Of a run with several concepts: the name of the one to measure. By default the first."
+    parser.add_argument("--concept", help=help)
     help = "Scales of the LoRA. By default 0 to 1.5 in steps of 0.25."
     parser.add_argument("--strengths", nargs="*", type=float, help=help)
     help = "Pictures per prompt. By default 8."

@@ -28,7 +28,8 @@ from tests.shared import fuzzing
 from tests.shared.fuzzing import Case, append, blank, flip_bits, flip_in_header, truncate
 from trainers.config import DataConfig, ImagesConfig
 from trainers.data.decoding import FORMATS, IMAGE_SUFFIXES
-from trainers.data.pictures import load_instance_pictures, picture_from_file
+from trainers.data.photo_sets import load_instance_pictures
+from trainers.data.pictures import picture_from_file
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
 from trainers.from_scratch.masks import read_mask

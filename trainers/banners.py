@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.config import ConceptConfig, Config, DreamBoothConfig, ScratchConfig
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import NOT_USED, read_notes
+from trainers.data.photo_sets import concept_shares
+from trainers.data.pictures import Picture
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.from_scratch.image_sets import ImageBatches
 from trainers.publishing.markdown import plain_text
@@ -66,25 +68,40 @@ def format_rows(title: str, rows: Rows) -> str:
 def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Rows:
     """The photos, their captions and the class pictures."""
     data, photos = config.data, batches.pools[0]
-    names = {photo.name for photo in photos}
-    source = data.instance_data_dir or Path(data.dataset_name or "")
-    yield "photos", f"{len(names)} of {source.name}"
-    own = {photo.name for photo in photos if photo.caption != data.instance_prompt}
-    texts = [f"{len(own)} of their own"] if own else []
-    if len(own) < len(names):
-        texts.append(f"{len(names) - len(own)} times {data.instance_prompt!r}")
-    yield "captions", ", ".join(texts)
+    shares = concept_shares(photos)
+    for concept in data.sets:
+        own = [photo for photo in photos if photo.concept == concept.name]
+        photos_text, captions = describe_set(concept, own)
+        if data.concepts is None:
+            yield from (("photos", photos_text), ("captions", captions))
+        else:
+            share = f"{shares[concept.name]:.0%} of what is learnt"
+            yield concept.name, f"{photos_text}, {share}\ncaptions: {captions}"
+    if num_masked := sum(photo.mask is not None for photo in photos):
+        yield "masks", f"of {num_masked} photos; what they leave out counts {data.mask_floor:g}"
     if data.uses_prior:
         number, prompts = len(batches.pools[1]), len(data.class_prompts)
         weight = f"weight {data.prior_loss_weight:g}"
         yield "class", f"{number} pictures of {count(prompts, 'prompt')}, {weight}"
 
 
+def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str, str]:
+    """How many photos a set has and from where, and what captions they have."""
+    names = {photo.name for photo in photos}
+    source = concept.instance_data_dir or Path(concept.dataset_name or "")
+    own = {photo.name for photo in photos if photo.caption != concept.instance_prompt}
+    texts = [f"{len(own)} of their own"] if own else []
+    if len(own) < len(names):
+        texts.append(f"{len(names) - len(own)} times {concept.instance_prompt!r}")
+    return f"{len(names)} of {source.name}", ", ".join(texts)
+
+
 def describe_unused(config: Config) -> Rows:
     """What was found beside the pictures and is not used."""
     for note in read_notes(config.output_dir):
-        if note.startswith(NOT_USED):
-            yield "not used", note.removeprefix(NOT_USED)
+        # the name of a concept may stand before it
+        if NOT_USED in note:
+            yield "not used", note.replace(NOT_USED, "", 1)
 
 
 def describe_source(config: ScratchConfig) -> str:

@@ -10,19 +10,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from trainers.atomic import aside, write_atomic
-from trainers.config import DreamBoothConfig
+from trainers.config import ConceptConfig, DreamBoothConfig
 from trainers.data import photo_checks
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
 from trainers.data.intake import Intake
-from trainers.data.pictures import Picture, list_image_files, load_class_pictures
+from trainers.data.photo_sets import balance_class_pictures, load_class_pictures
+from trainers.data.pictures import Picture, list_image_files
 from trainers.distributed.collectives import own_items
 from trainers.families.sampling import sample_picture
 from trainers.progress import track
@@ -35,47 +36,73 @@ DRAWN_FROM = "drawn_from"  # the key of a set's file
 
 def prepare_class_pictures(
     encoder: CachedEncoder,
+    instance: Sequence[Picture],
     config: DreamBoothConfig,
     accelerator: Accelerator,
     intake: Intake,
 ) -> list[Picture]:
-    """The class pictures of a run: those of the user's own in its folder, and drawn ones.
+    """The class pictures of a run: those of the user's own in its folders, and drawn ones.
 
-    intake: is told what is found in the folder, and reports it.
+    instance: the pictures to learn, whose concepts' class pictures count as they do; intake: is
+    told what is found in the folders, and reports it.
     """
-    data = config.data
-    folder = data.class_data_dir or config.output_dir / CLASS_PICTURES
-    own, others = [], []
-    for path in list_image_files(folder):
-        (others if is_drawn(path) else own).append(path.name)
-    names = own[: data.num_class_images]
-    paths: list[Path] = []
-    if len(own) < data.num_class_images:
-        ending = claim_names(folder, drawn_from(encoder, config))
-        numbers = range(data.num_class_images - len(own))
-        paths = [folder / f"class-{number:05d}{ending}.png" for number in numbers]
-    drawn = {path.name for path in paths}
-    num_unused = len(set(others) - drawn)
-    if own or num_unused:
-        accelerator.print(
-            f"class pictures in {folder}: {len(names)} of your own and {len(drawn)} drawn by the "
-            f"base; {num_unused} more were drawn for other runs and are not used"
-        )
-    pending = [path for path in paths if not path.exists()]
+    data, names_by_set = config.data, {}
+    prompts: dict[Path, str] = {}
+    for photos, _ in data.class_sets:
+        own, drawn = choose_files(encoder, photos, config, accelerator)
+        names_by_set[photos.name] = {*own, *(path.name for path in drawn)}
+        prompts |= {path: picture_prompt(path, photos) for path in drawn}
+    pending = {path: prompt for path, prompt in prompts.items() if not path.exists()}
     draw_pictures(encoder, config, pending, accelerator)
-    for path in paths:
+    for path, prompt in prompts.items():
         if not path.with_suffix(".txt").exists():
-            write_atomic(path.with_suffix(".txt"), picture_prompt(path, config))
-    pictures = load_class_pictures(folder, data, {*names, *drawn}, intake)
+            write_atomic(path.with_suffix(".txt"), prompt)
+    by_set = {}
+    for photos, _ in data.class_sets:
+        folder, names = class_folder(photos, config), names_by_set[photos.name]
+        by_set[photos.name] = load_class_pictures(folder, photos, data, names, intake)
+    pictures = balance_class_pictures(data, by_set, instance, intake)
     photo_checks.report(intake, encoder.family, pictures, config, accelerator)
     return pictures
 
 
-def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig) -> dict[str, Any]:
+def class_folder(photos: ConceptConfig, config: DreamBoothConfig) -> Path:
+    """Where the class pictures of a set are: of each concept apart, unless the user says where."""
+    return photos.class_data_dir or config.output_dir / CLASS_PICTURES / photos.name
+
+
+def choose_files(
+    encoder: CachedEncoder,
+    photos: ConceptConfig,
+    config: DreamBoothConfig,
+    accelerator: Accelerator,
+) -> tuple[list[str], list[Path]]:
+    """The user's own pictures in the folder of a set, by name, and those that are drawn."""
+    folder, number = class_folder(photos, config), photos.num_class_images
+    own, others = [], []
+    for path in list_image_files(folder):
+        (others if is_drawn(path) else own).append(path.name)
+    paths: list[Path] = []
+    if len(own) < number:
+        ending = claim_names(folder, drawn_from(encoder, photos, config))
+        paths = [folder / f"class-{i:05d}{ending}.png" for i in range(number - len(own))]
+    own_used = own[:number]
+    num_unused = len(set(others) - {path.name for path in paths})
+    if own or num_unused:
+        accelerator.print(
+            f"class pictures in {folder}: {len(own_used)} of your own and {len(paths)} drawn by "
+            f"the base; {num_unused} more were drawn for other runs and are not used"
+        )
+    return own_used, paths
+
+
+def drawn_from(
+    encoder: CachedEncoder, photos: ConceptConfig, config: DreamBoothConfig
+) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
     family, validation = encoder.family, config.validation
     return {
-        "prompts": config.data.class_prompts,
+        "prompts": photos.class_prompts,
         "negative_prompt": validation.negative_prompt,
         "resolution": config.data.resolution,
         "num_inference_steps": validation.num_inference_steps,
@@ -140,9 +167,9 @@ def create(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def picture_prompt(path: Path, config: DreamBoothConfig) -> str:
+def picture_prompt(path: Path, photos: ConceptConfig) -> str:
     """The prompt of a drawn picture: several take turns."""
-    prompts = config.data.class_prompts
+    prompts = photos.class_prompts
     return prompts[picture_number(path) % len(prompts)]
 
 
@@ -151,19 +178,22 @@ def picture_number(path: Path) -> int:
 
 
 def draw_pictures(
-    encoder: CachedEncoder, config: DreamBoothConfig, pending: list[Path], accelerator: Accelerator
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    pending: Mapping[Path, str],
+    accelerator: Accelerator,
 ) -> None:
-    """Draw the pictures that are missing, shared among the processes.
+    """Draw the pictures that are missing, each of its prompt, shared among the processes.
 
-    Picture i has its own noise and prompt, whoever draws it.
+    Picture i of a set has its own noise and prompt, whoever draws it.
     """
     if pending and config.data.cache:
         prompts = [*config.data.class_prompts, config.validation.negative_prompt]
         encoder.fill([], prompts, accelerator)
     accelerator.wait_for_everyone()
     # first each process's own share, then what it does not see, where disks are not shared
-    for assigned in (own_items(pending, accelerator), pending):
-        missing = [path for path in assigned if not path.exists()]
+    for assigned in (own_items([*pending], accelerator), pending):
+        missing = {path: pending[path] for path in assigned if not path.exists()}
         if missing:
             draw(encoder, config, missing, accelerator)
         accelerator.wait_for_everyone()
@@ -172,16 +202,21 @@ def draw_pictures(
 def draw(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
-    missing: Sequence[Path],
+    missing: Mapping[Path, str],
     accelerator: Accelerator,
 ) -> None:
     """Load the pipeline, write class pictures, and unload it."""
     family = encoder.family
     family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
     family.apply_memory_options()
-    for path in track(missing, "class pictures", disable=not accelerator.is_main_process):
-        prompt, number = picture_prompt(path, config), picture_number(path)
-        settings = config.validation, number, config.data.resolution, encoder.encoder_outputs
+    is_quiet = not accelerator.is_main_process
+    for path, prompt in track(missing.items(), "class pictures", disable=is_quiet):
+        settings = (
+            config.validation,
+            picture_number(path),
+            config.data.resolution,
+            encoder.encoder_outputs,
+        )
         picture = sample_picture(family, prompt, *settings)
         # another run with the same set may have been faster, and may be reading its picture
         if not path.exists():

@@ -27,8 +27,9 @@ from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora import export, initial, proof
 from trainers.publishing import model_card
 from trainers.run_folder import CACHE, FINAL, PIPELINE, SAMPLES
-from trainers.training.facts import INITIAL_LORA, Facts, describe_pools
+from trainers.training.facts import INITIAL_LORA, Facts
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
+from trainers.training.picture_facts import describe_pools
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once
 
@@ -144,8 +145,8 @@ class DreamBooth:
     def finish(self, steps: int) -> None:
         """Save, prove that the file reloads, sample from it and write the card."""
         config, is_main = self.config, self.accelerator.is_main_process
-        instance_pictures, joint_accelerator = self.batches.pools[0], self.joint_accelerator
-        prompt = instance_pictures[0].caption
+        photos, joint_accelerator = self.batches.pools[0], self.joint_accelerator
+        prompt = photos[0].caption
         with averaged_weights(self):
             self.module.eval()
             with deepspeed.gathered_weights(self.module, self.accelerator):
@@ -165,8 +166,7 @@ class DreamBooth:
             folder = config.output_dir / SAMPLES / FINAL
             write_samples(reloaded, config, folder, encode, joint_accelerator)
         if is_main:
-            digests = [picture.digest for picture in instance_pictures]
-            model_card.write_dreambooth_card(config, steps, difference, digests, self.initial_lora)
+            model_card.write_dreambooth_card(config, steps, difference, photos, self.initial_lora)
 
 
 def build(
@@ -184,7 +184,7 @@ def build(
     cache_folder = data.cache_dir or config.output_dir / CACHE
     encoder = CachedEncoder(family, cache_folder, data.cache, trained_encoders(family, config))
     if data.uses_prior:
-        pools.append(prepare_class_pictures(encoder, config, accelerator, intake))
+        pools.append(prepare_class_pictures(encoder, pools[0], config, accelerator, intake))
     if data.cache:
         fill_cache(encoder, [*chain(*pools), *held_out], config, accelerator)
     batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)

@@ -18,7 +18,8 @@ from trainers.atomic import replacing_file, write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.data.crops import Crop
 from trainers.data.folders import collect_image_files
-from trainers.data.pictures import Picture, load_instance_pictures, picture_from_file
+from trainers.data.photo_sets import load_instance_pictures
+from trainers.data.pictures import Picture, picture_from_file
 from trainers.errors import UserError
 from trainers.lora.low_rank import energy_by_rank, smallest_rank
 from trainers.lora.peft_format import from_peft
@@ -41,7 +42,8 @@ from trainers.training.run_weights import RunWeights
 class EvaluationOptions:
     """photos: a folder of held-out ones; prompts and class_prompts. None: the run's own.
 
-    step: of the LoRA; None: the finished run's.
+    step: of the LoRA; None: the finished run's. concept: which of several is measured; None: the
+    first.
     """
 
     photos: Path | None = None
@@ -51,6 +53,7 @@ class EvaluationOptions:
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     num_images: int = 8
     step: int | None = None
+    concept: str | None = None
 
 
 def evaluate(
@@ -64,16 +67,16 @@ def evaluate(
     RUN/evaluation-step-NNNNNN has both of the LoRA of a step. networks: from `find_networks`.
     Raises: UserError where there is no LoRA.
     """
-    weights = RunWeights(run, config, options.step)
-    check_evaluable(weights)
+    check_evaluable(weights := RunWeights(run, config, options.step))
+    config, concept = of_concept(config, options.concept)
     training, out = load_instance_pictures(config.data), evaluation_folder(weights)
-    photo_folder = options.photos or config.data.held_out_dir
+    photo_folder = options.photos or config.data.sets[0].held_out_dir
     photos = load_held_out_photos(photo_folder, training) if photo_folder else training
     prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
     prompts = {row: [prompt for prompt, _ in seeds] for row, seeds in prompt_seeds.items()}
     shutil.rmtree(out, ignore_errors=True)
-    export_folder = out if options.checkpoints else None
-    sampler = LoraSampler(weights, [*chain(*prompts.values())], export_folder)
+    exported = out if options.checkpoints else None
+    sampler = LoraSampler(weights, [*chain(*prompts.values())], exported)
     target, training_pixels = decode_square(photos, size), decode_square(training, size)
     save_pictures({"photo": training_pixels}, out / "photos")
     base = sampler("base", prompt_seeds, out / "base")
@@ -91,6 +94,7 @@ def evaluate(
     result = {
         "net": networks[0].name,
         "prompt_net": prompt_network_name(networks),
+        **concept,
         "photos": "held out" if photo_folder else "training",
         "columns": list(rows[0])[2:],
         "rows": rows,
@@ -102,6 +106,26 @@ def evaluate(
     file = (run if options.step is None else out) / EVALUATION_NAME
     write_atomic(file, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def of_concept(
+    config: DreamBoothConfig, name: str | None
+) -> tuple[DreamBoothConfig, dict[str, str]]:
+    """The config with one of its concepts, and what the result says of it; all of a config without
+    concepts. Raises: UserError for a name that none has."""
+    data = config.data
+    if data.concepts is None:
+        if name is not None:
+            raise UserError(f"the run has no data.concepts, so there is no concept {name!r}")
+        return config, {}
+    by_name = {photos.name: photos for photos in data.sets}
+    chosen = next(iter(by_name)) if name is None else name
+    if chosen not in by_name:
+        raise UserError(f"{chosen!r} is none of the run's concepts: {', '.join(by_name)}")
+    only = data.model_copy(update={"concepts": [by_name[chosen]]})
+    others = ", ".join(other for other in by_name if other != chosen)
+    note = f"{chosen} alone is measured; --concept measures {others}" if others else chosen
+    return config.model_copy(update={"data": only}), {"concept": note}
 
 
 def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
@@ -170,11 +194,7 @@ def plan_samples(
     validation.seed + i, as the run's own samples, and several instance or class prompts take turns,
     as in training."""
     data, first, n = config.data, config.validation.seed, options.num_images
-    subject = (
-        [data.instance_prompt]
-        if data.instance_prompt
-        else [picture.caption for picture in training]
-    )
+    subject = data.instance_prompts or [picture.caption for picture in training]
     others = config.validation.prompts if options.prompts is None else options.prompts
     prompts_by_row = {
         "subject": subject,
@@ -197,7 +217,8 @@ def card_metrics(result: dict) -> dict[str, float | str]:
     labeled = {
         name.replace("_", " "): value for name, value in metrics.items() if value is not None
     }
-    return labeled | {"compared with": f"the {result['photos']} photos by {result['net']}"}
+    labeled["compared with"] = f"the {result['photos']} photos by {result['net']}"
+    return labeled | ({"concept": result["concept"]} if "concept" in result else {})
 
 
 def format_evaluation(result: dict) -> str:
@@ -217,6 +238,7 @@ def format_evaluation(result: dict) -> str:
         for row in result["strength"]
     ]
     lines += ["", f"compared with the {result['photos']} photos by {result['net']}"]
+    lines += [f"concept: {result['concept']}"] if "concept" in result else []
     lines += [
         f"compared with the prompts by {result['prompt_net'] or 'nothing: CLIP is not at hand'}"
     ]

@@ -47,6 +47,7 @@ def page(kind: str, model: type[Config]) -> str:
             keys.append(row(name, part))
         else:
             sections.append(section_text(name, part, target))
+            sections += listed_sections(name, target, schema)
     head = INTRODUCTION.format(title=f"`kind: {kind}`", description=schema["description"])
     return "\n".join([head, table(keys), *sections])
 
@@ -57,6 +58,17 @@ def section_schema(part: Schema, schema: Schema) -> Schema | None:
         if "$ref" in option:
             return schema["$defs"][option["$ref"].rpartition("/")[2]]
     return None
+
+
+def listed_sections(name: str, section: Schema, schema: Schema) -> list[str]:
+    """The keys of the lists of sections that a section has."""
+    texts = []
+    for key, part in section["properties"].items():
+        for option in part.get("anyOf", ()):
+            target = section_schema(option.get("items", {}), schema)
+            if target:
+                texts.append(section_text(f"{name}.{key}", {}, target))
+    return texts
 
 
 def section_text(name: str, part: Schema, target: Schema) -> str:
@@ -81,6 +93,8 @@ def table(rows: list[list[str]]) -> str:
 
 def type_text(part: Schema) -> str:
     """The type in words; of several, one after the other."""
+    if "$ref" in part:
+        return "sections"
     if "anyOf" in part:
         return ", ".join(dict.fromkeys(type_text(option) for option in part["anyOf"]))
     if "const" in part:

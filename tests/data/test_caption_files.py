@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainers.config import DataConfig
-from trainers.data.pictures import load_held_out_pictures, load_instance_pictures
+from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.shared.pictures import data
-from trainers.data.pictures import load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
 from trainers.errors import UserError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.shared.pictures import data
-from trainers.data.pictures import load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
 from trainers.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from trainers.config import DataConfig, ImagesConfig
-from trainers.data.pictures import load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageCms
 from trainers.config import DataConfig, ImagesConfig
 from trainers.data import decoding
 from trainers.data.folders import list_image_files
-from trainers.data.pictures import Picture, load_instance_pictures, picture_from_file
+from trainers.data.photo_sets import load_instance_pictures
+from trainers.data.pictures import Picture, picture_from_file
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import load_images
 

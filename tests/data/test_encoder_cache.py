@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline
 
 from trainers.data.crops import Crop
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
-from trainers.data.pictures import Picture, load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
+from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError, UserError
 from trainers.families.sd15 import SD15
 

@@ -10,7 +10,7 @@ from trainers.config import AutoencoderConfig, DataConfig, DreamBoothConfig, UNe
 from trainers.data.dreambooth_batches import repeat_pictures
 from trainers.data.intake import Intake
 from trainers.data.photo_checks import load_photos
-from trainers.data.pictures import load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
 from trainers.errors import UserError
 from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import load_images

@@ -14,7 +14,7 @@ from trainers.config import DataConfig
 from trainers.data.crops import Crop
 from trainers.data.intake import Intake
 from trainers.data.masks import check_masks, decode_mask, latent_mask
-from trainers.data.pictures import load_held_out_pictures, load_instance_pictures
+from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError
 
 BLOCKS = np.kron(np.random.default_rng(0).integers(0, 2, (6, 9)), np.ones((4, 4)))  # 24 x 36

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.shared.pictures import GREY, data, decoded
-from trainers.data.pictures import load_class_pictures, load_instance_pictures
+from trainers.data.photo_sets import load_class_pictures, load_instance_pictures
 from trainers.errors import UserError
 
 
@@ -117,7 +117,8 @@ def test_a_folder_without_pictures_is_named(put, tmp_path, names):
 
 
 def test_class_pictures_are_as_many_as_wanted_and_have_the_class_prompt(photos):
-    pictures = load_class_pictures(photos, data(class_prompt="a dog", num_class_images=3))
+    config = data(class_prompt="a dog", num_class_images=3)
+    pictures = load_class_pictures(photos, config.sets[0], config)
     assert [(p.name, p.caption) for p in pictures] == [
         (str(photos / f"{i}.png"), "a dog") for i in range(3)
     ]
@@ -125,7 +126,6 @@ def test_class_pictures_are_as_many_as_wanted_and_have_the_class_prompt(photos):
 
 def test_a_class_picture_keeps_its_own_caption(put):
     put("0.png"), put("1.png"), put("1.txt", b"a red dog")
-    pictures = load_class_pictures(
-        put("2.png").parent, data(class_prompt=["a dog", "a cat"], num_class_images=9)
-    )
+    config = data(class_prompt=["a dog", "a cat"], num_class_images=9)
+    pictures = load_class_pictures(put("2.png").parent, config.sets[0], config)
     assert [p.caption for p in pictures] == ["a dog", "a red dog", "a dog"]

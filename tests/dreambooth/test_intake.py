@@ -13,7 +13,7 @@ from trainers import dreambooth, evaluate
 from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.intake import INTAKE_NAME, Intake, check_batch_size
 from trainers.data.photo_checks import check_lengths, load_photos
-from trainers.data.pictures import load_class_pictures, load_instance_pictures
+from trainers.data.photo_sets import load_class_pictures, load_instance_pictures
 from trainers.errors import UserError
 from trainers.run import run
 
@@ -156,7 +156,7 @@ def test_class_pictures_that_are_not_used_are_counted(put, tmp_path):
         put(f"{i}.png")
     intake = Intake()
     config = DataConfig(class_prompt="a dog", num_class_images=2)
-    load_class_pictures(tmp_path / "photos", config, intake=intake)
+    load_class_pictures(tmp_path / "photos", config.sets[0], config, intake=intake)
     assert any("of 3 class pictures 2 are used" in note.text for note in intake.notes)
 
 

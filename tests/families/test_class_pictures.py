@@ -60,7 +60,7 @@ def prepare(drawn, tmp_path):
             loaded_encoders=(),
             encoder_outputs=None,
         )
-        pictures = prepare_class_pictures(encoder, config, accelerator, Intake())
+        pictures = prepare_class_pictures(encoder, [], config, accelerator, Intake())
         return {os.path.basename(p.name): (p.digest, p.caption) for p in pictures}
 
     return call

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.shared.pictures import PICTURE
 from trainers.publishing.model_card import lora_readers, name_repository, write_dreambooth_card
 
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
@@ -24,7 +25,7 @@ def test_the_card_names_a_file_for_comfyui_only_where_it_reads_one(
 ):
     config = settings(*options, family=family)
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 4, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
     text = (config.output_dir / "README.md").read_text()
     assert expected in lora_readers(config)
     assert lora_readers(config) in text
@@ -34,7 +35,7 @@ def test_the_card_names_a_file_for_comfyui_only_where_it_reads_one(
 def test_a_card_names_its_repository_and_after_another_push_the_other(settings):
     config = settings('data.instance_prompt=pipe.load_lora_weights("x")')
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 4, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
     card = config.output_dir / "README.md"
     before = card.read_text()
     for repo in ("me/mine", "you/yours"):

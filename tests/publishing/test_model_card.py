@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.shared.pictures import PICTURE
 from trainers.lora.export import make_metadata
 from trainers.publishing import hub as publishing_hub
 from trainers.publishing.markdown import escape_markdown, unescape_markdown
@@ -27,7 +28,7 @@ def card(settings):
             update={"data": config.data.model_copy(update={"instance_prompt": NASTY})}
         )
         config.output_dir.mkdir(exist_ok=True)
-        write_dreambooth_card(config, 4, 1e-7, ["0"] * 5)
+        write_dreambooth_card(config, 4, 1e-7, [PICTURE] * 5)
         return (config.output_dir / "README.md").read_text()
 
     return write
@@ -88,7 +89,7 @@ def test_the_bases_license_is_inherited_and_the_card_names_the_file_for_comfyui(
 ):
     config = settings(f"model.pretrained_model_name_or_path={base}", family=family)
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 4, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
     text = (config.output_dir / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert license.items() <= header.items()
@@ -101,7 +102,7 @@ def test_the_bases_license_is_inherited_and_the_card_names_the_file_for_comfyui(
 def test_figures_measured_later_stand_in_the_card_once(settings):
     config = settings()
     config.output_dir.mkdir()
-    write_dreambooth_card(config, 4, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
     before = (config.output_dir / "README.md").read_text()
     for figure in (0.25, 0.75):
         add_metrics(config.output_dir, {"subject": figure, "net": "MobileNet-I"})
@@ -123,7 +124,7 @@ def test_text_of_the_user_does_not_become_markup_of_the_card(settings):
     folder = config.output_dir.with_name("a_*run*")
     folder.mkdir()
     config = config.model_copy(update={"data": data, "output_dir": folder})
-    write_dreambooth_card(config, 4, 1e-7, ["0"])
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
     card = ModelCard.load(folder / "README.md")
     assert card.data["instance_prompt"] == MARKUP
     line = " ".join(MARKUP.split())

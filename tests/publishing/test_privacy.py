@@ -13,6 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 from safetensors import safe_open
 
+from tests.shared.pictures import PICTURE
 from trainers.config import loading
 from trainers.config.loading import dump_config, load_config
 from trainers.lora.export import make_metadata
@@ -199,7 +200,7 @@ def card(settings):
             }
         )
         config.output_dir.mkdir(exist_ok=True)
-        write_dreambooth_card(config, 6, 1e-7, ["0"])
+        write_dreambooth_card(config, 6, 1e-7, [PICTURE])
         return config, (config.output_dir / "README.md").read_text()
 
     return write

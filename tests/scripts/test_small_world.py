@@ -19,7 +19,7 @@ from small_world.world import (
 )
 from trainers.config.loading import load_config
 from trainers.data import dreambooth_batches
-from trainers.data.pictures import load_instance_pictures
+from trainers.data.photo_sets import load_instance_pictures
 from trainers.families import FAMILIES, Family, objectives
 from trainers.run import run
 

@@ -1,5 +1,7 @@
 """Folders of pictures and the config that names them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,9 @@ from trainers.config import DataConfig
 from trainers.data.pictures import Picture
 
 GREY = np.add.outer(np.arange(0, 128, 16), np.arange(0, 128, 16)).astype(np.uint8)  # (8, 8)
+
+
+PICTURE = Picture("0.png", partial(bytes, b"0"), "")
 
 
 def data(folder=None, **keys):

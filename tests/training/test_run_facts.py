@@ -16,12 +16,8 @@ from trainers.from_scratch.image_sets import load_images
 from trainers.run import run
 from trainers.run_folder import list_checkpoints
 from trainers.training.checkpoint import read_checkpoint
-from trainers.training.facts import (
-    MAX_LISTED_FILES,
-    check_facts,
-    describe_pictures,
-    resume_facts,
-)
+from trainers.training.facts import check_facts, resume_facts
+from trainers.training.picture_facts import MAX_LISTED_FILES, describe_pictures
 
 PRIOR = ("data.class_prompt=c", "data.num_class_images=2")
 

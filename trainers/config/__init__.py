@@ -18,7 +18,7 @@ from trainers.config.dreambooth_sections import (
 )
 from trainers.config.from_scratch import ImagesConfig, ScratchConfig
 from trainers.config.gan import GanConfig
-from trainers.config.photo_sections import PhotoSet
+from trainers.config.photo_sections import ConceptConfig, PhotoSet
 from trainers.config.unet import PairsConfig, UNetConfig
 
 KINDS: dict[str, type[Config]] = {

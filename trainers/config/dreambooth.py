@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainers.config import dreambooth_rules as rules
+from trainers.config import photo_rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
@@ -161,7 +162,7 @@ class DreamBoothConfig(Config):
     def errors(self) -> Errors:
         yield from super().errors()
         yield from rules.base_errors(self.model)
-        yield from rules.picture_errors(self.data)
+        yield from photo_rules.picture_errors(self.data)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)

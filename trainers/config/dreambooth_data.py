@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from trainers.config.base_sections import field
 from trainers.config.bounds import LossWeight, PathField, Pixels, Probability
-from trainers.config.photo_sections import PhotoSet
+from trainers.config.photo_sections import ConceptConfig, Concepts, PhotoSet, concept_name
 
 
 class DataConfig(PhotoSet):
     """The pictures, their captions and masks, and what the base model must not forget."""
 
+    concepts: Concepts | None = field(
+        None,
+        "Several subjects in one run: a list of sets, each with the keys above and its name and "
+        "repeats, instead of those keys here.",
+    )
     prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
     mask_floor: Probability = field(
         0.1,
@@ -38,6 +44,62 @@ class DataConfig(PhotoSet):
         False, "Leave unreadable pictures out with a warning instead of stopping."
     )
     strict: bool = field(False, "Warnings about the data end the run before it trains.")
+
+    @property
+    def sets(self) -> list[ConceptConfig]:
+        """The sets of pictures with their names; the one of the keys here is called ""."""
+        if self.concepts is None:
+            keys = {key: getattr(self, key) for key in PhotoSet.model_fields}
+            return [ConceptConfig.model_construct(**keys, name="")]
+        named = []
+        for i, concept in enumerate(self.concepts):
+            named.append(concept.model_copy(update={"name": concept_name(concept.name, i)}))
+        return named
+
+    @property
+    def picture_folders(self) -> list[Path]:
+        """Every folder that the sets name; none is read as a part of another."""
+        keys = ("instance_data_dir", "held_out_dir", "class_data_dir", "mask_dir")
+        folders = [getattr(photos, key) for photos in self.sets for key in keys]
+        return [folder for folder in folders if folder is not None]
+
+    @property
+    def class_sets(self) -> list[tuple[ConceptConfig, list[str]]]:
+        """The sets with class pictures, and the concepts of each.
+
+        Concepts with the same class prompts and folder share the pictures of the first: as many
+        as the largest of their numbers.
+        """
+        shared: dict[tuple, list[ConceptConfig]] = {}
+        for photos in self.sets:
+            if photos.uses_prior:
+                key = (photos.class_data_dir, *photos.class_prompts)
+                shared.setdefault(key, []).append(photos)
+        found = []
+        for group in shared.values():
+            most = max(photos.num_class_images for photos in group)
+            first = group[0].model_copy(update={"num_class_images": most})
+            found.append((first, [photos.name for photos in group]))
+        return found
+
+    @property
+    def instance_prompts(self) -> list[str]:
+        """Of the sets that have one."""
+        return [photos.instance_prompt for photos in self.sets if photos.instance_prompt]
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """Of all sets."""
+        prompts = [prompt for photos in self.sets for prompt in photos.class_prompts]
+        return list(dict.fromkeys(prompts))
+
+    @property
+    def uses_prior(self) -> bool:
+        return any(photos.uses_prior for photos in self.sets)
+
+    @property
+    def has_masks(self) -> bool:
+        return any(photos.has_masks for photos in self.sets)
 
     @property
     def num_variants(self) -> int:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.config.base import Config
-from trainers.config.base_rules import Errors, SpecialKeys, folder_errors, irrelevant_keys
+from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
 from trainers.config.base_sections import OptimizerConfig
-from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
     LoraConfig,
@@ -22,47 +21,6 @@ from trainers.config.layer_patterns import pattern_problem
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-
-
-def picture_errors(data: DataConfig) -> Errors:
-    """Where the pictures come from, those of the class too."""
-    if data.instance_data_dir is None and data.dataset_name is None:
-        message = "there are no training pictures: set a folder here, or set data.dataset_name"
-        yield "data.instance_data_dir", message
-    if data.instance_data_dir is not None and data.dataset_name is not None:
-        message = (
-            "there are two sources of pictures, this and data.instance_data_dir: remove one of them"
-        )
-        yield "data.dataset_name", message
-    for key in ("instance_data_dir", "held_out_dir", "mask_dir"):
-        yield from folder_errors(f"data.{key}", getattr(data, key))
-    if data.class_data_dir is not None and not data.uses_prior:
-        message = (
-            "data.num_class_images is 0, so these class pictures would not be used: set how many "
-            "to use"
-        )
-        yield "data.class_data_dir", message
-    if data.uses_prior and not data.class_prompt:
-        message = "prior preservation (data.num_class_images > 0) requires a class prompt"
-        yield "data.class_prompt", message
-    if data.class_prompt and not data.uses_prior:
-        message = "a class prompt requires class pictures: set how many to use, for example 100"
-        yield "data.num_class_images", message
-    yield from mask_errors(data)
-
-
-def mask_errors(data: DataConfig) -> Errors:
-    if data.mask_dir is not None and data.dataset_name is not None:
-        message = (
-            "files belong to the pictures of a folder: set data.instance_data_dir instead of "
-            "data.dataset_name, or data.use_alpha_mask where its pictures have an alpha channel"
-        )
-        yield "data.mask_dir", message
-    if not data.has_masks and data.mask_floor != DataConfig.model_fields["mask_floor"].default:
-        message = (
-            "has no effect without masks: set data.mask_dir or data.use_alpha_mask, or remove it"
-        )
-        yield "data.mask_floor", message
 
 
 def base_errors(model: ModelConfig) -> Errors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from operator import or_
@@ -23,11 +23,12 @@ from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.config.base_rules import reduce_warmup
 from trainers.config.command_line import missing_config_hint, override_hint
 from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
+from trainers.config.photo_rules import is_picture_folder
+from trainers.config.photo_sections import ConceptConfig, concept_name
 from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
 
 MAX_SHOWN = 120  # characters of a value in a message
-PICTURE_FOLDERS = ("data.instance_data_dir", "data.held_out_dir", "data.mask_dir")
 
 
 def load_config(
@@ -105,7 +106,10 @@ def validate(tree: dict[str, Any], needs_pictures: bool = True) -> tuple[Config,
     """The config and its mistakes, those against the rules between keys too."""
     config, messages = parse_tree(tree)
     for path, message in config.errors():
-        if needs_pictures or path not in PICTURE_FOLDERS:
+        # without the list of concepts, what is missing in the section says nothing
+        if "data.concepts" in messages and path.startswith("data."):
+            continue
+        if needs_pictures or not is_picture_folder(path):
             messages.setdefault(path, f"{path}: {message}")
     return config, list(messages.values())
 
@@ -127,9 +131,9 @@ def parse_tree(tree: dict[str, Any]) -> tuple[Config, dict[str, str]]:
             break
         except ValidationError as error:
             for problem in error.errors():
-                # a section and its key; what follows is within the value
-                location = [str(part) for part in problem["loc"][:2]]
-                messages.setdefault(".".join(location), describe_error(problem, location, model))
+                location = locate(problem["loc"])
+                shown = show_location(location, tree)
+                messages.setdefault(".".join(shown), describe_error(problem, shown, model))
                 remove_path(tree, location)
         except Exception as error:  # a value that pydantic itself cannot take
             location = find_unusable(tree, model)
@@ -137,6 +141,22 @@ def parse_tree(tree: dict[str, Any]) -> tuple[Config, dict[str, str]]:
             messages.setdefault(".".join(location), f"{'.'.join(location)}: {message}")
             remove_path(tree, location)
     return config, messages
+
+
+def locate(where: Sequence[str | int]) -> list[str | int]:
+    """A section and its key, in a list of sections also which, and its key there; what follows is
+    within the value."""
+    is_list = len(where) > 3 and isinstance(where[2], int) and isinstance(where[3], str)
+    return list(where[: 4 if is_list else 2])
+
+
+def show_location(location: Sequence[str | int], tree: Mapping[str, Any]) -> list[str]:
+    """With the name of a section of a list, as in data.concepts[rex].repeats."""
+    if len(location) < 4:
+        return [str(part) for part in location]
+    section, key, i, inner_key = location
+    name = concept_name(tree[section][key][i].get("name"), i)
+    return [section, f"{key}[{shorten(name)}]", inner_key]
 
 
 def find_unusable(tree: dict[str, Any], model: type[Config]) -> list[str]:
@@ -188,7 +208,7 @@ def suggest_path(location: list[str], model: type[Config]) -> str:
 
     What other trainers call a key comes first, then one of the same section.
     """
-    *section, key = location
+    *section, key = [part.partition("[")[0] for part in location]
     key, paths = key[:MAX_SHOWN], known_paths(model)
     siblings = [path for path in paths if path.split(".")[:-1] == section]
     if key in LAUNCHER_FLAGS:
@@ -204,22 +224,25 @@ def suggest_path(location: list[str], model: type[Config]) -> str:
 
 
 def known_paths(model: type[Config]) -> list[str]:
-    """Every section, and every key as section.key."""
+    """Every section, and every key as section.key; those of a list's sections have no number."""
     paths = []
     for name, value in model().model_dump().items():
         paths.append(name)
         if isinstance(value, dict):
             paths += [f"{name}.{key}" for key in value]
+    if "data.concepts" in paths:
+        paths += [f"data.concepts.{key}" for key in ConceptConfig.model_fields]
     return paths
 
 
-def remove_path(tree: Any, location: list[str]) -> None:
+def remove_path(tree: Any, location: Sequence[str | int]) -> None:
     """Remove the part of `tree` at `location`, or the nearest enclosing part that exists."""
     for part in location[:-1]:
-        if not isinstance(tree.get(part), dict):
+        inner = tree[part] if isinstance(tree, list) else tree.get(part)
+        if not isinstance(inner, (dict, list)):
             tree.pop(part, None)
             return
-        tree = tree[part]
+        tree = inner
     tree.pop(location[-1], None)
 
 

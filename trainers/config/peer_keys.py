@@ -21,7 +21,8 @@ NAMES_BY_PATH = {
     "lora.init_from": "network_weights pretrained_lora_path lora_model_name init_lora",
     "lora.target_modules": "lora_layers layer_filter only_if_contains",
     "lora.use_dora": "lora_decompose weight_decompose dora",
-    "data": "datasets dataset concepts",
+    "data": "datasets dataset",
+    "data.concepts": "data_backend_config subsets",
     "data.instance_data_dir": "train_data_dir folder_path instance_data_root concept_file_name "
     "image_folder data_dir instance_images_dir",
     "data.class_data_dir": "reg_data_dir class_images_dir",

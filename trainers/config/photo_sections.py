@@ -1,15 +1,27 @@
-"""Where the photos of a DreamBooth run come from: one set of them, with its prompts and masks."""
+"""Where the photos of a DreamBooth run come from: sets of them, each with its prompts and masks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from trainers.config.base_sections import Section, field
 from trainers.config.bounds import Name, NameOrPath, PathField, Prompt
 
 Prompts = Annotated[list[Prompt], Field(max_length=1000)]
+NAME = re.compile(r"\w+([ -]\w+)*")
+
+
+def check_name(name: str) -> str:
+    """Raises: ValueError for what would be no name of a folder."""
+    if not NAME.fullmatch(name):
+        raise ValueError("must be letters and digits, with single spaces or dashes between them")
+    return name
+
+
+ConceptName = Annotated[str, Field(max_length=100), AfterValidator(check_name)]
 
 
 class PhotoSet(Section):
@@ -71,3 +83,22 @@ class PhotoSet(Section):
     @property
     def has_masks(self) -> bool:
         return self.mask_dir is not None or self.use_alpha_mask
+
+
+class ConceptConfig(PhotoSet):
+    """One of several sets of pictures that a run learns from, each a subject of its own."""
+
+    name: ConceptName | None = field(
+        None, "How messages, the report and its class pictures call it; null: concept-1, ..."
+    )
+    repeats: int = field(
+        1, "How often each of its pictures counts among those of all concepts.", ge=1, le=1000
+    )
+
+
+Concepts = Annotated[list[ConceptConfig], Field(min_length=1, max_length=1000)]
+
+
+def concept_name(name: Any, i: int) -> str:
+    """What concept i, counted from 0, is called."""
+    return name if isinstance(name, str) else f"concept-{i + 1}"

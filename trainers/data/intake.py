@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -46,6 +47,7 @@ class Intake:
     strict: bool = False
     notes: list[Note] = field(default_factory=list)
     num_reported: int = 0
+    concept: str = ""  # what is told is about
 
     def note(self, text: str) -> None:
         self.add(Note("note", text))
@@ -55,8 +57,21 @@ class Intake:
 
     def add(self, note: Note) -> None:
         """Add what was not said before."""
+        if self.concept:
+            note = replace(note, text=f"{self.concept}: {note.text}")
         if note not in self.notes:
             self.notes.append(note)
+
+    @contextmanager
+    def about(self, concept: str) -> Iterator[None]:
+        """Whatever is noted or wrong inside begins with the name of the concept, if it has one."""
+        self.concept, before = concept, self.concept
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{concept}: {error}" if concept else str(error)) from None
+        finally:
+            self.concept = before
 
     def report(self, write: Callable[[str], None]) -> None:
         """Write what is new, a line each. Raises: UserError for warnings when `strict`."""

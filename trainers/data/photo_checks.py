@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from trainers.config import DreamBoothConfig
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.masks import check_masks
-from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
+from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
+from trainers.data.pictures import Picture
 from trainers.errors import UserError, name_some
 
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
@@ -42,7 +43,7 @@ def load_photos(
     """
     data, intake = config.data, Intake(config.data.strict)
     pictures = load_instance_pictures(data, intake)
-    held_out = load_held_out_pictures(data, intake) if data.held_out_dir else []
+    held_out = load_held_out_pictures(data, intake)
     check_photos(intake, pictures, held_out, config, accelerator.num_processes)
     return intake, [pictures], held_out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainers.config import DataConfig
+from trainers.config import ConceptConfig, DataConfig
 from trainers.data import decoding
 from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded
@@ -27,11 +27,11 @@ __all__ = [
     "PictureFacts",
     "check_bit_depth",
     "collect_image_files",
+    "keep_readable",
     "list_image_files",
-    "load_class_pictures",
-    "load_held_out_pictures",
-    "load_instance_pictures",
     "picture_from_file",
+    "pictures_from_dataset",
+    "pictures_from_folder",
 ]
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and microscopes
@@ -53,7 +53,7 @@ class Picture:
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
     counts among the others; mask: where it is learnt, see `trainers.data.masks`, a picture that is
-    its own mask by its alpha channel.
+    its own mask by its alpha channel; concept: the name of its set, if there are several.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Picture:
     bit_depth: int | None = None
     repeats: int = 1
     mask: Picture | None = None
+    concept: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -119,82 +120,33 @@ def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = Non
     return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
 
 
-def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
-    """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or
-    uncaptioned ones."""
-    intake = intake or Intake()
-    if config.dataset_name:
-        pictures, source = pictures_from_dataset(config, intake), config.dataset_name
-    else:
-        folder, column = config.instance_data_dir, config.caption_column
-        pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
-        source = str(folder)
-    return keep_readable(pictures, config, source, intake)
-
-
-def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
-    """Photos of the subject that are only measured on. Raises: UserError, as
-    `load_instance_pictures`."""
-    folder = config.held_out_dir
-    # a folder without metadata may stand beside one that has it
-    has_metadata = bool(scan_folder(folder).metadata) and not config.dataset_name
-    column = config.caption_column if has_metadata else None
-    intake = intake or Intake()
-    pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
-    return keep_readable(pictures, config, str(folder), intake)
-
-
-def load_class_pictures(
-    folder: Path,
-    config: DataConfig,
-    names: Container[str] | None = None,
-    intake: Intake | None = None,
-) -> list[Picture]:
-    """The first `num_class_images` pictures of the class folder; without captions of their own they
-    have the prompt.
-
-    names: the file names of those that may be taken, if not all.
-    """
-    intake = intake or Intake()
-    unmasked = config.model_copy(update={"mask_dir": None, "use_alpha_mask": False})
-    pictures = pictures_from_folder(folder, unmasked, config.class_prompts[0], intake)
-    allowed = [p for p in pictures if names is None or Path(p.name).name in names]
-    used = allowed[: config.num_class_images]
-    if len(pictures) > len(used):
-        intake.note(
-            f"of {len(pictures)} class pictures {len(used)} are used (data.num_class_images)"
-        )
-    return keep_readable(used, config, str(folder), intake)
-
-
 def pictures_from_folder(
     folder: Path,
-    config: DataConfig,
-    prompt: str | None,
+    photos: ConceptConfig,
+    data: DataConfig,
     intake: Intake,
     column: str | None = None,
 ) -> list[Picture]:
     """The pictures of a folder and its sub-folders with their captions, see `read_captions`.
 
-    Without one of its own a picture has `prompt`, and without that the name of its folder, where
-    that is one of kohya's.
+    Without one of its own a picture has the prompt of its set, and without that the name of its
+    folder, where that is one of kohya's.
     """
-    other_keys = ("instance_data_dir", "held_out_dir", "class_data_dir", "mask_dir")
-    contents = scan_folder(folder, [getattr(config, key) for key in other_keys])
-    masks = find_masks(contents, config, intake)
+    contents = scan_folder(folder, data.picture_folders)
+    masks = find_masks(contents, photos, intake)
     captions = read_captions(contents, column)
     pictures = []
     for path in contents.pictures:
         repeats, folder_caption = kohya_repeats(path, folder)
-        fallback = folder_caption if prompt is None else prompt
+        fallback = folder_caption if photos.instance_prompt is None else photos.instance_prompt
         caption = captions.by_picture.get(path, fallback)
         read = partial(decoding.read_file, path)
-        picture = Picture(str(path), read, caption, config.bit_depth, repeats)
+        picture = Picture(str(path), read, caption, data.bit_depth, repeats * photos.repeats)
         if path in masks:
             picture = replace(picture, mask=picture_from_file(masks[path]))
-        elif config.use_alpha_mask:
+        elif photos.use_alpha_mask:
             picture = replace(picture, mask=picture)
-        pictures.append(picture)
+        pictures.append(replace(picture, concept=photos.name))
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures)
 
@@ -211,32 +163,33 @@ def check_captions(pictures: list[Picture]) -> list[Picture]:
     return pictures
 
 
-def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
+def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intake) -> list[Picture]:
     """Each row is read when it is wanted, for such a set may be large."""
-    if config.caption_column is None and config.instance_prompt is None:
+    if photos.caption_column is None and photos.instance_prompt is None:
         raise UserError("no captions: set data.caption_column or data.instance_prompt")
-    name, column = config.dataset_name, config.image_column
+    name, column = photos.dataset_name, photos.image_column
     rows = open_dataset(
         name,
-        config.dataset_split,
-        {"image_column": column, "caption_column": config.caption_column},
+        photos.dataset_split,
+        {"image_column": column, "caption_column": photos.caption_column},
     )
-    captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
+    captions = rows[photos.caption_column] if photos.caption_column else [None] * len(rows)
     pictures, num_without = [], 0
     for i, caption in enumerate(captions):
         if caption is not None and not isinstance(caption, str):
             raise UserError(
-                f"data.caption_column: {name}[{i}] has {caption!r} in {config.caption_column!r}, "
+                f"data.caption_column: {name}[{i}] has {caption!r} in {photos.caption_column!r}, "
                 "which is not text"
             )
         if not (caption or "").strip():
-            caption = config.instance_prompt
+            caption = photos.instance_prompt
             num_without += 1
         read = partial(read_encoded, rows, i, column)
-        picture = Picture(f"{name}[{i}]", read, caption, config.bit_depth)
-        pictures.append(replace(picture, mask=picture) if config.use_alpha_mask else picture)
-    intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
-    if num_without and config.caption_column:
+        picture = Picture(f"{name}[{i}]", read, caption, data.bit_depth, photos.repeats)
+        mask = picture if photos.use_alpha_mask else None
+        pictures.append(replace(picture, mask=mask, concept=photos.name))
+    intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {photos.dataset_split}")
+    if num_without and photos.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
     return check_captions(pictures)
 

@@ -25,7 +25,8 @@ from trainers.from_scratch.augment import augment
 from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
 from trainers.from_scratch.labels import UNLABELED, find_classes, list_names
 from trainers.progress import track
-from trainers.training.facts import Facts, describe_pictures
+from trainers.training.facts import Facts
+from trainers.training.picture_facts import describe_pictures
 
 TargetReader = Callable[[Picture], Image.Image]
 

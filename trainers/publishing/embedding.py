@@ -155,26 +155,45 @@ def slider(grids: Iterable[Path]) -> Markup:
 
 
 def training_pictures(data: DataConfig | ImagesConfig) -> Markup:
-    """Some of the training pictures, drawn at random.
+    """Some of the training pictures, drawn at random; those of each concept apart.
 
     There are none where their folder or local data set is gone, or where they are on the Hub.
     """
-    is_dreambooth = isinstance(data, DataConfig)
-    folder = data.instance_data_dir if is_dreambooth else data.image_dir
-    split = data.dataset_split if is_dreambooth else data.train_split
-    name, column = data.dataset_name, data.image_column
+    if isinstance(data, ImagesConfig):
+        source = data.image_dir, data.dataset_name, data.train_split, data.image_column
+        return contact_sheet(PictureSource(*source), data.bit_depth)
+    sheets = Markup()
+    for photos in data.sets:
+        source = photos.instance_data_dir, photos.dataset_name, photos.dataset_split
+        column, title = photos.image_column, photos.name
+        sheets += contact_sheet(PictureSource(*source, column, title), data.bit_depth)
+    return sheets
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """A folder, or a data set with its split and column; title: what it shows, if it is not all."""
+
+    folder: Path | None
+    dataset_name: str | None
+    split: str
+    image_column: str
+    title: str = ""
+
+
+def contact_sheet(source: PictureSource, bit_depth: int | None) -> Markup:
+    folder, name, column = source.folder, source.dataset_name, source.image_column
     if not folder and not (name and Path(name).exists()):
         return Markup()
     try:
         if folder:
             reads = [partial(read_file, path) for path in list_image_files(folder)]
         else:
-            rows = open_dataset(name, split, {"image_column": column})
+            rows = open_dataset(name, source.split, {"image_column": column})
             reads = [partial(read_encoded, rows, i, column) for i in range(len(rows))]
     except UserError:
         return Markup()
     num_shown = min(len(reads), MAX_TRAINING_PICTURES)
     shown = sorted(random.Random(0).sample(range(len(reads)), num_shown))
-    sources = (Picture("", reads[i], "", data.bit_depth) for i in shown)
-    pictures = embed_all(sources, 192)
-    return parts.contact_sheet(pictures, num_shown, len(reads))
+    pictures = embed_all((Picture("", reads[i], "", bit_depth) for i in shown), 192)
+    return parts.contact_sheet(pictures, num_shown, len(reads), source.title)

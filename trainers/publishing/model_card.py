@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.data.pictures import Picture
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
+from trainers.publishing.picture_facts import picture_facts
 from trainers.publishing.public import is_local, public_config
 from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
@@ -52,13 +53,13 @@ def write_dreambooth_card(
     config: DreamBoothConfig,
     steps: int,
     difference: float | None,
-    pictures: Sequence[str],
+    pictures: Sequence[Picture],
     initial_lora: str | None = None,
 ) -> None:
     """Write README.md of the run folder.
 
     steps: how many were trained; difference: the reload proof's relative difference, None if
-    there was none; pictures: digests of the training pictures, none if they are not at hand;
+    there was none; pictures: those that were learnt, none if they are not at hand;
     initial_lora: the digest of the LoRA from which the training started.
     """
     shared = public_config(config)
@@ -88,7 +89,7 @@ def write_dreambooth_card(
 
 def card_prompt(config: DreamBoothConfig) -> str:
     """The prompt that shows what was learned; empty where neither captions nor samples have one."""
-    return config.data.instance_prompt or next(iter(config.validation.prompts), "")
+    return next(iter([*config.data.instance_prompts, *config.validation.prompts]), "")
 
 
 def lora_readers(config: DreamBoothConfig) -> str:
@@ -180,21 +181,6 @@ def initial_facts(config: DreamBoothConfig, digest: str | None) -> dict[str, obj
     source = config.lora.init_from
     name = "a LoRA that is not public" if is_local(source) else source
     return {"Started from": f"{name}; sha256 {digest[:16]}"}
-
-
-def picture_facts(config: DreamBoothConfig, pictures: Sequence[str]) -> dict[str, object]:
-    """What was trained on, for the card's table; pictures: their digests, if they are at hand."""
-    data = config.data
-    facts = {}
-    if pictures:
-        digest = sha256("".join(pictures).encode()).hexdigest()[:16]
-        facts["Pictures"] = f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}"
-    facts["Prior pictures"] = "none"
-    if data.uses_prior:
-        prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)
-        prior = f"{data.num_class_images} of {prompts}, weight {data.prior_loss_weight}"
-        facts["Prior pictures"] = prior
-    return facts
 
 
 def proof_facts(difference: float | None) -> dict[str, object]:

@@ -69,7 +69,9 @@ def placeholders(section: Section) -> dict[str, Any]:
     """What stands for the places on this machine, by their keys."""
     found: dict[str, Any] = {}
     for key, value in section:
-        if isinstance(value, Path):
+        if isinstance(value, list) and value and isinstance(value[0], Section):
+            found[key] = [part.model_copy(update=placeholders(part)) for part in value]
+        elif isinstance(value, Path):
             found[key] = Path(key.upper())
         elif key in NAME_OR_PATH_KEYS and value is not None and is_local(value):
             found[key] = key.upper()

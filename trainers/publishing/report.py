@@ -115,8 +115,9 @@ def describe_run(config: Config) -> str:
     if isinstance(config, DreamBoothConfig):
         subject = f"A LoRA of rank {config.lora.rank} for" if config.lora else "All weights of"
         base = config.model.pretrained_model_name_or_path
-        prompt = f", trained on the prompt “{data.instance_prompt}”" if data.instance_prompt else ""
-        return f"{subject} {base}{prompt}"
+        prompts = ", ".join(f"“{prompt}”" for prompt in data.instance_prompts)
+        noun = "prompt" if len(data.instance_prompts) == 1 else "prompts"
+        return f"{subject} {base}" + (f", trained on the {noun} {prompts}" if prompts else "")
     name = {"gan": "A GAN", "autoencoder": "An autoencoder", "unet": "A U-Net"}[config.kind]
     if isinstance(config, (AutoencoderConfig, UNetConfig)):
         name += f" ({config.use})"

@@ -6,29 +6,24 @@ the global batch, and each key of the config but those of `CHANGEABLE_KEYS`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig
-from trainers.data.pictures import Picture
+from trainers.config.photo_sections import concept_name
 from trainers.errors import UserError, name_some
 
 Facts = dict[str, Any]  # JSON values
-# name, digest of the contents, caption or label
-PictureEntry = tuple[str, str, str]
 
 STEPS_KEY = "train.max_train_steps"
 # what a run that is trained longer may change: a short one's warm-up was reduced to fit
 SCHEDULE_KEYS = (STEPS_KEY, "optimizer.lr_warmup_steps")
 INITIAL_LORA = "initial LoRA"
-MAX_LISTED_FILES = 1000  # of a larger pool of pictures only the digest is kept
 
 # sections, and keys, that may change between two parts of a run
 CHANGEABLE_KEYS = {
@@ -110,6 +105,8 @@ def config_facts(config: Config) -> Facts:
         keys = value.items() if isinstance(value, dict) else ()
         paths = {f"{name}.{key}": item for key, item in keys} or {name: value}
         facts |= {path: item for path, item in paths.items() if path not in CHANGEABLE_KEYS}
+    if facts.get("data.concepts"):
+        facts |= concept_facts(facts.pop("data.concepts"))
     if config.optimizer.lr_scheduler.startswith("constant"):
         # such a run may be made longer
         del facts[STEPS_KEY]
@@ -119,37 +116,15 @@ def config_facts(config: Config) -> Facts:
     return facts
 
 
-def describe_pictures(entries: Iterable[PictureEntry]) -> Facts:
-    """The digest of a pool of pictures in their order and, of a small one, each file's digests."""
-    entries = list(entries)
-    contents = json.dumps([entry[1:] for entry in entries])
-    digest = hashlib.sha256(contents.encode()).hexdigest()
-    facts: Facts = {"count": len(entries), "digest": digest}
-    if 0 < len(entries) <= MAX_LISTED_FILES:
-        parent = os.path.commonpath([Path(name).parent for name, _, _ in entries])
-        facts["files"] = {}
-        for name, content, text in entries:
-            text_digest = hashlib.sha256(text.encode()).hexdigest()
-            facts["files"][os.path.relpath(name, parent)] = [content[:16], text_digest[:16]]
+def concept_facts(concepts: Sequence[Facts]) -> Facts:
+    """The values of each concept that decide the result, by path."""
+    facts = {}
+    for i, concept in enumerate(concepts):
+        name = concept_name(concept["name"], i)
+        for key, value in concept.items():
+            if key != "name" and f"data.{key}" not in CHANGEABLE_KEYS:
+                facts[f"data.concepts[{name}].{key}"] = value
     return facts
-
-
-def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
-    """The instance pictures and, where there are any, the class pictures and the masks."""
-    described = {}
-    for name, pool in zip(("instance", "class"), pools, strict=False):
-        described[name] = describe_pictures((p.name, p.digest, counted_caption(p)) for p in pool)
-    # a mask also belongs to its picture
-    masks = [(p.mask, f"{i}") for i, p in enumerate(pools[0]) if p.mask]
-    if masks:
-        described["mask"] = describe_pictures((m.name, m.digest, place) for m, place in masks)
-    return described
-
-
-def counted_caption(picture: Picture) -> str:
-    """The caption and, if it is not once, how often the picture counts."""
-    times = "" if picture.repeats == 1 else f" x {picture.repeats}"
-    return picture.caption + times
 
 
 def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> None:

@@ -1,0 +1,90 @@
+"""Rules between the keys that say where photos come from, as (path, message) of each broken one."""
+
+from __future__ import annotations
+
+from trainers.config.base_rules import Errors, folder_errors
+from trainers.config.dreambooth_data import DataConfig
+from trainers.config.photo_sections import ConceptConfig, PhotoSet
+
+# folders that a machine without the pictures does not have
+FOLDER_KEYS = ("instance_data_dir", "held_out_dir", "mask_dir")
+
+
+def picture_errors(data: DataConfig) -> Errors:
+    """Where the pictures come from, those of the class too."""
+    if data.concepts is not None:
+        yield from concept_errors(data)
+    for photos in data.sets:
+        # not for the keys beside data.concepts, which are refused as such
+        path = f"data.concepts[{photos.name}]" if photos.name else "data"
+        yield from set_errors(path, photos)
+    if not data.has_masks and data.mask_floor != DataConfig.model_fields["mask_floor"].default:
+        message = (
+            "has no effect without masks: set data.mask_dir or data.use_alpha_mask, or remove it"
+        )
+        yield "data.mask_floor", message
+
+
+def concept_errors(data: DataConfig) -> Errors:
+    """What concepts cannot be beside, and what two of them cannot have."""
+    for key, known in PhotoSet.model_fields.items():
+        if getattr(data, key) != known.default:
+            message = "with data.concepts each concept says this for itself: move it into them"
+            yield f"data.{key}", message
+    names, class_folders = set(), {}
+    for photos in data.sets:
+        path = f"data.concepts[{photos.name}]"
+        # they name folders, and some disks know no case
+        if photos.name.lower() in names:
+            yield f"{path}.name", "two concepts have this name: give each its own"
+        names.add(photos.name.lower())
+        other = class_folders.setdefault(photos.class_data_dir, photos)
+        if photos.class_data_dir and other.class_prompts != photos.class_prompts:
+            message = (
+                f"is the folder of {other.name} too, whose class prompt is another: give each "
+                "class its own folder"
+            )
+            yield f"{path}.class_data_dir", message
+
+
+def set_errors(path: str, photos: ConceptConfig) -> Errors:
+    """path: where the keys of the set stand."""
+    if photos.instance_data_dir is None and photos.dataset_name is None:
+        message = f"there are no training pictures: set a folder here, or set {path}.dataset_name"
+        yield f"{path}.instance_data_dir", message
+    if photos.instance_data_dir is not None and photos.dataset_name is not None:
+        message = (
+            f"there are two sources of pictures, this and {path}.instance_data_dir: remove one of "
+            "them"
+        )
+        yield f"{path}.dataset_name", message
+    for key in FOLDER_KEYS:
+        yield from folder_errors(f"{path}.{key}", getattr(photos, key))
+    yield from class_errors(path, photos)
+    if photos.mask_dir is not None and photos.dataset_name is not None:
+        message = (
+            f"files belong to the pictures of a folder: set {path}.instance_data_dir instead of "
+            f"{path}.dataset_name, or {path}.use_alpha_mask where its pictures have an alpha "
+            "channel"
+        )
+        yield f"{path}.mask_dir", message
+
+
+def class_errors(path: str, photos: ConceptConfig) -> Errors:
+    if photos.class_data_dir is not None and not photos.uses_prior:
+        message = (
+            f"{path}.num_class_images is 0, so these class pictures would not be used: set how "
+            "many to use"
+        )
+        yield f"{path}.class_data_dir", message
+    if photos.uses_prior and not photos.class_prompt:
+        message = f"prior preservation ({path}.num_class_images > 0) requires a class prompt"
+        yield f"{path}.class_prompt", message
+    if photos.class_prompt and not photos.uses_prior:
+        message = "a class prompt requires class pictures: set how many to use, for example 100"
+        yield f"{path}.num_class_images", message
+
+
+def is_picture_folder(path: str) -> bool:
+    """Whether a key names a folder that only a machine with the pictures has."""
+    return path.startswith("data.") and path.rpartition(".")[2] in FOLDER_KEYS

@@ -1,0 +1,57 @@
+"""The pictures of a run as a resumed run compares them: contents, captions, masks, order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainers.data.pictures import Picture
+
+# name, digest of the contents, caption or label
+PictureEntry = tuple[str, str, str]
+
+MAX_LISTED_FILES = 1000  # of a larger pool of pictures only the digest is kept
+
+
+def describe_pictures(entries: Iterable[PictureEntry]) -> dict[str, Any]:
+    """The digest of a pool of pictures in their order and, of a small one, each file's digests."""
+    entries = list(entries)
+    contents = json.dumps([entry[1:] for entry in entries])
+    digest = hashlib.sha256(contents.encode()).hexdigest()
+    facts: dict[str, Any] = {"count": len(entries), "digest": digest}
+    if 0 < len(entries) <= MAX_LISTED_FILES:
+        parent = os.path.commonpath([Path(name).parent for name, _, _ in entries])
+        facts["files"] = {}
+        for name, content, text in entries:
+            text_digest = hashlib.sha256(text.encode()).hexdigest()
+            facts["files"][os.path.relpath(name, parent)] = [content[:16], text_digest[:16]]
+    return facts
+
+
+def describe_pools(pools: Sequence[Sequence[Picture]]) -> dict[str, Any]:
+    """The instance pictures and, where there are any, the class pictures and the masks; those of
+    each concept apart."""
+    by_pool: dict[str, list[Picture]] = {}
+    for name, pool in zip(("instance", "class"), pools, strict=False):
+        for picture in pool:
+            title = f"{picture.concept}: {name}" if picture.concept else name
+            by_pool.setdefault(title, []).append(picture)
+    described = {}
+    for title, pictures in by_pool.items():
+        entries = ((p.name, p.digest, counted_caption(p)) for p in pictures)
+        described[title] = describe_pictures(entries)
+    # a mask also belongs to its picture
+    masks = [(p.mask, f"{i}") for i, p in enumerate(pools[0]) if p.mask]
+    if masks:
+        described["mask"] = describe_pictures((m.name, m.digest, place) for m, place in masks)
+    return described
+
+
+def counted_caption(picture: Picture) -> str:
+    """The caption and, if it is not once, how often the picture counts."""
+    times = "" if picture.repeats == 1 else f" x {picture.repeats}"
+    return picture.caption + times
