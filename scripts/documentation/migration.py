@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +25,9 @@ from trainers.config.importers.base import (
     only_if_on,
     positive,
     same,
+    times,
 )
+from trainers.config.photo_sections import PhotoSet
 
 EXAMPLES = ROOT / "tests/shared/foreign_configs"
 
@@ -43,6 +45,19 @@ class Tool:
     @property
     def rules(self) -> Sequence[Rule]:
         return self.module.RULES
+
+    @property
+    def set_rules(self) -> Sequence[Rule]:
+        """Of a set of pictures: one has our plain keys, several are concepts."""
+        # a command line has one set, whose keys are plain
+        if self.module is diffusers_scripts:
+            return ()
+        rules = []
+        for rule in self.module.SET_RULES:
+            section = "data" if rule.ours in PhotoSet.model_fields else "data.concepts"
+            theirs, ours = f"{self.module.SETS}.{rule.theirs}", f"{section}.{rule.ours}"
+            rules.append(replace(rule, theirs=theirs, ours=ours))
+        return rules
 
 
 TOOLS = (
@@ -65,7 +80,12 @@ DIFFERENCES: dict[Callable, str] = {
     only_if_on: "only where it is on",
     positive: "only where it is more than 0",
     first_number: "one side, of squares",
+    times: "a whole number",
+    simpletuner.visits: "one more",
 }
+SEVERAL_SETS = """Several sets of pictures become `data.concepts`, each with these keys.
+
+"""
 PAGE = """# Coming from {title}
 
 ```bash
@@ -82,7 +102,7 @@ a folder that does not exist, is printed.
 | --- | --- | --- |
 {rows}
 
-These keys have no effect on the training here, or are always on: {without_effect}.
+{sets}These keys have no effect on the training here, or are always on: {without_effect}.
 
 ## An example
 
@@ -107,8 +127,9 @@ def page(tool: Tool) -> str:
     return PAGE.format(
         title=tool.title,
         config=tool.config,
-        rows="\n".join(rows(tool.rules)),
+        rows="\n".join(rows([*tool.rules, *tool.set_rules])),
         without_effect=without,
+        sets=SEVERAL_SETS if tool.set_rules else "",
         # what is YAML here is checked as one of our own configs
         language={".json": "json", ".toml": "toml"}.get(path.suffix, "text"),
         example=path.read_text("utf-8").rstrip(),

@@ -54,6 +54,7 @@ EXPECTED = {
         "model.quantization": "nf4",
         "lora.alpha": 1,
         "data.instance_data_dir": "/photos",
+        "data.mask_dir": "/photos",
         "objective.density": "logit_normal",
         "optimizer.lr_scheduler": "constant_with_warmup",
         "optimizer.lr_warmup_steps": 200,
@@ -76,7 +77,7 @@ LEFT_OVER = {
     "sd_scripts.toml": {"enable_bucket", "shuffle_caption", "keep_tokens"},
     "ai_toolkit.yaml": {"datasets.shuffle_tokens"},
     "simpletuner.json": set(),
-    "onetrainer.json": {"masked_training"},
+    "onetrainer.json": set(),
     "diffusers_flux.sh": set(),
 }
 
@@ -103,6 +104,7 @@ def test_the_result_trains(name, bases, photos, tmp_path):
         f"model.pretrained_model_name_or_path={bases[family]}",
         f"data.instance_data_dir={photos}",
         "data.instance_prompt=a b c",
+        "data.mask_dir=null",
         "data.resolution=16",
         "model.quantization=none",
         "optimizer.name=adamw",
@@ -128,7 +130,7 @@ def test_the_result_trains(name, bases, photos, tmp_path):
         ("a.sh", b"accelerate launch train_dreambooth_lora_sdxl.py --rank 4", "not supported here"),
         ("a.sh", b"python train_dreambooth_lora_flux.py --prompt 'a", "cannot be parsed"),
         ("a.yaml", b"job: x\nconfig: {process: []}", "config.process"),
-        ("a.yaml", b"job: x\nconfig: {process: [{datasets: [{}, {}]}]}", "2 parts"),
+        ("a.yaml", b"job: x\nconfig: {process: [{datasets: [{}]}, {}]}", "2 parts"),
     ],
 )
 def test_what_cannot_be_imported_is_one_message(tmp_path, name, content, message):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.config.family_facts import family_named
@@ -13,11 +13,14 @@ from trainers.config.importers.base import (
     Rule,
     choose,
     first_number,
+    flatten,
     is_on,
     number,
     only_if_on,
     positive,
+    times,
 )
+from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 from trainers.errors import UserError
 
 DENSITIES = {"linear": "uniform", "sigmoid": "logit_normal", "lognorm_blend": "logit_normal"}
@@ -33,8 +36,7 @@ RULES = [
     Rule("network.linear", "lora.rank", number),
     Rule("network.linear_alpha", "lora.alpha", number),
     Rule("network.dropout", "lora.dropout", positive),
-    Rule("datasets.folder_path", "data.instance_data_dir"),
-    Rule("datasets.default_caption", "data.instance_prompt"),
+    Rule("datasets.mask_min_value", "data.mask_floor", positive),
     Rule("datasets.caption_dropout_rate", "data.caption_dropout", positive),
     Rule("datasets.flip_x", "data.random_flip", only_if_on),
     Rule("datasets.random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
@@ -67,6 +69,15 @@ RULES = [
     Rule("sample.guidance_scale", "validation.guidance_scale", number),
     Rule("sample.sample_steps", "validation.num_inference_steps", number),
 ]
+SETS = "datasets"
+# of each of them
+SET_RULES = [
+    Rule("folder_path", "instance_data_dir"),
+    Rule("default_caption", "instance_prompt"),
+    Rule("num_repeats", "repeats", times),
+    Rule("mask_path", "mask_dir"),
+    Rule("alpha_mask", "use_alpha_mask", only_if_on),
+]
 WITHOUT_EFFECT = (
     "type device name model.arch model.low_vram network.type save.dtype "
     "datasets.caption_ext datasets.cache_latents datasets.cache_latents_to_disk train.train_unet "
@@ -80,11 +91,12 @@ def is_config(tree: Mapping[str, Any]) -> bool:
 
 
 def read(tree: Mapping[str, Any]) -> ForeignConfig:
-    """Raises: UserError where the job is no training of one data set."""
+    """Raises: UserError where the job is no training."""
     job = tree["config"]
     process = first(job.get("process"), "config.process")
-    dataset = first(process.get("datasets"), "datasets")
-    config = ForeignConfig("ai-toolkit", {**process, "datasets": dataset})
+    datasets = mappings(process.get("datasets"), "datasets")
+    numbered = {f"datasets {i}": part for i, part in enumerate(datasets[1:], 2)}
+    config = ForeignConfig("ai-toolkit", {**process, "datasets": datasets[0], **numbered})
     config.put("model.family", find_family(config), "model.arch")
     config.apply(RULES)
     folder = config.take("training_folder", "output")
@@ -93,6 +105,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         note = "Its default is 1; ours is the rank"
         config.put("lora.alpha", 1, "network.linear_alpha", note)
     read_prompts(config)
+    read_sets(config, datasets)
     read_average(config)
     precision = config.take("train.dtype")
     if precision in ("bf16", "fp16"):
@@ -101,10 +114,38 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     return config
 
 
+def mappings(values: Any, name: str) -> list[Mapping[str, Any]]:
+    """A list of mappings, with one at least. Raises: UserError."""
+    is_list = isinstance(values, list) and bool(values)
+    if not is_list or not all(isinstance(value, Mapping) for value in values):
+        raise UserError(f"{name}: a list with a mapping is expected")
+    return values
+
+
+def read_sets(config: ForeignConfig, datasets: Sequence[Mapping[str, Any]]) -> None:
+    """Each data set; a regularization set has the class pictures of the others."""
+    sets, alike = ForeignSets(), flatten(datasets[0])
+    for i, dataset in enumerate(datasets, 1):
+        prefix = "datasets" if i == 1 else f"datasets {i}"
+        keys = convert(dataset, SET_RULES)
+        if is_on(dataset.get("is_reg")):
+            found = {"class_data_dir": keys.get("instance_data_dir")}
+            found["class_prompt"] = keys.get("instance_prompt")
+            sets.shared |= {key: value for key, value in found.items() if value}
+        else:
+            sets.add(keys)
+        used = [rule.theirs for rule in SET_RULES] + ["is_reg"]
+        # what was said of the first set counts for all
+        used += [
+            key for key, value in flatten(dataset).items() if i > 1 and alike.get(key) == value
+        ]
+        config.ignore(f"{prefix}.{key}" for key in used)
+    put_sets(config, sets, SETS)
+
+
 def first(values: Any, name: str) -> Mapping[str, Any]:
     """The only mapping of a list. Raises: UserError."""
-    if not isinstance(values, list) or not values or not isinstance(values[0], Mapping):
-        raise UserError(f"{name}: a list with a mapping is expected")
+    values = mappings(values, name)
     if len(values) > 1:
         raise UserError(f"{name}: it has {len(values)} parts, and one can be imported at a time")
     return values[0]
@@ -128,7 +169,7 @@ def read_prompts(config: ForeignConfig) -> None:
     if prompts:
         replaced = [str(prompt).replace("[trigger]", trigger) for prompt in prompts]
         config.put("validation.prompts", replaced, "sample.prompts")
-    if trigger and not config.value("data.instance_prompt"):
+    if trigger:
         note = "Captions beside the pictures win over it; [trigger] in them is not replaced"
         config.put("data.instance_prompt", trigger, "trigger_word", note)
 

@@ -143,7 +143,10 @@ def key_order(section: str) -> list[str]:
 
 def commented(key: str, setting: Setting, indent: str) -> list[str]:
     note = f". {setting.note}" if setting.note else ""
-    return [f"{indent}# {setting.source}{note}", f"{indent}{key}: {scalar(setting.value)}"]
+    head, value = f"{indent}# {setting.source}{note}", setting.value
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [head, f"{indent}{key}:", *(f"{indent}  - {scalar(part)}" for part in value)]
+    return [head, f"{indent}{key}: {scalar(value)}"]
 
 
 def scalar(value: Any) -> str:
@@ -198,6 +201,11 @@ def positive(value: Any) -> float | int | None:
     """A number above zero, which elsewhere stands for off."""
     found = number(value)
     return found if found and found > 0 else None
+
+
+def times(value: Any) -> int:
+    """How often something counts: a whole number from 1 on."""
+    return max(1, round(number(value) or 1))
 
 
 @dataclass(frozen=True)

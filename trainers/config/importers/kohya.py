@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.config.family_facts import family_named
@@ -13,11 +13,14 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
+    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    times,
 )
+from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
 
@@ -43,6 +46,8 @@ RULES = [
     Rule("prior_loss_weight", "data.prior_loss_weight", number),
     Rule("flip_aug", "data.random_flip", only_if_on),
     Rule("random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
+    Rule("conditioning_data_dir", "data.mask_dir"),
+    Rule("alpha_mask", "data.use_alpha_mask", only_if_on),
     Rule("caption_dropout_rate", "data.caption_dropout", positive),
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
@@ -58,6 +63,15 @@ RULES = [
     Rule("log_with", "tracking.report_to", choose(TRACKERS)),
     Rule("huggingface_repo_id", "hub.hub_model_id"),
 ]
+SETS = "datasets.subsets"
+# of each of them
+SET_RULES = [
+    Rule("image_dir", "instance_data_dir"),
+    Rule("class_tokens", "instance_prompt"),
+    Rule("num_repeats", "repeats", times),
+    Rule("conditioning_data_dir", "mask_dir"),
+    Rule("alpha_mask", "use_alpha_mask", only_if_on),
+]
 # how the files are written, loaded and moved, which is settled here
 WITHOUT_EFFECT = (
     "sdpa xformers mem_eff_attn cache_latents cache_latents_to_disk cache_text_encoder_outputs "
@@ -70,7 +84,14 @@ WITHOUT_EFFECT = (
 def is_config(tree: Mapping[str, Any]) -> bool:
     names = ForeignConfig("", tree).values
     known = {rule.theirs for rule in RULES} | set(WITHOUT_EFFECT)
-    return len({name.rpartition(".")[2] for name in names} & known) >= 3
+    has_subsets = any(isinstance(part, Mapping) and "subsets" in part for part in datasets(tree))
+    return has_subsets or len({name.rpartition(".")[2] for name in names} & known) >= 3
+
+
+def datasets(tree: Mapping[str, Any]) -> list[Any]:
+    """The parts of [[datasets]], which a file of --dataset_config has."""
+    found = tree.get("datasets")
+    return found if isinstance(found, list) else []
 
 
 def read(tree: Mapping[str, Any]) -> ForeignConfig:
@@ -95,6 +116,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     else:
         config.settings.pop("optimizer.text_encoder_lr", None)
     read_length(config)
+    read_subsets(config, datasets(tree))
     precision = config.take("mixed_precision")
     if precision in ("bf16", "fp16", "no"):
         config.put("train.mixed_precision", precision, "mixed_precision")
@@ -113,3 +135,30 @@ def read_length(config: ForeignConfig) -> None:
         config.put("optimizer.lr_warmup_steps", round(warmup * steps), "lr_warmup_steps")
     elif warmup:
         config.put("optimizer.lr_warmup_steps", int(warmup), "lr_warmup_steps")
+
+
+def read_subsets(config: ForeignConfig, parts: Sequence[Any]) -> None:
+    """Every subset of every data set; a regularization set has the class pictures of the others."""
+    sets, left = ForeignSets(), {}
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        for i, subset in enumerate(part.get("subsets") or [], 1):
+            keys = convert(subset, SET_RULES)
+            if is_on(subset.get("is_reg")):
+                found = {"class_data_dir": keys.get("instance_data_dir")}
+                found["class_prompt"] = keys.get("instance_prompt")
+                sets.shared |= {key: value for key, value in found.items() if value}
+            else:
+                sets.add(keys)
+            known = {rule.theirs for rule in SET_RULES} | {"is_reg", "caption_extension"}
+            left |= {f"subset {i}: {key}": subset[key] for key in subset.keys() - known}
+        size = first_number(part.get("resolution"))
+        if size and "data.resolution" not in config.settings:
+            config.put("data.resolution", size, "datasets.resolution")
+    config.ignore(["datasets"])
+    config.values |= left
+    put_sets(config, sets, SETS)
+    if config.value("data.mask_dir") or any("mask_dir" in keys for keys in sets.learnt):
+        config.put("data.mask_floor", 0.0, "masked_loss", "It leaves out what a mask does")
+        config.ignore(["masked_loss"])

@@ -16,7 +16,9 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    times,
 )
+from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 SCHEDULES = {
     "constant": "constant_with_warmup",
@@ -54,6 +56,13 @@ RULES = [
     Rule("train_dtype", "train.mixed_precision", choose(PRECISIONS)),
     Rule("text_encoder.train", "train.train_text_encoder", only_if_on),
     Rule("seed", "seed", number),
+]
+SETS = "concepts"
+# of each of them
+SET_RULES = [
+    Rule("name", "name"),
+    Rule("path", "instance_data_dir"),
+    Rule("balancing", "repeats", times),
 ]
 WITHOUT_EFFECT = (
     "training_method output_model_format output_dtype cache_dir weight_dtype vae.weight_dtype "
@@ -115,16 +124,27 @@ def read_loss(config: ForeignConfig) -> None:
 
 
 def read_concepts(config: ForeignConfig) -> None:
-    """The pictures of a saved config, where it holds its concepts itself."""
+    """The pictures of a saved config, where it holds its concepts itself.
+
+    Masks lie beside the pictures; what they leave out counts a tenth unless it says otherwise.
+    """
     concepts = config.values.get("concepts")
     if not isinstance(concepts, list):
         return
     config.used.add("concepts")
+    is_masked = is_on(config.values.get("masked_training"))
+    sets = ForeignSets()
     for concept in concepts:
-        if not isinstance(concept, Mapping):
+        if not isinstance(concept, Mapping) or not is_on(concept.get("enabled", True)):
             continue
-        key = "instance_data_dir"
-        if "PRIOR" in str(concept.get("type", "STANDARD")):
-            key = "class_data_dir"
-        if not config.value(f"data.{key}"):
-            config.put(f"data.{key}", concept.get("path"), "concepts.path")
+        keys, kind = convert(concept, SET_RULES), str(concept.get("type", "STANDARD"))
+        folder = keys.get("instance_data_dir")
+        if "PRIOR" in kind or kind == "VALIDATION":
+            key = "class_data_dir" if "PRIOR" in kind else "held_out_dir"
+            sets.shared.setdefault(key, folder)
+        else:
+            sets.add(keys | ({"mask_dir": folder} if is_masked else {}))
+    put_sets(config, sets, SETS)
+    if is_masked:
+        config.ignore(["masked_training", "unmasked_probability"])
+        config.put("data.mask_floor", number(config.take("unmasked_weight")), "unmasked_weight")

@@ -18,9 +18,17 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    times,
 )
+from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
+
+
+def visits(again: Any) -> int:
+    """How often a set counts that comes `again` so many times."""
+    return times((number(again) or 0) + 1)
+
 
 RULES = [
     *SHARED_RULES,
@@ -62,12 +70,14 @@ RULES = [
     Rule("hub_model_id", "hub.hub_model_id"),
     Rule("output_dir", "output_dir"),
 ]
-# what of a data backend is ours
-BACKEND_RULES = [
-    Rule("instance_data_dir", "data.instance_data_dir"),
-    Rule("instance_prompt", "data.instance_prompt"),
-    Rule("dataset_name", "data.dataset_name"),
-    Rule("resolution", "data.resolution", first_number),
+SETS = "data_backend_config"
+# of each of them
+SET_RULES = [
+    Rule("id", "name"),
+    Rule("instance_data_dir", "instance_data_dir"),
+    Rule("instance_prompt", "instance_prompt"),
+    Rule("dataset_name", "dataset_name"),
+    Rule("repeats", "repeats", visits),
 ]
 WITHOUT_EFFECT = (
     "model_type lora_type aspect_bucket_rounding minimum_image_size resolution_type "
@@ -102,14 +112,23 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
 
 
 def read_backends(config: ForeignConfig) -> None:
-    """The first set of pictures, where the file holds it itself."""
+    """The sets of pictures, where the file holds them itself."""
     backends = config.values.get("data_backend_config")
     if not isinstance(backends, list):
         return
     config.used.add("data_backend_config")
+    sets = ForeignSets()
     for backend in backends:
-        if isinstance(backend, Mapping) and backend.get("dataset_type", "image") == "image":
-            part = ForeignConfig("", backend)
-            part.apply(BACKEND_RULES)
-            config.settings |= part.settings
-            return
+        is_set = isinstance(backend, Mapping) and backend.get("dataset_type", "image") == "image"
+        if not is_set or is_on(backend.get("disabled")):
+            continue
+        keys = convert(backend, SET_RULES)
+        size = first_number(backend.get("resolution"))
+        # one size for all: of the first set that has one
+        if size and not sets.learnt:
+            config.put("data.resolution", size, "data_backend_config")
+        if is_on(backend.get("is_regularisation_data")):
+            sets.shared |= {"class_data_dir": keys.get("instance_data_dir")}
+        else:
+            sets.add(keys)
+    put_sets(config, sets, SETS)
