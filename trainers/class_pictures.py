@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from accelerate import Accelerator
 from trainers.atomic import aside, write_atomic
 from trainers.config import ConceptConfig, DreamBoothConfig
 from trainers.data import photo_checks
+from trainers.data.buckets import Size, share_out
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
 from trainers.data.intake import Intake
-from trainers.data.photo_sets import balance_class_pictures, load_class_pictures
+from trainers.data.photo_sets import load_class_pictures
 from trainers.data.pictures import Picture, list_image_files
 from trainers.distributed.collectives import own_items
 from trainers.families.sampling import sample_picture
@@ -34,34 +37,42 @@ PICTURE = re.compile(r"class-([0-9]{5,})(-[0-9a-f]{8})?\.png")
 DRAWN_FROM = "drawn_from"  # the key of a set's file
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What a class picture shows, and its size."""
+
+    prompt: str
+    size: Size
+
+
 def prepare_class_pictures(
     encoder: CachedEncoder,
-    instance: Sequence[Picture],
+    sizes: Mapping[str, Mapping[Size, int]],
     config: DreamBoothConfig,
     accelerator: Accelerator,
     intake: Intake,
 ) -> list[Picture]:
     """The class pictures of a run: those of the user's own in its folders, and drawn ones.
 
-    instance: the pictures to learn, whose concepts' class pictures count as they do; intake: is
-    told what is found in the folders, and reports it.
+    sizes: by concept those of the drawn pictures, in this proportion; intake: is told what is
+    found in the folders, and reports it.
     """
     data, names_by_set = config.data, {}
-    prompts: dict[Path, str] = {}
-    for photos, _ in data.class_sets:
-        own, drawn = choose_files(encoder, photos, config, accelerator)
+    drawings: dict[Path, Drawing] = {}
+    for photos, names in data.class_sets:
+        counts = sum((Counter(sizes[name]) for name in names), Counter())
+        own, drawn = choose_files(encoder, (photos, counts), config, accelerator)
         names_by_set[photos.name] = {*own, *(path.name for path in drawn)}
-        prompts |= {path: picture_prompt(path, photos) for path in drawn}
-    pending = {path: prompt for path, prompt in prompts.items() if not path.exists()}
+        drawings |= drawn
+    pending = {path: drawing for path, drawing in drawings.items() if not path.exists()}
     draw_pictures(encoder, config, pending, accelerator)
-    for path, prompt in prompts.items():
+    for path, drawing in drawings.items():
         if not path.with_suffix(".txt").exists():
-            write_atomic(path.with_suffix(".txt"), prompt)
-    by_set = {}
+            write_atomic(path.with_suffix(".txt"), drawing.prompt)
+    pictures = []
     for photos, _ in data.class_sets:
         folder, names = class_folder(photos, config), names_by_set[photos.name]
-        by_set[photos.name] = load_class_pictures(folder, photos, data, names, intake)
-    pictures = balance_class_pictures(data, by_set, instance, intake)
+        pictures += load_class_pictures(folder, photos, data, names, intake)
     photo_checks.report(intake, encoder.family, pictures, config, accelerator)
     return pictures
 
@@ -73,38 +84,43 @@ def class_folder(photos: ConceptConfig, config: DreamBoothConfig) -> Path:
 
 def choose_files(
     encoder: CachedEncoder,
-    photos: ConceptConfig,
+    wanted: tuple[ConceptConfig, Mapping[Size, int]],
     config: DreamBoothConfig,
     accelerator: Accelerator,
-) -> tuple[list[str], list[Path]]:
-    """The user's own pictures in the folder of a set, by name, and those that are drawn."""
+) -> tuple[list[str], dict[Path, Drawing]]:
+    """The user's own pictures in the folder of a set, by name, and those that are drawn.
+
+    wanted: the set, and the proportion of sizes.
+    """
+    photos, sizes = wanted
     folder, number = class_folder(photos, config), photos.num_class_images
     own, others = [], []
     for path in list_image_files(folder):
         (others if is_drawn(path) else own).append(path.name)
-    paths: list[Path] = []
-    if len(own) < number:
-        ending = claim_names(folder, drawn_from(encoder, photos, config))
-        paths = [folder / f"class-{i:05d}{ending}.png" for i in range(number - len(own))]
+    drawings: dict[Path, Drawing] = {}
+    for size, count in share_out(max(number - len(own), 0), sizes).items():
+        ending = claim_names(folder, drawn_from(encoder, photos, config, size))
+        for path in (folder / f"class-{i:05d}{ending}.png" for i in range(count)):
+            drawings[path] = Drawing(picture_prompt(path, photos), size)
     own_used = own[:number]
-    num_unused = len(set(others) - {path.name for path in paths})
+    num_unused = len(set(others) - {path.name for path in drawings})
     if own or num_unused:
         accelerator.print(
-            f"class pictures in {folder}: {len(own_used)} of your own and {len(paths)} drawn by "
+            f"class pictures in {folder}: {len(own_used)} of your own and {len(drawings)} drawn by "
             f"the base; {num_unused} more were drawn for other runs and are not used"
         )
-    return own_used, paths
+    return own_used, drawings
 
 
 def drawn_from(
-    encoder: CachedEncoder, photos: ConceptConfig, config: DreamBoothConfig
+    encoder: CachedEncoder, photos: ConceptConfig, config: DreamBoothConfig, size: Size
 ) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
     family, validation = encoder.family, config.validation
     return {
         "prompts": photos.class_prompts,
         "negative_prompt": validation.negative_prompt,
-        "resolution": config.data.resolution,
+        "resolution": size[0] if size[0] == size[1] else list(size),
         "num_inference_steps": validation.num_inference_steps,
         "guidance_scale": validation.guidance_scale,
         "seed": "the number of the picture",
@@ -180,10 +196,10 @@ def picture_number(path: Path) -> int:
 def draw_pictures(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
-    pending: Mapping[Path, str],
+    pending: Mapping[Path, Drawing],
     accelerator: Accelerator,
 ) -> None:
-    """Draw the pictures that are missing, each of its prompt, shared among the processes.
+    """Draw the pictures that are missing, each as it is meant, shared among the processes.
 
     Picture i of a set has its own noise and prompt, whoever draws it.
     """
@@ -202,7 +218,7 @@ def draw_pictures(
 def draw(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
-    missing: Mapping[Path, str],
+    missing: Mapping[Path, Drawing],
     accelerator: Accelerator,
 ) -> None:
     """Load the pipeline, write class pictures, and unload it."""
@@ -210,14 +226,9 @@ def draw(
     family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
     family.apply_memory_options()
     is_quiet = not accelerator.is_main_process
-    for path, prompt in track(missing.items(), "class pictures", disable=is_quiet):
-        settings = (
-            config.validation,
-            picture_number(path),
-            config.data.resolution,
-            encoder.encoder_outputs,
-        )
-        picture = sample_picture(family, prompt, *settings)
+    for path, drawing in track(missing.items(), "class pictures", disable=is_quiet):
+        settings = config.validation, picture_number(path), drawing.size, encoder.encoder_outputs
+        picture = sample_picture(family, drawing.prompt, *settings)
         # another run with the same set may have been faster, and may be reading its picture
         if not path.exists():
             write_picture(picture, path)

@@ -19,12 +19,12 @@ from trainers.config.importers import (
 from trainers.config.importers.base import (
     Choice,
     Rule,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
     same,
+    sides,
     times,
 )
 from trainers.config.photo_sections import PhotoSet
@@ -79,7 +79,7 @@ DIFFERENCES: dict[Callable, str] = {
     is_on: "",
     only_if_on: "only where it is on",
     positive: "only where it is more than 0",
-    first_number: "one side, of squares",
+    sides: "the side of a square with the same area",
     times: "a whole number",
     simpletuner.visits: "one more",
 }

@@ -1,24 +1,28 @@
 """Several sets of pictures in one run: each has its own prompts, and counts as it is told."""
 
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.shared.fake_pictures import fake
 from trainers.config import DataConfig, DreamBoothConfig
+from trainers.data.buckets import (
+    BucketRule,
+    choose_factors,
+    class_shares,
+    make_buckets,
+    share_error,
+    sizes_by_concept,
+)
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import Intake
 from trainers.data.photo_sets import (
-    balance_class_pictures,
-    choose_factors,
     concept_shares,
     load_held_out_pictures,
     load_instance_pictures,
-    share_error,
 )
-from trainers.data.pictures import Picture
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
 
@@ -110,10 +114,13 @@ def test_what_is_said_names_the_concept_and_its_share(two, tmp_path):
 # How often each is visited
 
 
-def visits(pool, steps, size=4):
-    """How often each picture is drawn, by name."""
-    data = DataConfig()
-    batches = DreamBoothBatches([pool], None, data, BatchSlice(0, size))
+SQUARES = BucketRule((8,), 8, enabled=False)
+
+
+def visits(buckets, steps, size=4):
+    """How often each picture of each pool is drawn, by name."""
+    pools = [()] * len(buckets[0].pools)
+    batches = DreamBoothBatches(pools, None, DataConfig(), BatchSlice(0, size), buckets)
     return Counter(name for step in range(steps) for name in batches.sample_names(step)[0])
 
 
@@ -121,39 +128,67 @@ def visits(pool, steps, size=4):
 def test_every_picture_is_visited_in_proportion_to_its_repeats(two, repeats):
     pool = load_instance_pictures(two(cat={"repeats": repeats}))
     rows = 4 + 2 * repeats
-    found = visits(pool, rows * 3)  # four rows a step: twelve epochs
+    found = visits(make_buckets([pool], SQUARES), rows * 3)  # four rows a step: twelve epochs
     assert {found[p.name] for p in pool if p.concept == "rex"} == {12}
     assert {found[p.name] for p in pool if p.concept == "tom"} == {12 * repeats}
 
 
-def fake(name, concept, repeats=1):
-    return Picture(name, partial(str.encode, name), "c", repeats=repeats, concept=concept)
+def sized(size, name, concept, repeats=1):
+    return fake(name, size=size, repeats=repeats, concept=concept)
 
 
-@pytest.mark.parametrize("counts", [(6, 6), (4, 8), (100, 50), (7, 90)])
-@pytest.mark.parametrize("photos", [(1, 1), (4, 2), (3, 12), (10, 1)])
-def test_class_rows_are_shared_as_the_instance_rows_are(counts, photos):
-    concepts = [
-        {"name": name, "class_prompt": name, "num_class_images": count}
-        for name, count in zip("ab", counts, strict=True)
+WIDE, TALL = (48, 32), (32, 48)
+RULE = BucketRule((32,), 8)
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (4, 8), (40, 20), (7, 30)])
+@pytest.mark.parametrize(
+    "photos",
+    [
+        {("a", WIDE): 1, ("b", WIDE): 1},
+        {("a", WIDE): 4, ("b", WIDE): 2},
+        {("a", WIDE): 3, ("b", TALL): 5},
+        {("a", WIDE): 4, ("b", WIDE): 1, ("a", TALL): 1, ("b", TALL): 6},
+    ],
+)
+def test_class_rows_are_shared_as_the_instance_rows_are_in_each_size(counts, photos):
+    instance = [
+        sized(size, f"{name}{size}{i}", name)
+        for (name, size), count in photos.items()
+        for i in range(count)
     ]
-    data = DataConfig(concepts=concepts)
-    instance = [fake(f"{i}", name) for name, n in zip("ab", photos, strict=True) for i in range(n)]
-    by_set = {
-        name: [fake(f"{name}{i}", name) for i in range(count)]
+    # class pictures of the first size alone
+    pool = [
+        sized(WIDE, f"class {name}{i}", name)
         for name, count in zip("ab", counts, strict=True)
-    }
-    pool = balance_class_pictures(data, by_set, instance, intake := Intake())
-    wanted, found = concept_shares(instance), concept_shares(pool)
-    assert found == pytest.approx(wanted, rel=0.05)
-    assert any("of the class pictures of a step: a " in note.text for note in intake.notes)
-    # in an epoch of the pool each comes as often as it counts
-    rows = sum(p.repeats for p in pool)
-    seen = visits(pool, rows)
-    by_concept = Counter()
-    for picture in pool:
-        by_concept[picture.concept] += seen[picture.name]
-    assert by_concept["a"] / by_concept.total() == pytest.approx(found["a"])
+        for i in range(count)
+    ]
+    buckets = make_buckets([instance, pool], RULE, {"a": "a", "b": "b"})
+    assert len(buckets) == len({size for _, size in photos})
+    for bucket in buckets:
+        wanted, found = (Counter(p.concept for p in members) for members in bucket.pools)
+        for name in wanted:
+            share = found[name] / found.total()
+            assert share == pytest.approx(wanted[name] / wanted.total(), rel=0.05)
+    assert class_shares(buckets) == pytest.approx(concept_shares(instance), rel=0.05)
+    seen = visits(buckets, 4 * len(instance))
+    drawn = {name: sum(n for key, n in seen.items() if f"class {name}" in key) for name in "ab"}
+    assert drawn["a"] / sum(drawn.values()) == pytest.approx(concept_shares(instance)["a"], rel=0.3)
+
+
+def test_class_pictures_of_one_class_are_not_repeated():
+    instance = [sized(WIDE, f"{name}{i}", name) for name in "ab" for i in range(3)]
+    pool = [sized(WIDE, f"class {i}", "a") for i in range(5)]
+    for class_sets in ({"a": "a", "b": "a"}, {"a": "a"}):
+        (bucket,) = make_buckets([instance, pool], RULE, class_sets)
+        assert bucket.pools[1] == tuple(pool)
+
+
+def test_sizes_of_class_pictures_follow_those_of_their_concept():
+    instance = [sized(WIDE, "0", "a", 2), sized(TALL, "1", "a"), sized(TALL, "2", "b")]
+    found = sizes_by_concept(instance, RULE)
+    (wide,), (tall,) = RULE.sizes(instance[0]), RULE.sizes(instance[1])
+    assert found == {"a": {wide: 2, tall: 1}, "b": {tall: 1}}
 
 
 def test_factors_are_the_smallest_that_do():

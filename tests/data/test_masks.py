@@ -157,7 +157,9 @@ def test_the_alpha_channel_is_a_mask_unless_a_file_is(tmp_path):
     assert (mask_values(third) == 255).all()
 
 
-CROPS = [Crop(24, *parts) for parts in itertools.product((0, 0.4, 1), (0, 0.5, 1), (False, True))]
+CROPS = [
+    Crop(24, 24, *parts) for parts in itertools.product((0, 0.4, 1), (0, 0.5, 1), (False, True))
+]
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -177,7 +179,9 @@ def test_white_and_black_stay_so_when_they_are_resized(tmp_path, size):
     for value in (0, 255):
         save(tmp_path / "masks/1.png", np.full_like(SPOT, value))
         (picture,) = load(tmp_path)
-        assert set(latent_mask(picture, Crop(size, 0.3), 4, 4).flatten().tolist()) == {value / 255}
+        assert set(latent_mask(picture, Crop(size, size, 0.3), 4, 4).flatten().tolist()) == {
+            value / 255
+        }
 
 
 # What is said about it

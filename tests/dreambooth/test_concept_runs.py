@@ -34,12 +34,14 @@ PRIVATE = "private-place"
 def concepts(tmp_path):
     """A function: keys of both concepts -> the override that gives a run its two concepts."""
     random = np.random.default_rng(0)
-    for name, count in (("rex", 3), ("tom", 2)):
-        folder = tmp_path / PRIVATE / name
-        folder.mkdir(parents=True)
+    # of two shapes, so that each concept has a bucket of its own
+    for name, count, shape in (("rex", 3, (16, 20)), ("tom", 2, (36, 12))):
+        folder, masks = (tmp_path / PRIVATE / part for part in (name, f"{name}_masks"))
+        folder.mkdir(parents=True), masks.mkdir()
         for i in range(count):
-            array = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+            array = random.integers(0, 256, (*shape, 3), dtype=np.uint8)
             Image.fromarray(array).save(folder / f"{i}.png")
+            Image.fromarray(array[..., 0]).save(masks / f"{i}.png")
 
     def make(rex=None, tom=None):
         first = {"name": "rex", "instance_data_dir": tmp_path / PRIVATE / "rex"}
@@ -63,7 +65,9 @@ VARIED = ("data.random_flip=true", "optimizer.lr_scheduler=constant")
 
 @pytest.mark.parametrize("family", ALL)
 def test_three_steps_and_three_more_equal_six(settings, concepts, tmp_path, family):
-    shared = (*VARIED, *concepts(), f"data.cache_dir={tmp_path}/cache")
+    """With buckets, masks and class pictures."""
+    masked = concepts(rex={"mask_dir": tmp_path / PRIVATE / "rex_masks"})
+    shared = (*VARIED, *masked, f"data.cache_dir={tmp_path}/cache")
     whole = settings(*shared, f"output_dir={tmp_path}/whole", family=family)
     parts = settings(*shared, f"output_dir={tmp_path}/parts", family=family)
     run(whole)
@@ -72,15 +76,20 @@ def test_three_steps_and_three_more_equal_six(settings, concepts, tmp_path, fami
     assert_same(whole, parts)
 
 
-def test_four_micro_batches_equal_one_batch_of_four(settings, concepts, tmp_path):
-    own = {"class_data_dir": tmp_path / "class/rex"}, {"class_data_dir": tmp_path / "class/tom"}
-    shared = (*VARIED, *concepts(*own), f"data.cache_dir={tmp_path}/cache")
+@pytest.mark.parametrize("family", ALL)
+def test_one_batch_of_four_equals_two_of_two_and_four_of_one(settings, concepts, tmp_path, family):
+    """With buckets, masks and class pictures."""
+    rex = {"mask_dir": tmp_path / PRIVATE / "rex_masks", "class_data_dir": tmp_path / "class/rex"}
+    both = concepts(rex, {"class_data_dir": tmp_path / "class/tom"})
+    shared = (*VARIED, *both, f"data.cache_dir={tmp_path}/cache")
     runs = []
-    for size, parts in ((4, 1), (1, 4)):
+    for size, parts in ((4, 1), (2, 2), (1, 4)):
         batch = (f"train.train_batch_size={size}", f"train.gradient_accumulation_steps={parts}")
-        runs.append(settings(*shared, *batch, f"output_dir={tmp_path}/{size}"))
+        folder = f"output_dir={tmp_path}/{size}"
+        runs.append(settings(*shared, *batch, "train.max_train_steps=4", folder, family=family))
         run(runs[-1])
-    assert_close(*runs)
+    assert_close(*runs[:2])
+    assert_close(runs[0], runs[2])
 
 
 def test_all_that_a_run_writes_names_both_concepts_and_no_place(settings, concepts, capsys):

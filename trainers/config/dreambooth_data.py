@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from trainers.config.base_sections import field
 from trainers.config.bounds import LossWeight, PathField, Pixels, Probability
 from trainers.config.photo_sections import ConceptConfig, Concepts, PhotoSet, concept_name
+
+Resolutions = Annotated[list[Pixels], Field(min_length=1, max_length=8)]
 
 
 class DataConfig(PhotoSet):
@@ -24,7 +28,21 @@ class DataConfig(PhotoSet):
         "How much a place counts that the mask leaves out, where one that it shows counts 1; at 0 "
         "nothing is learnt of it.",
     )
-    resolution: Pixels = field(512, "Side of the training pictures in pixels; a multiple of 8.")
+    resolution: Pixels | Resolutions = field(
+        512,
+        "Side in pixels of a square with the area of the training pictures; several train each "
+        "picture at several areas.",
+    )
+    buckets: bool = field(
+        True,
+        "Train pictures in sizes of about their own shape; false cuts them to squares.",
+    )
+    max_upscale: float = field(
+        2.0,
+        "How far a picture may be enlarged; smaller ones are trained at a smaller area.",
+        ge=1,
+        le=100,
+    )
     center_crop: bool = field(True, "Crop at the center; false crops at random.")
     random_flip: bool = field(False, "Mirror half of the pictures.")
     caption_dropout: Probability = field(
@@ -44,6 +62,17 @@ class DataConfig(PhotoSet):
         False, "Leave unreadable pictures out with a warning instead of stopping."
     )
     strict: bool = field(False, "Warnings about the data end the run before it trains.")
+
+    @property
+    def resolutions(self) -> list[int]:
+        """The sides of the squares whose areas are trained, the smallest first."""
+        sides = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        return sorted(set(sides))
+
+    @property
+    def max_resolution(self) -> int:
+        """The side of the largest square that is trained, and of the pictures that are sampled."""
+        return self.resolutions[-1]
 
     @property
     def sets(self) -> list[ConceptConfig]:

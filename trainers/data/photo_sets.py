@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from trainers.config import ConceptConfig, DataConfig
@@ -17,9 +15,6 @@ from trainers.data.pictures import (
     pictures_from_folder,
 )
 from trainers.errors import name_some
-
-MAX_FACTOR = 20  # of class pictures that are repeated to balance concepts
-SHARE_TOLERANCE = 0.02  # of a concept's share, up to which the smallest factors will do
 
 
 def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -93,55 +88,3 @@ def concept_shares(pictures: Sequence[Picture]) -> dict[str, float]:
         counts[picture.concept] = counts.get(picture.concept, 0) + picture.repeats
     total = sum(counts.values())
     return {name: count / total for name, count in counts.items()}
-
-
-def balance_class_pictures(
-    data: DataConfig,
-    by_set: Mapping[str, Sequence[Picture]],
-    instance: Sequence[Picture],
-    intake: Intake,
-) -> list[Picture]:
-    """The class pictures of all sets as one pool, in which each set counts as much as its concepts
-    do among the instance pictures.
-
-    by_set: by the name of the set's first concept.
-    """
-    if len(by_set) == 1:
-        return [*chain(*by_set.values())]
-    shares = concept_shares(instance)
-    wanted = {}
-    for photos, names in data.class_sets:
-        wanted[photos.name] = sum(shares[name] for name in names)
-    counts = [sum(p.repeats for p in by_set[name]) for name in wanted]
-    factors = choose_factors([*wanted.values()], counts)
-    pool = []
-    for name, factor in zip(wanted, factors, strict=True):
-        pool += [replace(p, repeats=p.repeats * factor) for p in by_set[name]]
-    found = [f"{name} {share:.0%}" for name, share in concept_shares(pool).items()]
-    intake.note(f"of the class pictures of a step: {name_some(found, 20)}")
-    return pool
-
-
-def choose_factors(shares: Sequence[float], counts: Sequence[int]) -> list[int]:
-    """By which small whole number each count is multiplied so that the products are as the shares.
-
-    The smallest that come within `SHARE_TOLERANCE`, or the nearest.
-    """
-    ratios = [share / count for share, count in zip(shares, counts, strict=True)]
-    nearest, least = [1] * len(counts), float("inf")
-    for scale in range(1, MAX_FACTOR + 1):
-        factors = [max(1, round(scale * ratio / min(ratios))) for ratio in ratios]
-        error = share_error(shares, counts, factors)
-        if error < least:
-            nearest, least = factors, error
-        if least <= SHARE_TOLERANCE:
-            break
-    return nearest
-
-
-def share_error(shares: Sequence[float], counts: Sequence[int], factors: Sequence[int]) -> float:
-    """The largest difference between a wanted share and what the factors make of it, relative."""
-    products = [count * factor for count, factor in zip(counts, factors, strict=True)]
-    parts = [product / sum(products) for product in products]
-    total = sum(shares)
-    return max(abs(part * total / share - 1) for part, share in zip(parts, shares, strict=True))

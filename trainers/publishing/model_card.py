@@ -157,7 +157,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     return {
         "base": repr(base if config.lora else f"PATH_OR_REPO/{PIPELINE}"),
         "prompt": repr(card_prompt(config)),
-        "size": config.data.resolution,
+        "size": config.data.max_resolution,
         "max_sequence_length": config.model.max_sequence_length,
         "num_inference_steps": validation.num_inference_steps,
         "guidance_scale": validation.guidance_scale,

@@ -15,8 +15,9 @@ def picture_facts(config: DreamBoothConfig, pictures: Sequence[Picture]) -> dict
     data = config.data
     facts = {}
     if pictures:
+        sides = ", ".join(str(side) for side in data.resolutions)
         digest = sha256("".join(p.digest for p in pictures).encode()).hexdigest()[:16]
-        facts["Pictures"] = f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}"
+        facts["Pictures"] = f"{len(pictures)}, {sides} pixels; sha256 {digest}"
     if data.concepts is not None:
         facts |= concept_facts(data, pictures)
     if data.has_masks:

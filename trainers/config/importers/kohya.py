@@ -13,11 +13,11 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    sides,
     times,
 )
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
@@ -48,6 +48,8 @@ RULES = [
     Rule("random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
     Rule("conditioning_data_dir", "data.mask_dir"),
     Rule("alpha_mask", "data.use_alpha_mask", only_if_on),
+    Rule("enable_bucket", "data.buckets", is_on),
+    Rule("bucket_no_upscale", "data.max_upscale", lambda on: 1.0 if is_on(on) else None),
     Rule("caption_dropout_rate", "data.caption_dropout", positive),
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
@@ -153,7 +155,7 @@ def read_subsets(config: ForeignConfig, parts: Sequence[Any]) -> None:
                 sets.add(keys)
             known = {rule.theirs for rule in SET_RULES} | {"is_reg", "caption_extension"}
             left |= {f"subset {i}: {key}": subset[key] for key in subset.keys() - known}
-        size = first_number(part.get("resolution"))
+        size = sides(part.get("resolution"))
         if size and "data.resolution" not in config.settings:
             config.put("data.resolution", size, "datasets.resolution")
     config.ignore(["datasets"])

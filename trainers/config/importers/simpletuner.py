@@ -13,11 +13,11 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    sides,
     times,
 )
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
@@ -123,7 +123,7 @@ def read_backends(config: ForeignConfig) -> None:
         if not is_set or is_on(backend.get("disabled")):
             continue
         keys = convert(backend, SET_RULES)
-        size = first_number(backend.get("resolution"))
+        size = sides(backend.get("resolution"))
         # one size for all: of the first set that has one
         if size and not sets.learnt:
             config.put("data.resolution", size, "data_backend_config")
