@@ -1,6 +1,6 @@
 """Two subjects of the small world in one run: is each learnt, and who bleeds into whom?
 
-python scripts/results/two_subjects.py [--seeds 0 1 2] [--config configs/quickstart.yaml]
+python scripts/results/two_subjects.py [--seeds 0 1 2] [--recipe configs/quickstart.yaml]
 
 The star of the quickstart is a purple and yellow one with stripes and a face; the second subject is
 a blue and white heart with dots. Each has five drawings, a rare word and class pictures of its own.
@@ -48,7 +48,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     help = "The config of a small base, whose subject is replaced."
-    parser.add_argument("--config", default="configs/quickstart.yaml", help=help)
+    parser.add_argument("--recipe", default="configs/quickstart.yaml", help=help)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of the runs.")
     help = "Steps of each run. By default 1,600, twice those of one subject."
     parser.add_argument("--steps", type=positive_int, default=1600, help=help)
@@ -70,7 +70,7 @@ def measure(
     concepts = [make_concept(shape, arguments) for shape in shapes]
     nothing = ["instance_data_dir", "instance_prompt", "class_prompt"]
     config = load_config(
-        arguments.config,
+        arguments.recipe,
         [
             *(f"data.{key}=null" for key in nothing),
             "data.num_class_images=0",
