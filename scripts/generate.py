@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainers.cli import find_weights, make_parser, positive_int, run_main, silence_libraries
 from trainers.config import DreamBoothConfig
+from trainers.config.trigger import fill_given
 
 # the arguments that replace a value of the run's section `validation`
 VALIDATION_KEYS = ("prompts", "num_images", "seed", "num_inference_steps", "guidance_scale")
@@ -63,6 +64,7 @@ def apply_arguments(config: DreamBoothConfig, arguments: argparse.Namespace) -> 
     """The run's config with what the command line says instead."""
     values = {key: getattr(arguments, key) for key in VALIDATION_KEYS}
     given = {key: value for key, value in values.items() if value is not None}
+    given["prompts"] = fill_given(arguments.prompts, config.data.trigger)
     sections = {"validation": config.validation.model_copy(update=given)}
     if arguments.resolution:
         sections["data"] = config.data.model_copy(update={"resolution": arguments.resolution})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainers.config import DataConfig, DreamBoothConfig
+from trainers.data.caption_variants import draw_text
 from trainers.data.crops import choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
@@ -101,7 +102,8 @@ class DreamBoothBatches:
             moments.append(
                 self.encoder.moments(picture, choose_crop(picture, variant, self.config))
             )
-            texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
+            text = "" if is_dropped else draw_text(picture.captions, picture.wording, key)
+            texts.append(self.encoder.text_inputs(text))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
         return {
             "moments": self.stack_on_device(moments),

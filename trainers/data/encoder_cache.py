@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
+from trainers.data.caption_variants import distinct_texts
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
@@ -237,7 +238,7 @@ def fill_cache(
     for picture in pictures:
         for variant in range(config.data.num_variants):
             crops.append((picture, choose_crop(picture, variant, config.data)))
-    prompts = [picture.caption for picture in pictures] + config.validation.prompts
     # the empty prompt stands for captions that are dropped
-    prompts += [config.validation.negative_prompt, ""]
-    encoder.fill(crops, dict.fromkeys(prompts), accelerator)
+    prompts = [*config.validation.prompts, config.validation.negative_prompt, ""]
+    texts = distinct_texts(pictures, config.seed)
+    encoder.fill(crops, texts | dict.fromkeys(prompts), accelerator)
