@@ -175,7 +175,13 @@ def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
-    return {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    if config.model.clip_chunks > 1:
+        facts["Prompts"] = (
+            f"CLIP reads them in {config.model.clip_chunks} chunks of 75 tokens: use a program for "
+            "long prompts, such as ComfyUI, A1111 or Forge; the code above cuts them at 77 tokens"
+        )
+    return facts
 
 
 def initial_facts(config: DreamBoothConfig, digest: str | None) -> dict[str, object]:
