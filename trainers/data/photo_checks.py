@@ -10,6 +10,7 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from trainers.config import DreamBoothConfig
+from trainers.data.caption_checks import SplitsWords, check_captions, check_tokens
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
@@ -18,10 +19,8 @@ LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
 NOTED_CROP = 0.1
 
 
-class CountsTokens(Protocol):
-    """What a family knows about the length of prompts."""
-
-    text_encoder_names: Sequence[str]
+class CountsTokens(SplitsWords, Protocol):
+    """What a family knows about the length of prompts, and about words."""
 
     def load(self) -> None:
         """Load the tokenizers."""
@@ -43,6 +42,7 @@ def load_photos(
     pictures = load_instance_pictures(data, intake)
     held_out = load_held_out_pictures(data, intake) if data.held_out_dir else []
     check_photos(intake, pictures, held_out, config, accelerator.num_processes)
+    check_captions(intake, pictures, config)
     return intake, [pictures], held_out
 
 
@@ -58,7 +58,11 @@ def report(
     Raises: UserError for warnings when data.strict is true.
     """
     family.load()
-    captions = {picture.caption: Path(picture.name).name for picture in pictures}
+    if config.data.trigger:
+        check_tokens(intake, family, config.data.trigger)
+    captions = {}
+    for picture in pictures:
+        captions |= dict.fromkeys(picture.captions, Path(picture.name).name)
     check_lengths(intake, family, "captions", captions)
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from trainers.base_model import LoadedBase, tokenizer_name
 from trainers.config import ObjectiveConfig
 from trainers.config.family_facts import FamilyFacts, family_facts, family_names
+from trainers.data.caption_checks import WordTokens
 from trainers.data.rng import SampleRng
 from trainers.families.long_prompts import join_chunks, split_chunks, tokenize_chunks
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
+from trainers.families.vocabulary import split_word
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
 
@@ -144,6 +146,10 @@ class Family(LoadedBase, ABC):
         if chunks == 1:
             return self.encode_text(name, ids)
         return join_chunks(self.encode_text(name, split_chunks(ids, chunks)), chunks)
+
+    def split_word(self, name: str, word: str) -> WordTokens:
+        """How the tokenizer of the text encoder `name` splits a word, and what it takes it for."""
+        return split_word(getattr(self.pipe, tokenizer_name(name)), word, self.folder / name)
 
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
