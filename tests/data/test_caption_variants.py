@@ -82,6 +82,16 @@ def test_a_variant_depends_on_caption_seed_and_number_alone():
     assert list(distinct_texts(renamed, 0)) == list(dict.fromkeys(texts))
 
 
+def test_captions_with_as_many_tags_are_not_shuffled_alike():
+    wording, letters = Wording(shuffle=True, variants=20), "a, b, c, d, e, f, g, h"
+    names = dict(zip(tags(letters), tags(TAGS), strict=True))
+    alike = [
+        [names[tag] for tag in tags(wording.text(letters, 0, v))] == tags(wording.text(TAGS, 0, v))
+        for v in range(20)
+    ]
+    assert not any(alike)
+
+
 @pytest.mark.parametrize("captions", [(TAGS,), ("a, b, c", "one", "d, e")])
 def test_each_caption_and_variant_is_drawn_in_proportion_and_no_other_text(captions):
     wording, visits = Wording(shuffle=True, variants=5), 6000

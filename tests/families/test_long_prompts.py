@@ -6,8 +6,10 @@ from diffusers import StableDiffusionPipeline
 
 from tests.shared.families import TEXT, conditioned, whole
 from tests.shared.runs import first_gradients, lora, losses, read_metrics
+from tests.shared.tiny_pipelines import make_tokenizer
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.errors import UserError
+from trainers.families.long_prompts import tokenize_chunks
 from trainers.run import run
 
 FAMILIES = ("sd15", "sd3")
@@ -58,6 +60,16 @@ def test_a_short_prompt_has_an_empty_chunk_and_one_chunk_is_what_it_was(settings
             theirs = by_hand(pipes[name], encoder, prompt)
             ours = one.encode_prompt(encoder, prompt)
             assert all(torch.equal(ours[key], theirs[key][0]) for key in theirs)
+
+
+def test_padding_is_the_tokenizers_own():
+    """That of SD3's second CLIP is not the mark of the end."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "!"
+    texts = [*CHUNKS, ""]
+    expected = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id} & {*expected[1].tolist()}) == 2
+    assert torch.equal(tokenize_chunks(tokenizer, LONG, 3), expected.flatten())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
