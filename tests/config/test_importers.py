@@ -23,6 +23,7 @@ EXPECTED = {
         "lora.rank": 32,
         "lora.alpha": 16,
         "data.resolution": 512,
+        "data.buckets": True,
         "objective.snr_gamma": 5,
         "optimizer.name": "adamw_8bit",
         "optimizer.learning_rate": 1e-4,
@@ -41,7 +42,7 @@ EXPECTED = {
         "data.shuffle_tags": True,
         "data.keep_tags": 2,
         "data.tag_dropout": 0.2,
-        "data.resolution": 1024,
+        "data.resolution": [512, 768, 1024],
         "data.caption_dropout": 0.05,
         "train.ema_decay": 0.99,
         "validation.prompts": ["[trigger] in a cafe", "a bear builds a cabin"],
@@ -92,7 +93,7 @@ EXPECTED = {
     },
 }
 LEFT_OVER = {
-    "sd_scripts.toml": {"enable_bucket"},
+    "sd_scripts.toml": set(),
     "ai_toolkit.yaml": set(),
     "simpletuner.json": set(),
     "onetrainer.json": {"masked_training"},

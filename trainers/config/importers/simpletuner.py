@@ -13,12 +13,12 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
     put_kept_tags,
+    sides,
 )
 
 PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
@@ -68,7 +68,7 @@ BACKEND_RULES = [
     Rule("instance_data_dir", "data.instance_data_dir"),
     Rule("instance_prompt", "data.instance_prompt"),
     Rule("dataset_name", "data.dataset_name"),
-    Rule("resolution", "data.resolution", first_number),
+    Rule("resolution", "data.resolution", sides),
     Rule("caption_shuffle.enable", "data.shuffle_tags", only_if_on),
 ]
 WITHOUT_EFFECT = (
