@@ -94,10 +94,13 @@ def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str
     """How many photos a set has and from where, and what captions they have."""
     names = {photo.name for photo in photos}
     source = concept.instance_data_dir or Path(concept.dataset_name or "")
-    own = {photo.name for photo in photos if photo.caption != concept.instance_prompt}
+    prompt = concept.instance_prompt
+    if prompt is not None:
+        prompt = photos[0].wording.complete(prompt)
+    own = {photo.name for photo in photos if photo.caption != prompt}
     texts = [f"{len(own)} of their own"] if own else []
     if len(own) < len(names):
-        texts.append(f"{len(names) - len(own)} times {concept.instance_prompt!r}")
+        texts.append(f"{len(names) - len(own)} times {prompt!r}")
     return f"{len(names)} of {source.name}", ", ".join(texts)
 
 

@@ -117,7 +117,8 @@ def drawn_from(
 ) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
     family, validation = encoder.family, config.validation
-    return {
+    chunks = {"clip_chunks": config.model.clip_chunks} if config.model.clip_chunks > 1 else {}
+    return chunks | {
         "prompts": photos.class_prompts,
         "negative_prompt": validation.negative_prompt,
         "resolution": size[0] if size[0] == size[1] else list(size),

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from trainers.atomic import replacing_file, write_atomic
 from trainers.config import DreamBoothConfig
+from trainers.config.trigger import fill_given
+from trainers.data.caption_variants import Wording
 from trainers.data.crops import Crop
 from trainers.data.folders import collect_image_files
 from trainers.data.photo_sets import load_instance_pictures
@@ -194,11 +196,16 @@ def plan_samples(
     validation.seed + i, as the run's own samples, and several instance or class prompts take turns,
     as in training."""
     data, first, n = config.data, config.validation.seed, options.num_images
-    subject = data.instance_prompts or [picture.caption for picture in training]
-    others = config.validation.prompts if options.prompts is None else options.prompts
+    wording = Wording.from_config(data)
+    subject = [wording.complete(prompt) for prompt in data.instance_prompts]
+    others, class_prompts = config.validation.prompts, data.class_prompts
+    if options.prompts is not None:
+        others = fill_given(options.prompts, data.sets[0].trigger)
+    if options.class_prompts is not None:
+        class_prompts = fill_given(options.class_prompts, data.sets[0].trigger)
     prompts_by_row = {
-        "subject": subject,
-        "class": data.class_prompts if options.class_prompts is None else options.class_prompts,
+        "subject": subject or [picture.caption for picture in training],
+        "class": class_prompts,
     }
     prompts_by_row |= {
         f"prompt-{k}": [prompt]

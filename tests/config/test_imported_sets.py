@@ -86,7 +86,7 @@ def imported(tmp_path, name, content):
                 {"class_data_dir": "/dogs", "class_prompt": "a dog", **DOG, "mask_dir": "/masks"},
                 {"class_data_dir": "/dogs", "class_prompt": "a dog", **CAT},
                 {
-                    "instance_prompt": "trg",
+                    "instance_prompt": "[trigger]",
                     "class_data_dir": "/dogs",
                     "class_prompt": "a dog",
                     "instance_data_dir": "/both",
@@ -134,7 +134,7 @@ def test_each_set_is_a_concept(tmp_path, name, content, expected):
 
 def test_what_a_set_says_and_has_no_equal_is_listed(tmp_path):
     left = imported(tmp_path, "a.toml", KOHYA).leftovers()
-    assert left == {"shuffle_caption": True, "subset 2: keep_tokens": 2}
+    assert left == {"subset 2: keep_tokens": 2}
     left = imported(tmp_path, "a.yaml", AI_TOOLKIT).leftovers()
     assert left == {"datasets 3.resolution": [768]}
 

@@ -64,6 +64,24 @@ def test_each_picture_has_the_prompt_of_its_concept_unless_it_has_a_caption(two,
     assert captions == [("rex", "a sks dog")] * 4 + [("tom", "a zwx cat"), ("tom", "a cat asleep")]
 
 
+def test_each_concept_has_its_trigger_or_that_of_all(two, tmp_path):
+    config = two(
+        {"instance_prompt": "a [trigger] dog", "trigger": "sks"},
+        {"instance_prompt": "a {trigger} cat"},
+        trigger="zwx",
+        caption_suffix=", drawn",
+    )
+    (tmp_path / "rex/1.txt").write_text("[trigger] asleep")
+    captions = {p.caption for p in load_instance_pictures(config)}
+    assert captions == {"a sks dog, drawn", "sks asleep, drawn", "a zwx cat, drawn"}
+    assert config.instance_prompts == ["a sks dog", "a zwx cat"]
+    assert config.triggers == ["sks", "zwx"]
+    lacking = problems(two({"instance_prompt": "a [trigger] dog"}))
+    assert "has a place for the trigger" in lacking["data.concepts[rex].trigger"]
+    comma = problems(two({"trigger": "a, b"}))
+    assert "has a comma" in comma["data.concepts[rex].trigger"]
+
+
 def test_the_flat_keys_are_one_set_without_a_name(photos):
     keys = {"instance_data_dir": photos("rex", 3), "instance_prompt": "a sks dog"}
     flat, listed = DataConfig(**keys), DataConfig(concepts=[{"name": "a", **keys}])

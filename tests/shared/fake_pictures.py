@@ -1,17 +1,20 @@
 """Pictures without pixels, and encoders whose outputs tell what was encoded."""
 
 from functools import partial
+from zlib import crc32
 
 import torch
 
 from trainers.data.pictures import Picture, PictureFacts
 
 
-def fake(i, caption="caption", size=(600, 512), repeats=1, concept=""):
-    """A picture with a name and a size, and nothing to decode."""
-    picture = Picture(
-        f"{i}", partial(str.encode, f"{i}"), caption, repeats=repeats, concept=concept
-    )
+def fake(i, caption="caption", size=(600, 512), repeats=1, others=(), **more):
+    """A picture with a name and a size, and nothing to decode.
+
+    others: captions of which a visit may draw one too; more: other fields of a picture.
+    """
+    more |= {"repeats": repeats, "other_captions": others}
+    picture = Picture(f"{i}", partial(str.encode, f"{i}"), caption, **more)
     picture.__dict__["facts"] = PictureFacts(size, f"{i}", None)
     return picture
 
@@ -29,4 +32,4 @@ class Fake:
         return torch.tensor([number(picture), crop.left, crop.top, crop.flip], dtype=torch.float64)
 
     def text_inputs(self, prompt):
-        return {"text": torch.tensor([len(prompt)])}
+        return {"text": torch.tensor([len(prompt), crc32(prompt.encode())])}

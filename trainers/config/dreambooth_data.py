@@ -8,8 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainers.config.base_sections import field
-from trainers.config.bounds import LossWeight, PathField, Pixels, Probability
-from trainers.config.photo_sections import ConceptConfig, Concepts, PhotoSet, concept_name
+from trainers.config.bounds import LossWeight, PathField, Pixels, Probability, Prompt
+from trainers.config.photo_sections import (
+    ConceptConfig,
+    Concepts,
+    PhotoSet,
+    Trigger,
+    concept_name,
+)
+from trainers.config.trigger import fill_value
 
 Resolutions = Annotated[list[Pixels], Field(min_length=1, max_length=8)]
 
@@ -21,6 +28,34 @@ class DataConfig(PhotoSet):
         None,
         "Several subjects in one run: a list of sets, each with the keys above and its name and "
         "repeats, instead of those keys here.",
+    )
+    caption_lines: Literal["join", "choose"] = field(
+        "join",
+        "Several lines of a caption: join makes one caption of them, with choose each line is one, "
+        "and a visit of the picture draws one of them.",
+    )
+    trigger: Trigger | None = field(
+        None,
+        "The word that is taught; it replaces {trigger} and [trigger] in captions and prompts.",
+    )
+    caption_prefix: Prompt = field(
+        "", "Before every caption of the training pictures, with a space between."
+    )
+    caption_suffix: Prompt = field("", "After every caption of the training pictures.")
+    shuffle_tags: bool = field(
+        False, "Put the tags of a caption, which commas separate, in another order at each visit."
+    )
+    keep_tags: int = field(
+        0, "How many tags at the beginning stay in place and are never dropped.", ge=0, le=1000
+    )
+    tag_dropout: Probability = field(
+        0.0, "Share of tags that are left out; never those of keep_tags or with the trigger."
+    )
+    caption_variants: int = field(
+        8,
+        "How many texts with shuffled or dropped tags are drawn and cached for each caption.",
+        ge=1,
+        le=10_000,
     )
     prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
     mask_floor: Probability = field(
@@ -76,13 +111,18 @@ class DataConfig(PhotoSet):
 
     @property
     def sets(self) -> list[ConceptConfig]:
-        """The sets of pictures with their names; the one of the keys here is called ""."""
+        """The sets of pictures with their names, and with their triggers in their prompts; that of
+        the keys here is called ""."""
         if self.concepts is None:
             keys = {key: getattr(self, key) for key in PhotoSet.model_fields}
-            return [ConceptConfig.model_construct(**keys, name="")]
+            return [ConceptConfig.model_construct(**keys, name="", trigger=self.trigger)]
         named = []
         for i, concept in enumerate(self.concepts):
-            named.append(concept.model_copy(update={"name": concept_name(concept.name, i)}))
+            trigger = concept.trigger or self.trigger
+            prompts = {key: getattr(concept, key) for key in ("instance_prompt", "class_prompt")}
+            filled = {key: fill_value(prompt, trigger or "") for key, prompt in prompts.items()}
+            own = {"name": concept_name(concept.name, i), "trigger": trigger}
+            named.append(concept.model_copy(update=own | filled))
         return named
 
     @property
@@ -115,6 +155,15 @@ class DataConfig(PhotoSet):
     def instance_prompts(self) -> list[str]:
         """Of the sets that have one."""
         return [photos.instance_prompt for photos in self.sets if photos.instance_prompt]
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_tags or self.tag_dropout > 0
+
+    @property
+    def triggers(self) -> list[str]:
+        """Of the sets that have one."""
+        return list(dict.fromkeys(photos.trigger for photos in self.sets if photos.trigger))
 
     @property
     def class_prompts(self) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from trainers.config.base_rules import Errors, folder_errors
+from trainers.config.caption_rules import trigger_errors
 from trainers.config.dreambooth_data import DataConfig
 from trainers.config.photo_sections import ConceptConfig, PhotoSet
+from trainers.config.trigger import has_placeholder
 
 # folders that a machine without the pictures does not have
 FOLDER_KEYS = ("instance_data_dir", "held_out_dir", "mask_dir")
@@ -61,6 +63,12 @@ def set_errors(path: str, photos: ConceptConfig) -> Errors:
     for key in FOLDER_KEYS:
         yield from folder_errors(f"{path}.{key}", getattr(photos, key))
     yield from class_errors(path, photos)
+    if photos.name:
+        yield from trigger_errors(photos.trigger, f"{path}.trigger")
+        prompts = [photos.instance_prompt or "", *photos.class_prompts]
+        if found := next((prompt for prompt in prompts if has_placeholder(prompt)), None):
+            message = f"{found!r} has a place for the trigger word: set it here, or in data.trigger"
+            yield f"{path}.trigger", message
     if photos.mask_dir is not None and photos.dataset_name is not None:
         message = (
             f"files belong to the pictures of a folder: set {path}.instance_data_dir instead of "

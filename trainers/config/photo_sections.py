@@ -85,11 +85,17 @@ class PhotoSet(Section):
         return self.mask_dir is not None or self.use_alpha_mask
 
 
+Trigger = Annotated[str, Field(max_length=100)]
+
+
 class ConceptConfig(PhotoSet):
     """One of several sets of pictures that a run learns from, each a subject of its own."""
 
     name: ConceptName | None = field(
         None, "How messages, the report and its class pictures call it; null: concept-1, ..."
+    )
+    trigger: Trigger | None = field(
+        None, "The word of this concept, instead of data.trigger, in its captions and prompts."
     )
     repeats: int = field(
         1, "How often each of its pictures counts among those of all concepts.", ge=1, le=1000

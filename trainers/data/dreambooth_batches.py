@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.buckets import Bucket
+from trainers.data.caption_variants import draw_text
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
@@ -124,7 +125,8 @@ class DreamBoothBatches:
             if self.has_masks:
                 masks.append(self.encoder.mask(picture, crop, moments[-1].shape[-2:]))
             geometry.append(crop.geometry(picture.facts.size))
-            texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
+            text = "" if is_dropped else draw_text(picture.captions, picture.wording, key)
+            texts.append(self.encoder.text_inputs(text))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
         batch = {
             "moments": self.stack_on_device(moments),

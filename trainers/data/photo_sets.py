@@ -6,6 +6,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from trainers.config import ConceptConfig, DataConfig
+from trainers.data.caption_variants import Wording
 from trainers.data.folders import scan_folder
 from trainers.data.intake import Intake
 from trainers.data.pictures import (
@@ -27,7 +28,8 @@ def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> li
                 found, source = pictures_from_dataset(photos, data, intake), photos.dataset_name
             else:
                 folder, column = photos.instance_data_dir, photos.caption_column
-                found = pictures_from_folder(folder, photos, data, intake, column)
+                wording = Wording.from_config(data, photos.trigger)
+                found = pictures_from_folder(folder, photos, data, intake, column, wording)
                 source = str(folder)
             pictures += keep_readable(found, data, source, intake)
     if data.concepts is not None:
@@ -47,8 +49,10 @@ def load_held_out_pictures(data: DataConfig, intake: Intake | None = None) -> li
         # a folder without metadata may stand beside one that has it
         has_metadata = bool(scan_folder(folder).metadata) and not photos.dataset_name
         column = photos.caption_column if has_metadata else None
+        # so that every measurement reads the same text
+        wording = Wording.from_config(data, photos.trigger).unvaried
         with intake.about(photos.name):
-            found = pictures_from_folder(folder, photos, data, intake, column)
+            found = pictures_from_folder(folder, photos, data, intake, column, wording)
             pictures += keep_readable(found, data, str(folder), intake)
     return pictures
 

@@ -15,8 +15,9 @@ from PIL import Image
 
 from trainers.config import ConceptConfig, DataConfig
 from trainers.data import decoding
+from trainers.data.caption_variants import AS_WRITTEN, Wording
 from trainers.data.captions import read_captions
-from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.dataset_rows import open_dataset, read_encoded, read_row_captions
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.masks import find_masks
@@ -52,8 +53,10 @@ class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
-    counts among the others; mask: where it is learnt, see `trainers.data.masks`, a picture that is
-    its own mask by its alpha channel; concept: the name of its set, if there are several.
+    counts among the others; other_captions: of which a visit may draw one too; wording: how a
+    caption becomes the text of a visit; mask: where it is learnt, see `trainers.data.masks`, a
+    picture that is its own mask by its alpha channel; concept: the name of its set, if there are
+    several.
     """
 
     name: str
@@ -61,8 +64,14 @@ class Picture:
     caption: str
     bit_depth: int | None = None
     repeats: int = 1
+    other_captions: tuple[str, ...] = ()
+    wording: Wording = AS_WRITTEN
     mask: Picture | None = None
     concept: str = ""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.other_captions)
 
     @cached_property
     def digest(self) -> str:
@@ -120,12 +129,13 @@ def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = Non
     return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
 
 
-def pictures_from_folder(
+def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder depend on)
     folder: Path,
     photos: ConceptConfig,
     data: DataConfig,
     intake: Intake,
     column: str | None = None,
+    wording: Wording | None = None,
 ) -> list[Picture]:
     """The pictures of a folder and its sub-folders with their captions, see `read_captions`.
 
@@ -134,14 +144,18 @@ def pictures_from_folder(
     """
     contents = scan_folder(folder, data.picture_folders)
     masks = find_masks(contents, photos, intake)
-    captions = read_captions(contents, column)
+    captions = read_captions(contents, column, data.caption_lines)
+    # class pictures have their captions as they are
+    wording = wording or Wording(trigger=photos.trigger or "")
     pictures = []
     for path in contents.pictures:
         repeats, folder_caption = kohya_repeats(path, folder)
         fallback = folder_caption if photos.instance_prompt is None else photos.instance_prompt
-        caption = captions.by_picture.get(path, fallback)
-        read = partial(decoding.read_file, path)
-        picture = Picture(str(path), read, caption, data.bit_depth, repeats * photos.repeats)
+        own = captions.by_picture.get(path, (fallback,))
+        first, *others = wording.complete_all(own, path.name)
+        read, times = partial(decoding.read_file, path), repeats * photos.repeats
+        texts = tuple(others), wording
+        picture = Picture(str(path), read, first, data.bit_depth, times, *texts)
         if path in masks:
             picture = replace(picture, mask=picture_from_file(masks[path]))
         elif photos.use_alpha_mask:
@@ -173,19 +187,13 @@ def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intak
         photos.dataset_split,
         {"image_column": column, "caption_column": photos.caption_column},
     )
-    captions = rows[photos.caption_column] if photos.caption_column else [None] * len(rows)
-    pictures, num_without = [], 0
-    for i, caption in enumerate(captions):
-        if caption is not None and not isinstance(caption, str):
-            raise UserError(
-                f"data.caption_column: {name}[{i}] has {caption!r} in {photos.caption_column!r}, "
-                "which is not text"
-            )
-        if not (caption or "").strip():
-            caption = photos.instance_prompt
-            num_without += 1
-        read = partial(read_encoded, rows, i, column)
-        picture = Picture(f"{name}[{i}]", read, caption, data.bit_depth, photos.repeats)
+    wording, pictures, num_without = Wording.from_config(data, photos.trigger), [], 0
+    for i, captions in enumerate(read_row_captions(rows, photos, data.caption_lines)):
+        num_without += not captions
+        own = captions or (photos.instance_prompt,)
+        first, *others = wording.complete_all(own, f"{name}[{i}]")
+        read, texts = partial(read_encoded, rows, i, column), (tuple(others), wording)
+        picture = Picture(f"{name}[{i}]", read, first, data.bit_depth, photos.repeats, *texts)
         mask = picture if photos.use_alpha_mask else None
         pictures.append(replace(picture, mask=mask, concept=photos.name))
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {photos.dataset_split}")

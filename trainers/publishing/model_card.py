@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.data.caption_variants import Wording
 from trainers.data.pictures import Picture
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.publishing.picture_facts import picture_facts
@@ -89,7 +90,9 @@ def write_dreambooth_card(
 
 def card_prompt(config: DreamBoothConfig) -> str:
     """The prompt that shows what was learned; empty where neither captions nor samples have one."""
-    return next(iter([*config.data.instance_prompts, *config.validation.prompts]), "")
+    if config.data.instance_prompts:
+        return Wording.from_config(config.data).complete(config.data.instance_prompts[0])
+    return next(iter(config.validation.prompts), "")
 
 
 def lora_readers(config: DreamBoothConfig) -> str:
@@ -144,7 +147,8 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
         **base_license(base, config.facts.licenses),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        instance_prompt=card_prompt(config),
+        # the Hub shows it as what triggers the model
+        instance_prompt=", ".join(config.data.triggers) or card_prompt(config),
         tags=tags,
         widget=widget,
     )
@@ -171,7 +175,13 @@ def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
-    return {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    if config.model.clip_chunks > 1:
+        facts["Prompts"] = (
+            f"CLIP reads them in {config.model.clip_chunks} chunks of 75 tokens: use a program for "
+            "long prompts, such as ComfyUI, A1111 or Forge; the code above cuts them at 77 tokens"
+        )
+    return facts
 
 
 def initial_facts(config: DreamBoothConfig, digest: str | None) -> dict[str, object]:

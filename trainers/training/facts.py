@@ -229,7 +229,7 @@ def explain_config(saved: Facts, current: Facts, config: Config) -> dict[str, st
 
 def show(value: Any) -> str:
     """A value as YAML has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def explain_pictures(saved: Mapping[str, Facts], current: Mapping[str, Facts]) -> list[str]:

@@ -52,6 +52,7 @@ def describe_pools(pools: Sequence[Sequence[Picture]]) -> dict[str, Any]:
 
 
 def counted_caption(picture: Picture) -> str:
-    """The caption and, if it is not once, how often the picture counts."""
+    """The caption, or all of several, and, if it is not once, how often the picture counts."""
+    captions = json.dumps(picture.captions) if picture.other_captions else picture.caption
     times = "" if picture.repeats == 1 else f" x {picture.repeats}"
-    return picture.caption + times
+    return captions + times

@@ -17,6 +17,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
     times,
 )
@@ -38,6 +39,8 @@ RULES = [
     Rule("network.dropout", "lora.dropout", positive),
     Rule("datasets.mask_min_value", "data.mask_floor", positive),
     Rule("datasets.caption_dropout_rate", "data.caption_dropout", positive),
+    Rule("datasets.shuffle_tokens", "data.shuffle_tags", only_if_on),
+    Rule("datasets.token_dropout_rate", "data.tag_dropout", positive),
     Rule("datasets.flip_x", "data.random_flip", only_if_on),
     Rule("datasets.random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
     Rule("datasets.resolution", "data.resolution", sides),
@@ -106,6 +109,8 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.put("lora.alpha", 1, "network.linear_alpha", note)
     read_prompts(config)
     read_sets(config, datasets)
+    kept = config.take("datasets.keep_tokens")
+    put_kept_tags(config, kept, "datasets.keep_tokens")
     read_average(config)
     precision = config.take("train.dtype")
     if precision in ("bf16", "fp16"):
@@ -161,17 +166,22 @@ def find_family(config: ForeignConfig) -> str | None:
 
 
 def read_prompts(config: ForeignConfig) -> None:
-    """Prompts, in which [trigger] stands for the trigger word."""
-    trigger = config.take("trigger_word") or ""
+    """Prompts, in which [trigger] stands for the trigger word, here as there."""
+    trigger = str(config.take("trigger_word") or "").strip()
     prompts = config.take("sample.prompts") or [
         sample.get("prompt", "") for sample in config.take("sample.samples") or []
     ]
     if prompts:
-        replaced = [str(prompt).replace("[trigger]", trigger) for prompt in prompts]
-        config.put("validation.prompts", replaced, "sample.prompts")
+        config.put("validation.prompts", [str(prompt) for prompt in prompts], "sample.prompts")
     if trigger:
-        note = "Captions beside the pictures win over it; [trigger] in them is not replaced"
-        config.put("data.instance_prompt", trigger, "trigger_word", note)
+        note = (
+            "It is put before captions that lack it there; here write [trigger] in them, or set "
+            "caption_prefix"
+        )
+        config.put("data.trigger", trigger, "trigger_word", note)
+        # a data set's own caption wins
+        note = "Captions beside the pictures win over it"
+        config.put("data.instance_prompt", "[trigger]", "trigger_word", note)
 
 
 def read_average(config: ForeignConfig) -> None:

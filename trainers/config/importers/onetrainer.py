@@ -15,6 +15,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
     times,
 )
@@ -143,9 +144,27 @@ def read_concepts(config: ForeignConfig) -> None:
         if "PRIOR" in kind or kind == "VALIDATION":
             key = "class_data_dir" if "PRIOR" in kind else "held_out_dir"
             sets.shared.setdefault(key, folder)
-        else:
-            sets.add(keys | ({"mask_dir": folder} if is_masked else {}))
+            continue
+        # how captions vary is said once, by the first concept
+        if not sets.learnt and isinstance(concept.get("text"), Mapping):
+            read_captions(config, concept["text"])
+        sets.add(keys | ({"mask_dir": folder} if is_masked else {}))
     put_sets(config, sets, SETS)
     if is_masked:
         config.ignore(["masked_training", "unmasked_probability"])
         config.put("data.mask_floor", number(config.take("unmasked_weight")), "unmasked_weight")
+
+
+def read_captions(config: ForeignConfig, text: Mapping[str, Any]) -> None:
+    """How the captions of a concept vary."""
+    if text.get("prompt_source", "sample") == "sample":
+        note = "Each line of a text file is a caption"
+        config.put("data.caption_lines", "choose", "concepts.text.prompt_source", note)
+    shuffles = only_if_on(text.get("enable_tag_shuffling"))
+    config.put("data.shuffle_tags", shuffles, "concepts.text.enable_tag_shuffling")
+    if is_on(text.get("tag_dropout_enable")):
+        mode = str(text.get("tag_dropout_mode", "FULL"))
+        note = "" if mode == "RANDOM" else f"Each tag alone; its mode is {mode}"
+        share = positive(text.get("tag_dropout_probability"))
+        config.put("data.tag_dropout", share, "concepts.text.tag_dropout_probability", note)
+    put_kept_tags(config, text.get("keep_tags_count", 1), "concepts.text.keep_tags_count")

@@ -17,6 +17,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
     times,
 )
@@ -123,12 +124,32 @@ def read_backends(config: ForeignConfig) -> None:
         if not is_set or is_on(backend.get("disabled")):
             continue
         keys = convert(backend, SET_RULES)
-        size = sides(backend.get("resolution"))
-        # one size for all: of the first set that has one
-        if size and not sets.learnt:
-            config.put("data.resolution", size, "data_backend_config")
         if is_on(backend.get("is_regularisation_data")):
             sets.shared |= {"class_data_dir": keys.get("instance_data_dir")}
-        else:
-            sets.add(keys)
+            continue
+        # one size and one way of captions for all: those of the first set
+        if not sets.learnt:
+            config.put("data.resolution", sides(backend.get("resolution")), SETS)
+            part = ForeignConfig("", backend)
+            read_captions(part)
+            config.settings |= part.settings
+        sets.add(keys)
     put_sets(config, sets, SETS)
+
+
+def read_captions(backend: ForeignConfig) -> None:
+    """How the captions of one set of pictures vary."""
+    is_split = not is_on(backend.take("disable_multiline_split"))
+    if backend.take("caption_strategy") == "textfile" and is_split:
+        note = "Each line of a text file is a caption"
+        backend.put("data.caption_lines", "choose", "caption_strategy", note)
+    if is_on(backend.take("prepend_instance_prompt")):
+        prompt = backend.take("instance_prompt")
+        backend.put("data.caption_prefix", prompt, "prepend_instance_prompt")
+    shuffles = only_if_on(backend.take("caption_shuffle.enable"))
+    backend.put("data.shuffle_tags", shuffles, "caption_shuffle.enable")
+    if shuffles:
+        count = positive(backend.take("caption_shuffle.count", 1))
+        backend.put("data.caption_variants", count, "caption_shuffle.count")
+        kept = backend.take("caption_shuffle.position_start")
+        put_kept_tags(backend, kept, "caption_shuffle.position_start")
