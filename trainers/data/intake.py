@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,15 +35,22 @@ UNNAMED_PICTURE = "they hold pictures and need the ending of their format"
 
 @dataclass(frozen=True)
 class Note:
-    level: Literal["note", "warning"]
+    level: Literal["note", "warning", "error"]
     text: str
 
 
 @dataclass
 class Intake:
-    """Notes and warnings about the data; strict: warnings end the run (data.strict)."""
+    """Notes and warnings about the data; strict: warnings end the run (data.strict).
+
+    keeps_going: the first error does not end the reading, for all are to be shown; left_out: the
+    reasons by the names of files that are not used; folders: what was found in each that was read.
+    """
 
     strict: bool = False
+    keeps_going: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+    folders: list[tuple[FolderContents, FolderCaptions]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     num_reported: int = 0
 
@@ -52,6 +59,13 @@ class Intake:
 
     def warn(self, text: str) -> None:
         self.add(Note("warning", text))
+
+    def fail(self, error: UserError, names: Iterable[str] = ()) -> None:
+        """Raise an error, or note it and the files that it is about."""
+        if not self.keeps_going:
+            raise error
+        self.add(Note("error", str(error)))
+        self.left_out |= dict.fromkeys(names, str(error))
 
     def add(self, note: Note) -> None:
         """Add what was not said before."""
@@ -87,6 +101,7 @@ class Intake:
         self, contents: FolderContents, captions: FolderCaptions, pictures: Sequence[Picture]
     ) -> None:
         """Note the pictures of a folder, where their captions stand, and what is not used."""
+        self.folders.append((contents, captions))
         sources: Counter[str] = Counter()
         for path in contents.pictures:
             source = captions.sources.get(path)

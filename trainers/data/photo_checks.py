@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from trainers.config import DreamBoothConfig
 from trainers.data.intake import Intake, check_batch_size
+from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
 
@@ -93,6 +94,7 @@ def check_photos(
     if moving := [names[p] for p in pictures if p.facts.storage.has_more_frames]:
         intake.warn(f"of several frames or pages the first is used: {name_some(moving)}")
     check_duplicates(intake, pictures, held_out)
+    check_blur(intake, pictures)
     if config.data.center_crop:
         check_crops(intake, pictures)
 
@@ -101,23 +103,34 @@ def check_duplicates(
     intake: Intake, pictures: Sequence[Picture], held_out: Sequence[Picture]
 ) -> None:
     """Raises: UserError for a held-out photo with the pixels of one to learn."""
-    first: dict[str, str] = {}
-    twice = []
-    for picture in pictures:
-        name, fingerprint = Path(picture.name).name, picture.facts.fingerprint
-        if fingerprint in first:
-            twice.append(f"{name} = {first[fingerprint]}")
-        first.setdefault(fingerprint, name)
-    if twice:
-        intake.warn(f"the same picture more than once, so it counts more: {name_some(twice)}")
+    if copies := find_copies(pictures):
+        text = "the same picture more than once, so it counts more"
+        intake.warn(f"{text}: {name_some(name_pairs(copies))}")
+    if copies := find_near_copies(pictures):
+        text = "nearly the same picture more than once, so it counts more"
+        intake.warn(f"{text}: {name_some(name_pairs(copies))}")
+    first = {picture.facts.fingerprint: Path(picture.name).name for picture in reversed(pictures)}
     both = []
     for picture in held_out:
         if other := first.get(picture.facts.fingerprint):
             both.append(f"{Path(picture.name).name} = {other}")
     if both:
-        raise UserError(
-            f"data.held_out_dir: these photos are learnt from, so they measure nothing: "
-            f"{name_some(both)}; remove them from one of the two folders"
+        text = f"these photos are learnt from, so they measure nothing: {name_some(both)}"
+        error = f"data.held_out_dir: {text}; remove them from one of the two folders"
+        intake.fail(UserError(error))
+
+
+def name_pairs(copies: Mapping[Picture, Picture]) -> list[str]:
+    pairs = [(Path(one.name).name, Path(other.name).name) for one, other in copies.items()]
+    return [f"{one} = {other}" for one, other in pairs]
+
+
+def check_blur(intake: Intake, pictures: Sequence[Picture]) -> None:
+    """Name pictures in which nothing is sharp."""
+    if names := [Path(picture.name).name for picture in find_blurred(pictures)]:
+        intake.warn(
+            f"blurred, and blur is learnt too: {name_some(names)}: leave them out, unless they "
+            "are meant so"
         )
 
 

@@ -19,7 +19,10 @@ from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
-from trainers.errors import UserError
+from trainers.data.near_duplicates import perceptual_hash
+from trainers.data.sharpness import edge_blur, to_measured_size
+from trainers.data.valid_captions import read_valid_captions
+from trainers.errors import UserError, name_some
 
 __all__ = [
     "Picture",
@@ -38,12 +41,17 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and micro
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """What one decoding of a picture tells; size: width and height in pixels, upright;
-    fingerprint: of its pixels, whatever file holds them."""
+    """What one decoding of a picture tells.
+
+    size: width and height in pixels, upright; fingerprint: of its pixels, whatever file holds them;
+    perceptual_hash: see `near_duplicates`; edge_blur: see `sharpness`.
+    """
 
     size: tuple[int, int]
     fingerprint: str
     storage: decoding.StoredAs
+    perceptual_hash: str | None
+    edge_blur: float | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class Picture:
         """Raises: UserError, as `decode`."""
         image = self.decode()
         fingerprint = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        return PictureFacts(image.size, fingerprint, self.storage)
+        gray = to_measured_size(image)
+        look = perceptual_hash(gray), edge_blur(gray)
+        return PictureFacts(image.size, fingerprint, self.storage, *look)
 
     @property
     def largest_value(self) -> int:
@@ -177,28 +187,36 @@ def pictures_from_folder(
     """
     others = (config.instance_data_dir, config.held_out_dir, config.class_data_dir)
     contents = scan_folder(folder, others)
-    captions = read_captions(contents, column)
+    captions = read_valid_captions(contents, lambda some: read_captions(some, column), intake)
     pictures = []
     for path in contents.pictures:
-        repeats, folder_caption = kohya_repeats(path, folder)
+        repeats, folder_caption = read_repeats(path, folder, intake)
         fallback = folder_caption if prompt is None else prompt
         caption = captions.by_picture.get(path, fallback)
         read = partial(decoding.read_file, path)
         pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats))
     intake.describe_folder(contents, captions, pictures)
-    return check_captions(pictures)
+    return check_captions(pictures, intake)
 
 
-def check_captions(pictures: list[Picture]) -> list[Picture]:
-    """Raises: UserError naming pictures without a caption."""
-    uncaptioned = [Path(picture.name).name for picture in pictures if picture.caption is None]
+def read_repeats(path: Path, folder: Path, intake: Intake) -> tuple[int, str | None]:
+    """As `kohya_repeats`; once and without a caption where the folder's name is an error that does
+    not end the reading."""
+    try:
+        return kohya_repeats(path, folder)
+    except UserError as error:
+        intake.fail(error, [str(path)])
+    return 1, None
+
+
+def check_captions(pictures: list[Picture], intake: Intake) -> list[Picture]:
+    """Those with a caption. Raises: UserError naming the others."""
+    uncaptioned = [picture.name for picture in pictures if picture.caption is None]
     if uncaptioned:
-        more = f" and {len(uncaptioned) - 5} more" if len(uncaptioned) > 5 else ""
-        raise UserError(
-            f"no caption for {', '.join(uncaptioned[:5])}{more}: set data.instance_prompt, or put "
-            f"a .txt beside each"
-        )
-    return pictures
+        shown = name_some([Path(name).name for name in uncaptioned])
+        advice = "set data.instance_prompt, or put a .txt beside each"
+        intake.fail(UserError(f"no caption for {shown}: {advice}"), uncaptioned)
+    return [picture for picture in pictures if picture.caption is not None]
 
 
 def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
@@ -227,7 +245,7 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
     if num_without and config.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
-    return check_captions(pictures)
+    return check_captions(pictures, intake)
 
 
 def keep_readable(
@@ -244,18 +262,26 @@ def keep_readable(
 
     with ThreadPoolExecutor(4) as pool:
         errors = list(pool.map(decoding_error, pictures))
-    for error in filter(None, errors):
-        if not config.skip_corrupt:
-            raise UserError(f"{error}, or set data.skip_corrupt=true")
-        warnings.warn(f"skipped: {error}", stacklevel=2)
-    if num_skipped := len(errors) - errors.count(None):
+    for picture, error in zip(pictures, errors, strict=True):
+        if error is None:
+            continue
+        if config.skip_corrupt:
+            intake.left_out[picture.name] = str(error)
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+        else:
+            advice = f"{error}, or set data.skip_corrupt=true"
+            intake.fail(UserError(advice), [picture.name])
+    num_skipped = len(errors) - errors.count(None)
+    if num_skipped and config.skip_corrupt:
         intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
     result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
-        raise UserError(
-            f"{source} holds no pictures ({', '.join(sorted(decoding.IMAGE_SUFFIXES))})"
-        )
-    check_bit_depth(result, config.bit_depth)
+        suffixes = ", ".join(sorted(decoding.IMAGE_SUFFIXES))
+        intake.fail(UserError(f"{source} holds no pictures ({suffixes})"))
+    try:
+        check_bit_depth(result, config.bit_depth)
+    except UserError as error:
+        intake.fail(error)
     return result
 
 
