@@ -59,15 +59,25 @@ def report(
     Raises: UserError for warnings when data.strict is true.
     """
     family.load()
+    check_texts(intake, family, pictures, config)
+    family.unload()
+    if accelerator.is_main_process:
+        intake.save(config.output_dir)
+    intake.report(accelerator.print)
+
+
+def check_texts(
+    intake: Intake,
+    family: CountsTokens,
+    pictures: Iterable[Picture],
+    config: DreamBoothConfig,
+) -> None:
+    """Note captions and prompts that are longer than the loaded family reads."""
     captions = {picture.caption: Path(picture.name).name for picture in pictures}
     check_lengths(intake, family, "captions", captions)
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}
     check_lengths(intake, family, "prompts", named)
-    family.unload()
-    if accelerator.is_main_process:
-        intake.save(config.output_dir)
-    intake.report(accelerator.print)
 
 
 def check_photos(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from PIL import Image
 
 from trainers.config import DataConfig
 from trainers.data import decoding
+from trainers.data.bit_depth import check_bit_depth, is_deep
 from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
@@ -27,16 +28,14 @@ from trainers.errors import UserError, name_some
 __all__ = [
     "Picture",
     "PictureFacts",
-    "check_bit_depth",
     "collect_image_files",
     "list_image_files",
+    "list_instance_pictures",
     "load_class_pictures",
     "load_held_out_pictures",
     "load_instance_pictures",
     "picture_from_file",
 ]
-
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and microscopes
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,17 @@ def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> 
     """The pictures to learn, each decoded once as a check. Raises: UserError for none, broken or
     uncaptioned ones."""
     intake = intake or Intake()
-    if config.dataset_name:
-        pictures, source = pictures_from_dataset(config, intake), config.dataset_name
-    else:
-        folder, column = config.instance_data_dir, config.caption_column
-        pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
-        source = str(folder)
+    pictures = list_instance_pictures(config, intake)
+    source = config.dataset_name or str(config.instance_data_dir)
     return keep_readable(pictures, config, source, intake)
+
+
+def list_instance_pictures(config: DataConfig, intake: Intake) -> list[Picture]:
+    """The pictures to learn, none of them decoded yet. Raises: UserError for uncaptioned ones."""
+    if config.dataset_name:
+        return pictures_from_dataset(config, intake)
+    folder, column = config.instance_data_dir, config.caption_column
+    return pictures_from_folder(folder, config, config.instance_prompt, intake, column)
 
 
 def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -281,29 +284,5 @@ def keep_readable(
     try:
         check_bit_depth(result, config.bit_depth)
     except UserError as error:
-        intake.fail(error)
+        intake.fail(error, [picture.name for picture in result if is_deep(picture)])
     return result
-
-
-def check_bit_depth(pictures: Sequence[Picture], bit_depth: int | None) -> None:
-    """Raises: UserError where deep pictures use fewer bits than they would be read with, which
-    would leave a few dark levels of them."""
-    colors = [picture for picture in pictures if picture.storage.has_deep_colors]
-    gray = [picture for picture in pictures if picture.storage.has_deep_gray]
-    for group, is_told in ((colors, bit_depth == 16), (gray, bit_depth is not None)):
-        if not group or is_told:
-            continue
-        largest = max(picture.largest_value for picture in group)
-        bits = next((bits for bits in BIT_DEPTHS if largest < 2**bits), 16)
-        if bits == 16:
-            continue
-        found = (
-            f"data.bit_depth: {len(group)} pictures such as {group[0].name} have 16 bits and use "
-            f"{bits} of them (the largest value is {largest})"
-        )
-        if group is colors:
-            raise UserError(
-                f"{found}; of colors the upper 8 bits are read: save them with 8 bits, or set "
-                "data.bit_depth=16 if they are that dark"
-            )
-        raise UserError(f"{found}: set data.bit_depth={bits}, or 16 if they are that dark")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from trainers.config import Config, DataConfig, DreamBoothConfig, ImagesConfig
+from trainers.config import Config, DreamBoothConfig, ImagesConfig
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.decoding import read_file
 from trainers.data.folders import list_image_files
 from trainers.data.pictures import Picture
+from trainers.data.rng import choose_rows
 from trainers.errors import UserError
 from trainers.publishing.charts import Record
 from trainers.publishing.html import parts
@@ -154,27 +154,22 @@ def slider(grids: Iterable[Path]) -> Markup:
     return parts.slider(shown, base)
 
 
-def training_pictures(data: DataConfig | ImagesConfig) -> Markup:
+def training_pictures(data: ImagesConfig) -> Markup:
     """Some of the training pictures, drawn at random.
 
     There are none where their folder or local data set is gone, or where they are on the Hub.
     """
-    is_dreambooth = isinstance(data, DataConfig)
-    folder = data.instance_data_dir if is_dreambooth else data.image_dir
-    split = data.dataset_split if is_dreambooth else data.train_split
-    name, column = data.dataset_name, data.image_column
+    folder, name, column = data.image_dir, data.dataset_name, data.image_column
     if not folder and not (name and Path(name).exists()):
         return Markup()
     try:
         if folder:
             reads = [partial(read_file, path) for path in list_image_files(folder)]
         else:
-            rows = open_dataset(name, split, {"image_column": column})
+            rows = open_dataset(name, data.train_split, {"image_column": column})
             reads = [partial(read_encoded, rows, i, column) for i in range(len(rows))]
     except UserError:
         return Markup()
-    num_shown = min(len(reads), MAX_TRAINING_PICTURES)
-    shown = sorted(random.Random(0).sample(range(len(reads)), num_shown))
-    sources = (Picture("", reads[i], "", data.bit_depth) for i in shown)
-    pictures = embed_all(sources, 192)
-    return parts.contact_sheet(pictures, num_shown, len(reads))
+    shown = choose_rows(0, len(reads), MAX_TRAINING_PICTURES)
+    pictures = embed_all((Picture("", reads[i], "", data.bit_depth) for i in shown), 192)
+    return parts.contact_sheet(pictures, len(shown), len(reads))

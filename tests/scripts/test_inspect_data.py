@@ -1,0 +1,257 @@
+"""Before a run trains, one page tells what becomes of every file, whatever is wrong with some."""
+
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from tests.shared.messy_folder import LEARNT, scene, write_messy_folder
+from trainers.errors import UserError
+from trainers.inspection import inspect_photos
+from trainers.publishing.photo_page import write_photo_page
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory):
+    """A messy folder, and what is to be said of each of its files."""
+    folder = tmp_path_factory.mktemp("messy") / "photos"
+    return folder, write_messy_folder(folder)
+
+
+@pytest.fixture
+def inspect(settings, tmp_path):
+    """A function: folder, overrides -> the inspection and the source of its page."""
+
+    def run(folder, *overrides):
+        config = settings(f"data.instance_data_dir={folder}", *overrides)
+        inspection = inspect_photos(config)
+        page = write_photo_page(inspection, config, tmp_path / "out" / "page.html")
+        return inspection, page.read_text("utf-8")
+
+    return run
+
+
+class Cells(HTMLParser):
+    """The cells of the tables, and the names of the photos that are shown."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.cells, self.names, self.place = [], [], None
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "td":
+            self.place = self.cells
+            self.cells.append("")
+        elif tag == "figcaption":
+            self.place = self.names
+            self.names.append("")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "figcaption"):
+            self.place = None
+
+    def handle_data(self, data):
+        if self.place:
+            self.place[-1] += data
+
+
+def outcomes(source):
+    cells = Cells(source).cells
+    return {name.partition("/")[2]: text for name, text in zip(*[iter(cells)] * 2, strict=True)}
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_every_file_of_a_messy_folder_is_listed_with_what_becomes_of_it(messy, inspect, skips):
+    folder, expected = messy
+    assert len(expected) >= 40
+    inspection, source = inspect(folder, f"data.skip_corrupt={str(skips).lower()}")
+    told = outcomes(source)
+    wrong = {
+        name: told.get(name) for name, text in expected.items() if text not in told.get(name, "")
+    }
+    assert wrong == {}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    folders = {"more", "3_sks dog", "0_sks dog"}
+    assert {name for name in there if not name.startswith("run/")} - folders == told.keys()
+    # a photo is shown if it is learnt, and no other is
+    learnt = [name for name, text in told.items() if text.startswith(LEARNT)]
+    assert sorted(Cells(source).names) == sorted(learnt)
+    assert len(inspection.photos["learnt"]) == len(learnt) > 20
+
+
+def test_all_errors_are_told_with_the_files_that_have_them(messy, inspect):
+    errors = inspect(messy[0])[0].texts("error")
+    for name in ("d.txt", "e.txt", "nobody.txt", "u half.jpg", "v empty.png", "pipe.png", "0_sks"):
+        assert sum(name in error for error in errors) == 1, name
+    skipping = inspect(messy[0], "data.skip_corrupt=true")[0].texts("error")
+    assert not any("half" in error for error in skipping)
+    assert any("d.txt" in error for error in skipping)
+
+
+def test_a_folder_without_any_usable_photo_has_a_page_too(inspect, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"x")
+    inspection, source = inspect(folder)
+    assert len(inspection.texts("error")) == 2
+    assert "not a readable picture" in outcomes(source)["1.png"]
+
+
+def test_what_is_like_another_photo_or_blurred_is_said_of_it(messy, inspect):
+    photos = {p.name: p.remarks for p in inspect(messy[0])[0].photos["learnt"]}
+    assert photos["c.png"] == ["the same as c copy.bmp"]
+    assert photos["c smaller.jpg"][0] == "nearly the same as c copy.bmp"
+    assert any("blurred" in remark for remark in photos["t blurred.png"])
+    assert any("several frames" in remark for remark in photos["i moving.gif"])
+    assert photos["d.webp"] == []
+
+
+def test_the_page_fetches_nothing_and_no_name_becomes_markup(messy, inspect):
+    _, source = inspect(messy[0])
+    assert not re.search(r"(?:src|href)=\"(?!data:)", source)
+    assert "<script" not in source
+    assert "<b>&amp;.png" not in source
+    ids = re.findall(r'<mask id="([^"]*)"', source)
+    assert len(ids) == len(set(ids)) > 20
+
+
+@pytest.mark.parametrize("crop", ["true", "false"])
+def test_the_rectangle_on_a_photo_is_what_the_run_cuts_out(inspect, tmp_path, crop):
+    from trainers.data.crops import choose_crop
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = scene(1, (96, 64))
+    image.save(folder / "1.png")
+    config = f"data.center_crop={crop}"
+    (photo,), _ = inspect(folder, config)[0].photos["learnt"], None
+    assert len(photo.views) == (1 if crop == "true" else 4)
+    width, height = 24, 16
+    whole = image.resize((width, height), Image.Resampling.LANCZOS)
+    from trainers.config import DataConfig
+
+    data = DataConfig(instance_data_dir=folder, resolution=16, center_crop=crop == "true")
+    for variant, view in enumerate(photo.views):
+        left, top = round(view.left * width), round(view.top * height)
+        shown = whole.crop((left, top, left + view.size[0], top + view.size[1]))
+        cut = choose_crop(photo.picture, variant, data)(image)
+        pixels = ((cut + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        assert shown.tobytes() == pixels.tobytes()
+        assert view.width == pytest.approx(16 / width)
+    assert photo.cut_off == pytest.approx(1 / 3)
+
+
+def test_how_often_photos_are_seen_is_shared_by_how_often_they_count(inspect, tmp_path):
+    for name, seed in (("3_a/1.png", 1), ("1_b/2.png", 2)):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True)
+        scene(seed).save(path)
+    train = "train.gradient_accumulation_steps=2"
+    photos = {p.name: p for p in inspect(tmp_path / "photos", train)[0].photos["learnt"]}
+    # six steps of 2 x 2 rows
+    assert photos["3_a/1.png"].visits == pytest.approx(18)
+    assert photos["1_b/2.png"].visits == pytest.approx(6)
+
+
+def test_the_part_of_a_caption_that_is_not_read_is_marked(inspect, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "1.png")
+    # a token of this tokenizer is a letter, and two of the twelve are marks
+    (folder / "1.txt").write_text("abcd Efgh ij klm nop")
+    inspection, source = inspect(folder)
+    (photo,) = inspection.photos["learnt"]
+    assert photo.reading.parts == ("abcd Efgh ij", "", " klm nop")
+    assert photo.reading.tokens == {"text_encoder": (18, 12)}
+    assert "<del> klm nop</del>" in source
+    assert "no text encoder reads its caption to the end" in photo.remarks
+
+
+def test_what_one_of_several_encoders_reads_is_marked_as_such(settings, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "1.png")
+    (folder / "1.txt").write_text("abcdefghijklmnop")
+    config = settings(
+        f"data.instance_data_dir={folder}", "model.max_sequence_length=40", family="sd3"
+    )
+    (photo,) = inspect_photos(config).photos["learnt"]
+    read, some, unread = photo.reading.parts
+    assert (read, some, unread) == ("abcdefghij", "klmnop", "")
+    assert not photo.remarks
+
+
+def test_without_the_base_model_everything_else_is_told(inspect, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "1.png")
+    base = "model.pretrained_model_name_or_path=someone/not-here"
+    inspection, source = inspect(folder, base)
+    assert any("tokens are not counted" in text for text in inspection.texts("note"))
+    assert inspection.photos["learnt"][0].reading.tokens == {}
+    assert "a b c" in source
+
+
+def test_class_pictures_of_the_users_own_are_shown_and_the_others_counted(inspect, tmp_path):
+    for name, seed in (("photos/1.png", 1), ("class/2.png", 2)):
+        path = tmp_path / name
+        path.parent.mkdir()
+        scene(seed).save(path)
+    inspection, _ = inspect(
+        tmp_path / "photos",
+        f"data.class_data_dir={tmp_path / 'class'}",
+        "data.class_prompt=c",
+        "data.num_class_images=3",
+    )
+    (photo,) = inspection.photos["of the class"]
+    assert photo.name == "2.png"
+    # six steps of two rows, a third of them by this picture
+    assert photo.visits == pytest.approx(4)
+    assert "class pictures: the base draws 2 when the run starts" in inspection.texts("note")
+
+
+def test_held_out_photos_that_are_learnt_from_are_an_error_and_shown(inspect, tmp_path):
+    for name in ("photos/1.png", "held/1.png"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        scene(1).save(path)
+    inspection, _ = inspect(tmp_path / "photos", f"data.held_out_dir={tmp_path / 'held'}")
+    assert len(inspection.photos["held out"]) == 1
+    assert any("learnt from" in text for text in inspection.texts("error"))
+
+
+def script(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, words)])
+    return runpy.run_path("scripts/inspect_data.py")["main"]()
+
+
+def test_the_script_writes_the_page_and_its_status_tells_of_errors(
+    settings, messy, tmp_path, monkeypatch, capsys
+):
+    folder = f"data.instance_data_dir={messy[0]}"
+    settings(folder)
+    page = tmp_path / "page.html"
+    assert script(monkeypatch, tmp_path / "config.yaml", folder, "--output", page) == 2
+    assert page.is_file()
+    printed = capsys.readouterr().out
+    assert "error: " in printed
+    assert printed.rstrip().endswith("page.html")
+    good = tmp_path / "good"
+    good.mkdir()
+    scene(1).save(good / "1.png")
+    page.unlink()
+    folder = f"data.instance_data_dir={good}"
+    assert script(monkeypatch, tmp_path / "config.yaml", folder, "--text") == 0
+    assert not page.exists()
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text("kind: gan\ndata: {image_dir: .}\n")
+    with pytest.raises(UserError, match="a run of gan"):
+        script(monkeypatch, path)

@@ -1,0 +1,195 @@
+"""What a run makes of each of its photos: crops, size, caption, and how often it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.config import DataConfig
+from trainers.data.crops import Crop, choose_crop
+from trainers.data.file_outcomes import FileOutcome
+from trainers.data.folders import relative_name
+from trainers.data.intake import Intake
+from trainers.data.photo_checks import LARGE_CROP, CountsTokens
+from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
+from trainers.data.pictures import Picture
+from trainers.data.sharpness import SIDE
+
+MAX_VIEWS = 16  # crops of a photo that are told apart
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop: the size that it is trained at, in pixels, and its place, as shares of the
+    picture's sides."""
+
+    size: tuple[int, int]
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class CaptionReading:
+    """A caption, the tokens that it has and that are read by each text encoder, and how many of its
+    characters all of them read, and at least one."""
+
+    caption: str
+    tokens: Mapping[str, tuple[int, int]]
+    read_by_all: int
+    read_by_some: int
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """What all text encoders read, what only some do, and what none does."""
+        text, whole, some = self.caption, self.read_by_all, self.read_by_some
+        return text[:whole], text[whole:some], text[some:]
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """One photo as a run sees it.
+
+    views: its crops, without those that are alike; enlarged: by how much its sides grow, 1 where
+    they do not; cut_off: the share of it that no crop shows, at the least; visits: how often the
+    run sees it, on average; remarks: what its user may want to change.
+    """
+
+    picture: Picture
+    name: str
+    views: Sequence[View]
+    enlarged: float
+    cut_off: float
+    reading: CaptionReading
+    visits: float
+    remarks: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is known before a run trains.
+
+    photos: those to learn, held out, and of the class, by these names; totals: numbers of the whole
+    set, by what they count; files: of the folders.
+    """
+
+    intake: Intake
+    photos: Mapping[str, Sequence[PhotoReport]]
+    files: Sequence[FileOutcome]
+    totals: Mapping[str, str | int | float]
+
+    def texts(self, level: str) -> list[str]:
+        """Errors, warnings or notes."""
+        return [note.text for note in self.intake.notes if note.level == level]
+
+
+def describe_photos(
+    shown: Iterable[Picture],
+    pictures: Sequence[Picture],
+    data: DataConfig,
+    num_visits: float,
+    tokenizers: CountsTokens | None = None,
+) -> list[PhotoReport]:
+    """Those of `pictures` that are to be shown.
+
+    num_visits: of all pictures together; tokenizers: where they are at hand.
+    """
+    shown = list(shown)
+    total = sum(picture.repeats for picture in pictures)
+    alike = describe_likeness(shown)
+    reports = []
+    for picture in shown:
+        views = crop_views(picture, data)
+        enlarged = max(enlargement(view, picture.facts.size) for view in views)
+        cut_off = 1 - max(view.width * view.height for view in views)
+        reading = read_caption(picture.caption, tokenizers)
+        remarks = [*alike.get(picture, []), *describe_photo(picture, enlarged, cut_off, reading)]
+        name, visits = short_name(picture, data), num_visits * picture.repeats / total
+        row = PhotoReport(picture, name, views, enlarged, cut_off, reading, visits, remarks)
+        reports.append(row)
+    return reports
+
+
+def short_name(picture: Picture, data: DataConfig) -> str:
+    """A picture's name within the folder of the config that it lies in."""
+    folders = (data.instance_data_dir, data.held_out_dir, data.class_data_dir)
+    names = [relative_name(picture.name, folder) for folder in folders if folder is not None]
+    return min([picture.name, *names], key=len)
+
+
+def crop_views(picture: Picture, data: DataConfig) -> list[View]:
+    """The different crops of a picture, MAX_VIEWS at most."""
+    views: dict[View, None] = {}
+    for variant in range(data.num_variants):
+        views[view_of(choose_crop(picture, variant, data), picture.facts.size)] = None
+        if len(views) == MAX_VIEWS:
+            break
+    return list(views)
+
+
+def view_of(crop: Crop, picture: tuple[int, int]) -> View:
+    """Where a crop lies in a picture of that size; see `Crop.__call__`."""
+    scale = crop.size / min(picture)
+    width, height = (max(crop.size, round(side * scale)) for side in picture)
+    left, top = round(crop.left * (width - crop.size)), round(crop.top * (height - crop.size))
+    shares = left / width, top / height, crop.size / width, crop.size / height
+    return View((crop.size, crop.size), *shares)
+
+
+def enlargement(view: View, picture: tuple[int, int]) -> float:
+    """By how much a picture's sides grow, at least 1."""
+    return max(1.0, view.size[0] / (view.width * picture[0]))
+
+
+def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
+    """What is said of pictures that are like others, or blurred."""
+    remarks: dict[Picture, list[str]] = {}
+    for text, copies in (
+        ("the same as", find_copies(pictures)),
+        ("nearly the same as", find_near_copies(pictures)),
+    ):
+        for picture, other in copies.items():
+            remarks.setdefault(picture, []).append(f"{text} {Path(other.name).name}")
+    for picture in find_blurred(pictures):
+        blur = (
+            f"blurred: even its sharpest edges, by {picture.facts.edge_blur:.1f} of {SIDE} pixels"
+        )
+        remarks.setdefault(picture, []).append(blur)
+    return remarks
+
+
+def describe_photo(
+    picture: Picture, enlarged: float, cut_off: float, reading: CaptionReading
+) -> Iterable[str]:
+    """What is said of a picture by itself."""
+    if enlarged > 1:
+        yield f"enlarged {enlarged:.2g} times"
+    if cut_off > LARGE_CROP:
+        yield f"{cut_off:.0%} of it is cut off"
+    if picture.facts.storage.has_more_frames:
+        yield "of several frames or pages the first is used"
+    if reading.parts[2].strip():
+        yield "no text encoder reads its caption to the end"
+
+
+def read_caption(caption: str, tokenizers: CountsTokens | None) -> CaptionReading:
+    """How far the text encoders read a caption; all of it where they are not known."""
+    tokens, ends = {}, []
+    for name in tokenizers.text_encoder_names if tokenizers else ():
+        total, limit, rest = tokenizers.count_tokens(name, caption)
+        tokens[name] = total, limit
+        ends.append(start_of(rest, caption) if total > limit else len(caption))
+    ends = ends or [len(caption)]
+    return CaptionReading(caption, tokens, min(ends), max(ends))
+
+
+def start_of(rest: str, caption: str) -> int:
+    """Where in a caption the text begins that tokenizers gave back with other spaces and cases."""
+    left = len("".join(rest.split()))
+    for place in range(len(caption) - 1, -1, -1):
+        if left == 0:
+            return place + 1
+        left -= not caption[place].isspace()
+    return 0
