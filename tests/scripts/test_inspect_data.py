@@ -165,9 +165,9 @@ def test_the_part_of_a_caption_that_is_not_read_is_marked(inspect, tmp_path):
     (folder / "1.txt").write_text("abcd Efgh ij klm nop")
     inspection, source = inspect(folder)
     (photo,) = inspection.photos["learnt"]
-    assert photo.reading.parts == ("abcd Efgh ij", "", " klm nop")
+    assert photo.reading.parts == ("abcd Efgh ij ", "", "klm nop")
     assert photo.reading.tokens == {"text_encoder": (18, 12)}
-    assert "<del> klm nop</del>" in source
+    assert "<del>klm nop</del>" in source
     assert "no text encoder reads its caption to the end" in photo.remarks
 
 
@@ -252,6 +252,6 @@ def test_the_script_writes_the_page_and_its_status_tells_of_errors(
 
 def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
-    path.write_text("kind: gan\ndata: {image_dir: .}\n")
+    path.write_text("kind: gan\ndata: {image_dir: .}\ntrain: {train_batch_size: 2}\n")
     with pytest.raises(UserError, match="a run of gan"):
         script(monkeypatch, path)
