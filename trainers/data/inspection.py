@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 
 from trainers.config import DataConfig
@@ -20,15 +21,28 @@ MAX_VIEWS = 16  # crops of a photo that are told apart
 
 
 @dataclass(frozen=True)
-class View:
-    """One crop: the size that it is trained at, in pixels, and its place, as shares of the
-    picture's sides."""
+class Box:
+    """A place in a picture, as shares of its sides."""
 
-    size: tuple[int, int]
     left: float
     top: float
     width: float
     height: float
+
+    @property
+    def right(self) -> float:
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> float:
+        return self.top + self.height
+
+
+@dataclass(frozen=True)
+class View(Box):
+    """One crop: its place, and the size that it is trained at, in pixels."""
+
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,11 @@ class PhotoReport:
     reading: CaptionReading
     visits: float
     remarks: Sequence[str]
+
+    @property
+    def unseen(self) -> list[Box]:
+        """What no crop shows."""
+        return find_unseen(self.views)
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,20 @@ def view_of(crop: Crop, picture: tuple[int, int]) -> View:
     width, height = (max(crop.size, round(side * scale)) for side in picture)
     left, top = round(crop.left * (width - crop.size)), round(crop.top * (height - crop.size))
     shares = left / width, top / height, crop.size / width, crop.size / height
-    return View((crop.size, crop.size), *shares)
+    return View(*shares, (crop.size, crop.size))
+
+
+def find_unseen(views: Sequence[Box]) -> list[Box]:
+    """What lies in none of the boxes, in boxes that do not overlap."""
+    xs = sorted({0.0, 1.0, *(x for view in views for x in (view.left, view.right))})
+    ys = sorted({0.0, 1.0, *(y for view in views for y in (view.top, view.bottom))})
+    cells = []
+    for (left, right), (top, bottom) in product(pairwise(xs), pairwise(ys)):
+        x, y = (left + right) / 2, (top + bottom) / 2
+        is_seen = any(v.left < x < v.right and v.top < y < v.bottom for v in views)
+        if not is_seen:
+            cells.append(Box(left, top, right - left, bottom - top))
+    return cells
 
 
 def enlargement(view: View, picture: tuple[int, int]) -> float:

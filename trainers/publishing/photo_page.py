@@ -29,10 +29,8 @@ HEADINGS = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 
 @dataclass(frozen=True)
 class Card:
-    """A photo's report and its picture, which is gone where the file has changed meanwhile; id: of
-    its place on the page."""
+    """A photo's report and its picture, which is gone where the file has changed meanwhile."""
 
-    id: str
     report: PhotoReport
     picture: EmbeddedPicture | None
 
@@ -45,7 +43,7 @@ def write_photo_page(inspection: Inspection, config: DreamBoothConfig, out: Path
     for level, heading in HEADINGS.items():
         sections[heading] = parts.messages(inspection.texts(level), level)
     for name, reports in inspection.photos.items():
-        sections[f"Photos {name}"] = photo_cards(reports, f"{len(sections)}")
+        sections[f"Photos {name}"] = photo_cards(reports)
     sections["Files"] = parts.file_table(inspection.files)
     page = environment.get_template("photos.html.jinja").render(
         title=source.name, kind="photos before the training", sections=sections
@@ -55,16 +53,13 @@ def write_photo_page(inspection: Inspection, config: DreamBoothConfig, out: Path
     return out
 
 
-def photo_cards(reports: Sequence[PhotoReport], section: str) -> Markup:
-    """The photos with their crops; of a large set, those with remarks first of all.
-
-    section: an id that no other such part of the page has.
-    """
+def photo_cards(reports: Sequence[PhotoReport]) -> Markup:
+    """The photos with their crops; of a large set, those with remarks first of all."""
     chosen = sorted(range(len(reports)), key=lambda i: (not reports[i].remarks, i))[:MAX_CARDS]
     cards = []
     for i in sorted(chosen):
         picture = embed_picture(reports[i].picture, THUMBNAIL)
-        cards.append(Card(f"photo-{section}-{i}", reports[i], picture))
+        cards.append(Card(reports[i], picture))
     return parts.photo_cards(cards, len(reports))
 
 
@@ -87,8 +82,8 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     shown = [pictures[i] for i in chosen if is_readable(pictures[i])]
     reports = describe_photos(shown, pictures, data, num_visits)
     cards = []
-    for i, report in enumerate(reports):
-        cards.append(Card(f"photo-{i}", report, embed_picture(report.picture, THUMBNAIL)))
+    for report in reports:
+        cards.append(Card(report, embed_picture(report.picture, THUMBNAIL)))
     return parts.photo_cards(cards, len(pictures))
 
 
