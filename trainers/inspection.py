@@ -11,10 +11,11 @@ from huggingface_hub import snapshot_download
 
 from trainers.class_pictures import is_drawn
 from trainers.config import DreamBoothConfig, ModelConfig
+from trainers.data.buckets import BucketRule
 from trainers.data.file_outcomes import describe_files
-from trainers.data.inspection import Inspection, PhotoReport, describe_photos
+from trainers.data.inspection import Inspection, PhotoReport, Sight
 from trainers.data.intake import Intake
-from trainers.data.photo_checks import check_photos, check_texts
+from trainers.data.photo_checks import check_photos, check_settings, check_texts
 from trainers.data.pictures import (
     Picture,
     list_image_files,
@@ -27,8 +28,8 @@ from trainers.families import FAMILIES, Family
 from trainers.run_folder import CLASS_PICTURES
 
 LEARNT, HELD_OUT, OF_CLASS = "learnt", "held out", "of the class"
-# of a base model, what it takes to count tokens
-TOKENIZER_FILES = ["model_index.json", "tokenizer*/*", "scheduler/*"]
+# of a base model, what it takes to count tokens and to know its longest side
+TOKENIZER_FILES = ["model_index.json", "tokenizer*/*", "scheduler/*", "*/config.json"]
 
 
 def inspect_photos(config: DreamBoothConfig) -> Inspection:
@@ -45,9 +46,13 @@ def inspect_photos(config: DreamBoothConfig) -> Inspection:
     # what an error is about would not be learnt
     for name, pool in pools.items():
         pools[name] = [picture for picture in pool if picture.name not in intake.left_out]
-    if pools[LEARNT]:
-        attempt(intake, lambda: note_checks(intake, pools, config))
     tokenizers = open_tokenizers(config.model, intake)
+    rule = BucketRule.from_config(config, tokenizers.max_side if tokenizers else None)
+    for name, pool in pools.items():
+        pools[name] = [picture for picture in pool if has_size(picture, rule, intake)]
+    if pools[LEARNT]:
+        check_photos(intake, pools[LEARNT], pools[HELD_OUT], rule)
+        check_settings(intake, pools[LEARNT], config, rule, num_processes=1)
     if tokenizers:
         check_texts(intake, tokenizers, [*pools[LEARNT], *pools[HELD_OUT]], config)
     rows = config.train.train_batch_size * config.train.gradient_accumulation_steps
@@ -55,10 +60,8 @@ def inspect_photos(config: DreamBoothConfig) -> Inspection:
     # those that are yet to be drawn are seen as often as the others
     share = len(pools[OF_CLASS]) / max(data.num_class_images, 1)
     visits[OF_CLASS] = visits[LEARNT] * share
-    photos = {
-        name: describe_photos(pool, pool, data, visits[name], tokenizers)
-        for name, pool in pools.items()
-    }
+    sight = Sight(data, rule, tokenizers)
+    photos = {name: sight.describe(pool, pool, visits[name]) for name, pool in pools.items()}
     files = describe_files(intake, describe_uses(photos))
     return Inspection(intake, photos, files, count_totals(config, photos))
 
@@ -93,11 +96,13 @@ def load_own_class_pictures(config: DreamBoothConfig, intake: Intake) -> list[Pi
     return load_class_pictures(folder, data, set(own), intake) if own else []
 
 
-def note_checks(
-    intake: Intake, pools: dict[str, list[Picture]], config: DreamBoothConfig
-) -> list[Picture]:
-    check_photos(intake, pools[LEARNT], pools[HELD_OUT], config, num_processes=1)
-    return pools[LEARNT]
+def has_size(picture: Picture, rule: BucketRule, intake: Intake) -> bool:
+    """Whether there is a size that a picture can be trained at; a note where there is not."""
+    try:
+        return bool(rule.sizes(picture))
+    except UserError as error:
+        intake.fail(error, [picture.name])
+        return False
 
 
 def open_tokenizers(model: ModelConfig, intake: Intake) -> Family | None:
@@ -113,6 +118,7 @@ def open_tokenizers(model: ModelConfig, intake: Intake) -> Family | None:
         update = {"pretrained_model_name_or_path": str(folder), "revision": None}
         family = FAMILIES[model.family](model.model_copy(update=update))
         family.load()
+        family.max_side  # noqa: B018 (it reads a file of the denoiser too)
     except Exception as error:  # of the Hub, of the network, of a tokenizer's files
         reason = (str(error).strip() or type(error).__name__).partition(". ")[0]
         intake.note(

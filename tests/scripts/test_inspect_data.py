@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.shared.messy_folder import LEARNT, scene, write_messy_folder
+from trainers.config import DataConfig
+from trainers.data.crops import choose_crop
 from trainers.data.inspection import Box, find_unseen
 from trainers.errors import UserError
 from trainers.inspection import inspect_photos
@@ -120,30 +122,59 @@ def test_the_page_fetches_nothing_and_no_name_becomes_markup(messy, inspect):
     assert "url(" not in source
 
 
-@pytest.mark.parametrize("crop", ["true", "false"])
-def test_the_rectangle_on_a_photo_is_what_the_run_cuts_out(inspect, tmp_path, crop):
-    from trainers.data.crops import choose_crop
-
+@pytest.mark.parametrize("buckets", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_the_rectangle_on_a_photo_is_what_the_run_cuts_out(inspect, tmp_path, buckets, center):
     folder = tmp_path / "photos"
     folder.mkdir()
-    image = scene(1, (96, 64))
+    image = scene(1, (110, 64))
     image.save(folder / "1.png")
-    config = f"data.center_crop={crop}"
-    (photo,), _ = inspect(folder, config)[0].photos["learnt"], None
-    assert len(photo.views) == (1 if crop == "true" else 4)
-    width, height = 24, 16
-    whole = image.resize((width, height), Image.Resampling.LANCZOS)
-    from trainers.config import DataConfig
+    keys = {"buckets": buckets, "center_crop": center, "resolution": 32}
+    overrides = [f"data.{key}={value}" for key, value in keys.items()]
+    (photo,) = inspect(folder, *overrides)[0].photos["learnt"]
+    data = DataConfig(instance_data_dir=folder, **keys)
+    shown, cut = set(), set()
+    for view in photo.views:
+        # the sides of the resized picture, of which the view has a share
+        size = [round(side / share) for side, share in zip(view.size, view.shares, strict=True)]
+        left, top = round(view.left * size[0]), round(view.top * size[1])
+        whole = image.resize(size, Image.Resampling.LANCZOS)
+        box = (left, top, left + view.size[0], top + view.size[1])
+        shown.add(whole.crop(box).tobytes())
+    for variant in range(data.num_variants):
+        pixels = choose_crop(photo.picture, variant, view.size, data)(image)
+        cut.add(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().tobytes())
+    assert shown == cut
+    # several crops may be alike
+    assert len(shown) == len(photo.views) == 1 if center else len(photo.views) > 1
+    assert view.size == ((40, 24) if buckets else (32, 32))
+    assert photo.cut_off == pytest.approx(0.03 if buckets else 0.42, abs=0.01)
 
-    data = DataConfig(instance_data_dir=folder, resolution=16, center_crop=crop == "true")
-    for variant, view in enumerate(photo.views):
-        left, top = round(view.left * width), round(view.top * height)
-        shown = whole.crop((left, top, left + view.size[0], top + view.size[1]))
-        cut = choose_crop(photo.picture, variant, data)(image)
-        pixels = ((cut + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        assert shown.tobytes() == pixels.tobytes()
-        assert view.width == pytest.approx(16 / width)
-    assert photo.cut_off == pytest.approx(1 / 3)
+
+def test_a_photo_is_shown_at_each_area_that_it_is_trained_at(inspect, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1, (96, 64)).save(folder / "large.png")
+    scene(2, (24, 16)).save(folder / "small.png")
+    inspection, _ = inspect(folder, "data.resolution=[16,64]", "train.max_train_steps=15")
+    photos = {photo.name: photo for photo in inspection.photos["learnt"]}
+    assert [len(photos[name].views) for name in ("large.png", "small.png")] == [2, 1]
+    # 15 steps of 2 rows; a photo is drawn at each of its sizes alike
+    assert photos["large.png"].visits == pytest.approx(20)
+    assert photos["small.png"].visits == pytest.approx(10)
+
+
+def test_a_photo_that_is_too_small_for_any_size_is_an_error_and_the_others_are_shown(
+    inspect, tmp_path
+):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1, (96, 64)).save(folder / "large.png")
+    scene(2, (9, 7)).save(folder / "tiny.png")
+    inspection, source = inspect(folder, "data.resolution=64")
+    assert [photo.name for photo in inspection.photos["learnt"]] == ["large.png"]
+    assert any("tiny.png has 9 x 7 pixels, too few" in text for text in inspection.texts("error"))
+    assert "not used: tiny.png has 9 x 7 pixels" in outcomes(source)["tiny.png"]
 
 
 def test_how_often_photos_are_seen_is_shared_by_how_often_they_count(inspect, tmp_path):

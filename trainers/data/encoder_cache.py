@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
-from trainers.data.crops import Crop, choose_crop
+from trainers.data.crops import Crop
+from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
 from trainers.errors import RunFailedError
 from trainers.progress import track
@@ -228,16 +230,13 @@ class CachedEncoder:
 
 def fill_cache(
     encoder: CachedEncoder,
-    pictures: Sequence[Picture],
+    batches: Sequence[DreamBoothBatches],
     config: DreamBoothConfig,
     accelerator: Accelerator,
 ) -> None:
     """Encode every view of the pictures and every prompt that a run will ask for."""
-    crops = []
-    for picture in pictures:
-        for variant in range(config.data.num_variants):
-            crops.append((picture, choose_crop(picture, variant, config.data)))
-    prompts = [picture.caption for picture in pictures] + config.validation.prompts
+    crops = [*chain(*(part.crops() for part in batches))]
+    prompts = [picture.caption for picture, _ in crops] + config.validation.prompts
     # the empty prompt stands for captions that are dropped
     prompts += [config.validation.negative_prompt, ""]
     encoder.fill(crops, dict.fromkeys(prompts), accelerator)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 
 from trainers.config import DataConfig
+from trainers.data.buckets import BucketRule, Size, enlargement
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.file_outcomes import FileOutcome
 from trainers.data.folders import relative_name
 from trainers.data.intake import Intake
-from trainers.data.photo_checks import LARGE_CROP, CountsTokens
+from trainers.data.photo_checks import LARGE_CROP, ROUNDING, CountsTokens
 from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.pictures import Picture
 from trainers.data.sharpness import SIDE
@@ -30,6 +31,11 @@ class Box:
     height: float
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """Its width and height."""
+        return self.width, self.height
+
+    @property
     def right(self) -> float:
         return self.left + self.width
 
@@ -42,7 +48,7 @@ class Box:
 class View(Box):
     """One crop: its place, and the size that it is trained at, in pixels."""
 
-    size: tuple[int, int]
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -104,31 +110,60 @@ class Inspection:
         return [note.text for note in self.intake.notes if note.level == level]
 
 
-def describe_photos(
-    shown: Iterable[Picture],
-    pictures: Sequence[Picture],
-    data: DataConfig,
-    num_visits: float,
-    tokenizers: CountsTokens | None = None,
-) -> list[PhotoReport]:
-    """Those of `pictures` that are to be shown.
+@dataclass(frozen=True)
+class Sight:
+    """What decides how a run sees photos; tokenizers: where they are at hand."""
 
-    num_visits: of all pictures together; tokenizers: where they are at hand.
-    """
-    shown = list(shown)
-    total = sum(picture.repeats for picture in pictures)
-    alike = describe_likeness(shown)
-    reports = []
-    for picture in shown:
-        views = crop_views(picture, data)
-        enlarged = max(enlargement(view, picture.facts.size) for view in views)
-        cut_off = 1 - max(view.width * view.height for view in views)
-        reading = read_caption(picture.caption, tokenizers)
-        remarks = [*alike.get(picture, []), *describe_photo(picture, enlarged, cut_off, reading)]
-        name, visits = short_name(picture, data), num_visits * picture.repeats / total
-        row = PhotoReport(picture, name, views, enlarged, cut_off, reading, visits, remarks)
-        reports.append(row)
-    return reports
+    data: DataConfig
+    rule: BucketRule
+    tokenizers: CountsTokens | None = None
+
+    def describe(
+        self, shown: Iterable[Picture], pictures: Sequence[Picture], num_visits: float
+    ) -> list[PhotoReport]:
+        """Those of `pictures` that are to be shown; num_visits: of all of them together."""
+        shown = list(shown)
+        total = sum(map(self.weight, pictures))
+        alike = describe_likeness(shown)
+        reports = []
+        for picture in shown:
+            views, own = self.views(picture), picture.facts.size
+            enlarged = max(enlargement(own, view.size) for view in views)
+            cut_off = 1 - max(view.width * view.height for view in views)
+            reading = read_caption(picture.caption, self.tokenizers)
+            remarks = [*alike.get(picture, []), *self.remarks(picture, enlarged, cut_off)]
+            if reading.parts[2].strip():
+                remarks.append("no text encoder reads its caption to the end")
+            name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
+            row = PhotoReport(picture, name, views, enlarged, cut_off, reading, visits, remarks)
+            reports.append(row)
+        return reports
+
+    def weight(self, picture: Picture) -> int:
+        """In what proportion a picture is seen."""
+        return picture.repeats * len(self.rule.sizes(picture))
+
+    def views(self, picture: Picture) -> list[View]:
+        """The different crops of a picture, MAX_VIEWS at most."""
+        views: dict[View, None] = {}
+        for size in self.rule.sizes(picture):
+            for variant in range(min(self.data.num_variants, MAX_VIEWS)):
+                crop = choose_crop(picture, variant, size, self.data)
+                views[view_of(crop, picture.facts.size)] = None
+        return list(views)[:MAX_VIEWS]
+
+    def remarks(self, picture: Picture, enlarged: float, cut_off: float) -> Iterator[str]:
+        """What is said of a picture by itself."""
+        first = self.rule.resolutions[0]
+        best = self.rule.best_size(picture.facts.size, first)
+        if self.rule.enabled and self.rule.sizes(picture)[0] != best:
+            yield f"too small for data.resolution={first}, so learnt at a smaller size"
+        if enlarged > 1 + ROUNDING:
+            yield f"enlarged {enlarged:.2g} times"
+        if cut_off > LARGE_CROP:
+            yield f"{cut_off:.0%} of it is cut off"
+        if picture.facts.storage.has_more_frames:
+            yield "of several frames or pages the first is used"
 
 
 def short_name(picture: Picture, data: DataConfig) -> str:
@@ -138,23 +173,11 @@ def short_name(picture: Picture, data: DataConfig) -> str:
     return min([picture.name, *names], key=len)
 
 
-def crop_views(picture: Picture, data: DataConfig) -> list[View]:
-    """The different crops of a picture, MAX_VIEWS at most."""
-    views: dict[View, None] = {}
-    for variant in range(data.num_variants):
-        views[view_of(choose_crop(picture, variant, data), picture.facts.size)] = None
-        if len(views) == MAX_VIEWS:
-            break
-    return list(views)
-
-
-def view_of(crop: Crop, picture: tuple[int, int]) -> View:
-    """Where a crop lies in a picture of that size; see `Crop.__call__`."""
-    scale = crop.size / min(picture)
-    width, height = (max(crop.size, round(side * scale)) for side in picture)
-    left, top = round(crop.left * (width - crop.size)), round(crop.top * (height - crop.size))
-    shares = left / width, top / height, crop.size / width, crop.size / height
-    return View(*shares, (crop.size, crop.size))
+def view_of(crop: Crop, picture: Size) -> View:
+    """Where a crop lies in a picture of that size."""
+    (width, height), (left, top) = crop.box(picture)
+    shares = left / width, top / height, crop.width / width, crop.height / height
+    return View(*shares, (crop.width, crop.height))
 
 
 def find_unseen(views: Sequence[Box]) -> list[Box]:
@@ -168,11 +191,6 @@ def find_unseen(views: Sequence[Box]) -> list[Box]:
         if not is_seen:
             cells.append(Box(left, top, right - left, bottom - top))
     return cells
-
-
-def enlargement(view: View, picture: tuple[int, int]) -> float:
-    """By how much a picture's sides grow, at least 1."""
-    return max(1.0, view.size[0] / (view.width * picture[0]))
 
 
 def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
@@ -190,20 +208,6 @@ def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
         )
         remarks.setdefault(picture, []).append(blur)
     return remarks
-
-
-def describe_photo(
-    picture: Picture, enlarged: float, cut_off: float, reading: CaptionReading
-) -> Iterable[str]:
-    """What is said of a picture by itself."""
-    if enlarged > 1:
-        yield f"enlarged {enlarged:.2g} times"
-    if cut_off > LARGE_CROP:
-        yield f"{cut_off:.0%} of it is cut off"
-    if picture.facts.storage.has_more_frames:
-        yield "of several frames or pages the first is used"
-    if reading.parts[2].strip():
-        yield "no text encoder reads its caption to the end"
 
 
 def read_caption(caption: str, tokenizers: CountsTokens | None) -> CaptionReading:

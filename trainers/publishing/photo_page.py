@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
-from trainers.data.inspection import Inspection, PhotoReport, describe_photos
+from trainers.data.buckets import BucketRule
+from trainers.data.inspection import Inspection, PhotoReport, Sight
 from trainers.data.intake import Intake
 from trainers.data.pictures import Picture, list_instance_pictures
 from trainers.data.rng import choose_rows
@@ -66,7 +67,8 @@ def photo_cards(reports: Sequence[PhotoReport]) -> Markup:
 def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     """Photos of a run with their crops and captions, drawn at random where there are many.
 
-    num_visits: how many photos its steps have seen. There are none where their folder or local data
+    num_visits: how many photos its steps have seen; each of a part of them is said to have seen its
+    share. There are none where their folder or local data
     set is gone, or where they are on the Hub.
     """
     data = config.data
@@ -79,17 +81,19 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     except UserError:
         return Markup()
     chosen = choose_rows(0, len(pictures), MAX_TRAINING_PICTURES)
-    shown = [pictures[i] for i in chosen if is_readable(pictures[i])]
-    reports = describe_photos(shown, pictures, data, num_visits)
+    rule = BucketRule.from_config(config)
+    shown = [pictures[i] for i in chosen if is_usable(pictures[i], rule)]
+    # all may be many, and their sizes are not known before they are decoded
+    reports = Sight(data, rule).describe(shown, shown, num_visits * len(shown) / len(pictures))
     cards = []
     for report in reports:
         cards.append(Card(report, embed_picture(report.picture, THUMBNAIL)))
     return parts.photo_cards(cards, len(pictures))
 
 
-def is_readable(picture: Picture) -> bool:
+def is_usable(picture: Picture, rule: BucketRule) -> bool:
     try:
-        return bool(picture.facts)
+        return bool(rule.sizes(picture) and picture.facts)
     except UserError:
         return False
 
