@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,7 +149,7 @@ def count_totals(
         "steps": train.max_train_steps,
         "photos per step, in one process": rows,
         "times each is seen": name_range([report.visits for report in learnt]),
-        "trained sizes": name_sizes(learnt),
+        "trained at": name_sizes(learnt),
     }
     if photos[HELD_OUT]:
         totals["held out"] = len(photos[HELD_OUT])
@@ -168,6 +167,8 @@ def name_range(values: Sequence[float]) -> str:
 
 
 def name_sizes(reports: Sequence[PhotoReport]) -> str:
-    """The sizes that photos are trained at, and of how many."""
-    sizes = Counter(size for report in reports for size in {view.size for view in report.views})
-    return ", ".join(f"{w} x {h} ({count})" for (w, h), count in sorted(sizes.items())) or "–"
+    """The size that photos are trained at, or how many there are."""
+    sizes = {view.size for report in reports for view in report.views}
+    if len(sizes) == 1:
+        return "{} x {}".format(*sizes.pop())
+    return f"{len(sizes)} sizes"

@@ -5,14 +5,12 @@ import runpy
 import sys
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from tests.shared.messy_folder import LEARNT, scene, write_messy_folder
 from trainers.config import DataConfig
 from trainers.data.crops import choose_crop
-from trainers.data.inspection import Box, find_unseen
 from trainers.errors import UserError
 from trainers.inspection import inspect_photos
 from trainers.publishing.photo_page import write_photo_page
@@ -287,17 +285,3 @@ def test_a_run_of_another_kind_is_refused(tmp_path, monkeypatch):
     path.write_text("kind: gan\ndata: {image_dir: .}\ntrain: {train_batch_size: 2}\n")
     with pytest.raises(UserError, match="a run of gan"):
         script(monkeypatch, path)
-
-
-@pytest.mark.parametrize("num_views", [1, 4, 16])
-def test_what_is_darkened_is_what_no_crop_shows(num_views):
-    random = np.random.default_rng(num_views)
-    corners = random.uniform(0, 0.5, (num_views, 2))
-    views = [Box(x, y, *random.uniform(0.1, 0.5, 2)) for x, y in corners]
-    unseen = find_unseen(views)
-    for x, y in random.uniform(0, 1, (500, 2)):
-        shown, dark = (
-            sum(box.left < x < box.right and box.top < y < box.bottom for box in boxes)
-            for boxes in (views, unseen)
-        )
-        assert dark == (shown == 0)

@@ -19,9 +19,11 @@ def find_copies(pictures: Sequence[Picture]) -> dict[Picture, Picture]:
 
 
 def find_near_copies(pictures: Sequence[Picture]) -> dict[Picture, Picture]:
-    """For each picture that resembles an earlier one without being the same, that one."""
+    """For each picture that resembles one of as many pixels or more without being the same, that
+    one: copies are mostly smaller."""
     copies = find_copies(pictures)
     others = [picture for picture in pictures if picture not in copies]
+    others.sort(key=lambda picture: -picture.facts.size[0] * picture.facts.size[1])
     found = find_near_duplicates([picture.facts.perceptual_hash for picture in others])
     return {others[later]: others[earlier] for later, earlier in found.items()}
 
