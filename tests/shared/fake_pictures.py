@@ -10,7 +10,7 @@ from trainers.data.pictures import Picture, PictureFacts
 def fake(i, caption="caption", size=(600, 512), repeats=1):
     """A picture with a name and a size, and nothing to decode."""
     picture = Picture(f"{i}", partial(str.encode, f"{i}"), caption, repeats=repeats)
-    picture.__dict__["facts"] = PictureFacts(size, f"{i}", None)
+    picture.__dict__["facts"] = PictureFacts(size, f"{i}", None, None, None)
     return picture
 
 
