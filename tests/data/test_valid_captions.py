@@ -21,7 +21,7 @@ def folder(tmp_path):
 def read(folder, keeps_going=True, column=None):
     intake, contents = Intake(keeps_going=keeps_going), scan_folder(folder)
     captions = read_valid_captions(contents, lambda some: read_captions(some, column), intake)
-    texts = {path.stem: text for path, text in captions.by_picture.items()}
+    texts = {path.stem: text for path, (text,) in captions.by_picture.items()}
     return texts, {name.rpartition("/")[2] for name in intake.left_out}, intake
 
 

@@ -36,6 +36,13 @@ def inspect(settings, tmp_path):
     return run
 
 
+def one_photo(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "1.png")
+    return folder
+
+
 class Cells(HTMLParser):
     """The cells of the tables, and the names of the photos that are shown."""
 
@@ -188,42 +195,53 @@ def test_how_often_photos_are_seen_is_shared_by_how_often_they_count(inspect, tm
 
 
 def test_the_part_of_a_caption_that_is_not_read_is_marked(inspect, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    scene(1).save(folder / "1.png")
+    folder = one_photo(tmp_path)
     # a token of this tokenizer is a letter, and two of the twelve are marks
     (folder / "1.txt").write_text("abcd Efgh ij klm nop")
     inspection, source = inspect(folder)
     (photo,) = inspection.photos["learnt"]
-    assert photo.reading.parts == ("abcd Efgh ij ", "", "klm nop")
-    assert photo.reading.tokens == {"text_encoder": (18, 12)}
+    assert photo.readings[0].parts == ("abcd Efgh ij ", "", "klm nop")
+    assert photo.readings[0].tokens == {"text_encoder": (18, 12)}
     assert "<del>klm nop</del>" in source
     assert "no text encoder reads its caption to the end" in photo.remarks
 
 
-def test_what_one_of_several_encoders_reads_is_marked_as_such(settings, tmp_path):
+def test_each_of_several_captions_is_shown_as_the_run_completes_it(inspect, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    scene(1).save(folder / "1.png")
+    for i in range(2):
+        scene(i).save(folder / f"{i}.png")
+    (folder / "0.txt").write_text("a {trigger}\nthe {trigger}")
+    keys = ("data.caption_lines=choose", "data.caption_prefix=p")
+    inspection, source = inspect(folder, *keys, "data.trigger=sks")
+    readings = inspection.photos["learnt"][0].readings
+    assert [reading.caption for reading in readings] == ["p a sks", "p the sks"]
+    assert source.count("sks”") == 2
+    # without a trigger the place for it is an error of that photo alone
+    inspection, source = inspect(folder, *keys)
+    assert [photo.name for photo in inspection.photos["learnt"]] == ["1.png"]
+    assert "has a place for the trigger word" in outcomes(source)["0.png"]
+
+
+def test_what_one_of_several_encoders_reads_is_marked_as_such(settings, tmp_path):
+    folder = one_photo(tmp_path)
     (folder / "1.txt").write_text("abcdefghijklmnop")
     config = settings(
         f"data.instance_data_dir={folder}", "model.max_sequence_length=40", family="sd3"
     )
     (photo,) = inspect_photos(config).photos["learnt"]
-    read, some, unread = photo.reading.parts
+    read, some, unread = photo.readings[0].parts
     assert (read, some, unread) == ("abcdefghij", "klmnop", "")
     assert not photo.remarks
 
 
 def test_without_the_base_model_everything_else_is_told(inspect, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    scene(1).save(folder / "1.png")
+    folder = one_photo(tmp_path)
     base = "model.pretrained_model_name_or_path=someone/not-here"
     inspection, source = inspect(folder, base)
     assert any("tokens are not counted" in text for text in inspection.texts("note"))
-    assert inspection.photos["learnt"][0].reading.tokens == {}
+    assert inspection.photos["learnt"][0].readings[0].tokens == {}
     assert "a b c" in source
 
 

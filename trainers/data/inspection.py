@@ -73,8 +73,9 @@ class PhotoReport:
     """One photo as a run sees it.
 
     views: its crops, without those that are alike; enlarged: by how much its sides grow, 1 where
-    they do not; cut_off: the share of it that no crop shows, at the least; visits: how often the
-    run sees it, on average; remarks: what its user may want to change.
+    they do not; cut_off: the share of it that no crop shows, at the least; readings: of its
+    captions, with their tags as they stand; visits: how often the run sees it, on average; remarks:
+    what its user may want to change.
     """
 
     picture: Picture
@@ -82,7 +83,7 @@ class PhotoReport:
     views: Sequence[View]
     enlarged: float
     cut_off: float
-    reading: CaptionReading
+    readings: Sequence[CaptionReading]
     visits: float
     remarks: Sequence[str]
 
@@ -130,12 +131,12 @@ class Sight:
             views, own = self.views(picture), picture.facts.size
             enlarged = max(enlargement(own, view.size) for view in views)
             cut_off = 1 - max(view.width * view.height for view in views)
-            reading = read_caption(picture.caption, self.tokenizers)
+            readings = [read_caption(text, self.tokenizers) for text in picture.captions]
             remarks = [*alike.get(picture, []), *self.remarks(picture, enlarged, cut_off)]
-            if reading.parts[2].strip():
+            if any(reading.parts[2].strip() for reading in readings):
                 remarks.append("no text encoder reads its caption to the end")
             name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
-            row = PhotoReport(picture, name, views, enlarged, cut_off, reading, visits, remarks)
+            row = PhotoReport(picture, name, views, enlarged, cut_off, readings, visits, remarks)
             reports.append(row)
         return reports
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
@@ -18,6 +18,8 @@ from trainers.errors import UserError, name_some, warn_on_error
 
 if TYPE_CHECKING:
     from trainers.data.pictures import Picture
+
+Value = TypeVar("Value")
 
 INTAKE_NAME = "intake.json"
 MAX_EXAMINED_BYTES = 2**26  # of a file that does not say what it is
@@ -66,6 +68,14 @@ class Intake:
             raise error
         self.add(Note("error", str(error)))
         self.left_out |= dict.fromkeys(names, str(error))
+
+    def attempt(self, call: Callable[[], Value], fallback: Value, path: Path) -> Value:
+        """What `call` gives; the fallback where it raises an error about a file that is noted."""
+        try:
+            return call()
+        except UserError as error:
+            self.fail(error, [str(path)])
+        return fallback
 
     def add(self, note: Note) -> None:
         """Add what was not said before."""

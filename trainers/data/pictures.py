@@ -16,8 +16,9 @@ from PIL import Image
 from trainers.config import DataConfig
 from trainers.data import decoding
 from trainers.data.bit_depth import check_bit_depth, is_deep
+from trainers.data.caption_variants import AS_WRITTEN, Wording
 from trainers.data.captions import read_captions
-from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.dataset_rows import open_dataset, read_encoded, read_row_captions
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.near_duplicates import perceptual_hash
@@ -58,7 +59,8 @@ class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
-    counts among the others.
+    counts among the others; other_captions: of which a visit may draw one too; wording: how a
+    caption becomes the text of a visit.
     """
 
     name: str
@@ -66,6 +68,12 @@ class Picture:
     caption: str
     bit_depth: int | None = None
     repeats: int = 1
+    other_captions: tuple[str, ...] = ()
+    wording: Wording = AS_WRITTEN
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.other_captions)
 
     @cached_property
     def digest(self) -> str:
@@ -139,7 +147,8 @@ def list_instance_pictures(config: DataConfig, intake: Intake) -> list[Picture]:
     if config.dataset_name:
         return pictures_from_dataset(config, intake)
     folder, column = config.instance_data_dir, config.caption_column
-    return pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+    wording, prompt = Wording.from_config(config), config.instance_prompt
+    return pictures_from_folder(folder, config, prompt, intake, column, wording)
 
 
 def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -149,8 +158,10 @@ def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> 
     # a folder without metadata may stand beside one that has it
     has_metadata = bool(scan_folder(folder).metadata) and not config.dataset_name
     column = config.caption_column if has_metadata else None
-    intake = intake or Intake()
-    pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+    intake, prompt = intake or Intake(), config.instance_prompt
+    # so that every measurement reads the same text
+    wording = Wording.from_config(config).unvaried
+    pictures = pictures_from_folder(folder, config, prompt, intake, column, wording)
     return keep_readable(pictures, config, str(folder), intake)
 
 
@@ -176,12 +187,13 @@ def load_class_pictures(
     return keep_readable(used, config, str(folder), intake)
 
 
-def pictures_from_folder(
+def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder depend on)
     folder: Path,
     config: DataConfig,
     prompt: str | None,
     intake: Intake,
     column: str | None = None,
+    wording: Wording | None = None,
 ) -> list[Picture]:
     """The pictures of a folder and its sub-folders with their captions, see `read_captions`.
 
@@ -190,26 +202,24 @@ def pictures_from_folder(
     """
     others = (config.instance_data_dir, config.held_out_dir, config.class_data_dir)
     contents = scan_folder(folder, others)
-    captions = read_valid_captions(contents, lambda some: read_captions(some, column), intake)
+    captions = read_valid_captions(
+        contents, lambda some: read_captions(some, column, config.caption_lines), intake
+    )
+    # class pictures have their captions as they are
+    wording = wording or Wording(trigger=config.trigger or "")
     pictures = []
     for path in contents.pictures:
-        repeats, folder_caption = read_repeats(path, folder, intake)
+        repeats, folder_caption = intake.attempt(
+            partial(kohya_repeats, path, folder), (1, None), path
+        )
         fallback = folder_caption if prompt is None else prompt
-        caption = captions.by_picture.get(path, fallback)
-        read = partial(decoding.read_file, path)
-        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats))
+        own = captions.by_picture.get(path, (fallback,))
+        complete = partial(wording.complete_all, own, path.name)
+        first, *others = intake.attempt(complete, own, path)
+        read, depth = partial(decoding.read_file, path), config.bit_depth
+        pictures.append(Picture(str(path), read, first, depth, repeats, tuple(others), wording))
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures, intake)
-
-
-def read_repeats(path: Path, folder: Path, intake: Intake) -> tuple[int, str | None]:
-    """As `kohya_repeats`; once and without a caption where the folder's name is an error that does
-    not end the reading."""
-    try:
-        return kohya_repeats(path, folder)
-    except UserError as error:
-        intake.fail(error, [str(path)])
-    return 1, None
 
 
 def check_captions(pictures: list[Picture], intake: Intake) -> list[Picture]:
@@ -232,19 +242,13 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
         config.dataset_split,
         {"image_column": column, "caption_column": config.caption_column},
     )
-    captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
-    pictures, num_without = [], 0
-    for i, caption in enumerate(captions):
-        if caption is not None and not isinstance(caption, str):
-            raise UserError(
-                f"data.caption_column: {name}[{i}] has {caption!r} in {config.caption_column!r}, "
-                "which is not text"
-            )
-        if not (caption or "").strip():
-            caption = config.instance_prompt
-            num_without += 1
-        read = partial(read_encoded, rows, i, column)
-        pictures.append(Picture(f"{name}[{i}]", read, caption, config.bit_depth))
+    wording, pictures, num_without = Wording.from_config(config), [], 0
+    for i, captions in enumerate(read_row_captions(rows, config)):
+        num_without += not captions
+        own = captions or (config.instance_prompt,)
+        first, *others = wording.complete_all(own, f"{name}[{i}]")
+        read, depth = partial(read_encoded, rows, i, column), config.bit_depth
+        pictures.append(Picture(f"{name}[{i}]", read, first, depth, 1, tuple(others), wording))
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
     if num_without and config.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")

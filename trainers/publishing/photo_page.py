@@ -123,8 +123,9 @@ def photo_facts(report: PhotoReport) -> Iterator[str]:
         yield f"{report.cut_off:.0%} cut off"
     if report.visits:
         yield f"seen {report.visits:.3g} times"
-    counts = [f"{total}/{limit}" for total, limit in report.reading.tokens.values()]
-    if counts:
-        yield f"tokens {', '.join(counts)}"
+    for reading in report.readings:
+        counts = [f"{total}/{limit}" for total, limit in reading.tokens.values()]
+        if counts:
+            yield f"tokens {', '.join(counts)}"
     if report.remarks:
         yield f"! {', '.join(report.remarks)}"
