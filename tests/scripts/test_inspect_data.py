@@ -3,12 +3,12 @@
 import re
 import runpy
 import sys
-from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
 from tests.shared.messy_folder import LEARNT, scene, write_messy_folder
+from tests.shared.photo_pages import Cells, outcomes
 from trainers.config import DataConfig
 from trainers.data.crops import choose_crop
 from trainers.errors import UserError
@@ -41,36 +41,6 @@ def one_photo(tmp_path):
     folder.mkdir()
     scene(1).save(folder / "1.png")
     return folder
-
-
-class Cells(HTMLParser):
-    """The cells of the tables, and the names of the photos that are shown."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.cells, self.names, self.place = [], [], None
-        self.feed(source)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "td":
-            self.place = self.cells
-            self.cells.append("")
-        elif tag == "figcaption":
-            self.place = self.names
-            self.names.append("")
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "figcaption"):
-            self.place = None
-
-    def handle_data(self, data):
-        if self.place:
-            self.place[-1] += data
-
-
-def outcomes(source):
-    cells = Cells(source).cells
-    return {name.partition("/")[2]: text for name, text in zip(*[iter(cells)] * 2, strict=True)}
 
 
 @pytest.mark.parametrize("skips", [False, True])
