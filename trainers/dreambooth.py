@@ -181,7 +181,8 @@ def build(
     family = open_family(config.model, accelerator.device, dtype, shard)
     photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
     cache_folder = data.cache_dir or config.output_dir / CACHE
-    encoder = CachedEncoder(family, cache_folder, data.cache, trained_encoders(family, config))
+    base, trained = family.digests(cache_folder), trained_encoders(family, config)
+    encoder = CachedEncoder(family, cache_folder, data.cache, trained, data.encode_batch_size)
     if data.uses_prior:
         pools.append(prepare_class_pictures(encoder, config, accelerator, intake))
     if data.cache:
@@ -195,5 +196,5 @@ def build(
         names.append("vae")
     family.load(*names, *encoder.loaded_encoders)
     task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    facts = {"base": family.digests(cache_folder), "pictures": describe_pools(pools)}
+    facts = {"base": base, "pictures": describe_pools(pools)}
     return task, batches, facts | {INITIAL_LORA: task.initial_lora}

@@ -111,13 +111,13 @@ class Counted(SD15):
 
     encoded = 0
 
-    def encode_image(self, pixels):
-        self.encoded += 1
-        return super().encode_image(pixels)
+    def encode_images(self, pixels):
+        self.encoded += len(pixels)
+        return super().encode_images(pixels)
 
-    def encode_prompt(self, name, prompt):
-        self.encoded += 1
-        return super().encode_prompt(name, prompt)
+    def encode_ids(self, name, ids):
+        self.encoded += len(ids)
+        return super().encode_ids(name, ids)
 
 
 @pytest.fixture

@@ -69,6 +69,9 @@ class DataConfig(Section):
     cache_dir: PathField | None = field(
         None, "Where encoded pictures are kept; null means OUTPUT_DIR/cache."
     )
+    encode_batch_size: int = field(
+        1, "Pictures of one size, or prompts, that are encoded together.", ge=1, le=1024
+    )
     cache_variants: int = field(4, "Random crops and flips kept for each picture.", ge=1, le=10_000)
     bit_depth: Literal[8, 10, 12, 14, 16] | None = field(
         None, "Bits that gray pictures of 16 bits use, such as 12 of a microscope; null means 16."

@@ -14,6 +14,7 @@ from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
 from trainers.data.decoding import IMAGE_SUFFIXES, read_file, read_storage
 from trainers.data.folders import FolderContents, relative_name
+from trainers.data.picture_memory import PictureMemory
 from trainers.errors import UserError, name_some, warn_on_error
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ class Note:
 
 @dataclass
 class Intake:
-    """Notes and warnings about the data; strict: warnings end the run (data.strict)."""
+    """Notes and warnings about the data; strict: warnings end the run (data.strict).
+
+    memory: what is known of its pictures.
+    """
 
     strict: bool = False
     notes: list[Note] = field(default_factory=list)
     num_reported: int = 0
+    memory: PictureMemory = field(default_factory=PictureMemory)
 
     def note(self, text: str) -> None:
         self.add(Note("note", text))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
+from trainers.data.picture_memory import KnownPicture, PictureFacts
 from trainers.errors import UserError
 
 __all__ = [
@@ -37,21 +38,12 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and micro
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What one decoding of a picture tells; size: width and height in pixels, upright;
-    fingerprint: of its pixels, whatever file holds them."""
-
-    size: tuple[int, int]
-    fingerprint: str
-    storage: decoding.StoredAs
-
-
-@dataclass(frozen=True)
 class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
-    counts among the others.
+    counts among the others; file: what `read` reads, if it is an ordinary file; known: what was
+    found out before.
     """
 
     name: str
@@ -59,15 +51,24 @@ class Picture:
     caption: str
     bit_depth: int | None = None
     repeats: int = 1
+    file: Path | None = None
+    known: KnownPicture | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def digest(self) -> str:
         """Of what decides the pixels."""
-        with self.named_errors():
-            content = hashlib.sha256(self.read())
+        return self.known.digest if self.known else self.content_digest(self.read_named())
+
+    def content_digest(self, data: bytes) -> str:
+        """The digest of a picture of these bytes."""
+        content = hashlib.sha256(data)
         if self.bit_depth is not None:
             content.update(f"bit depth {self.bit_depth}".encode())
         return content.hexdigest()
+
+    def read_named(self) -> bytes:
+        with self.named_errors():
+            return self.read()
 
     @property
     def is_grayscale(self) -> bool:
@@ -76,15 +77,22 @@ class Picture:
 
     @cached_property
     def storage(self) -> decoding.StoredAs:
+        if self.known:
+            return self.known.facts.storage
         with self.named_errors():
             return decoding.read_storage(self.read())
 
     @cached_property
     def facts(self) -> PictureFacts:
         """Raises: UserError, as `decode`."""
-        image = self.decode()
+        return self.known.facts if self.known else self.examine(self.read_named())
+
+    def examine(self, data: bytes) -> PictureFacts:
+        """The facts of a picture of these bytes. Raises: UserError, as `decode`."""
+        with self.named_errors():
+            image, storage = decoding.decode(data, self.bit_depth), decoding.read_storage(data)
         fingerprint = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        return PictureFacts(image.size, fingerprint, self.storage)
+        return PictureFacts(image.size, fingerprint, storage)
 
     @property
     def largest_value(self) -> int:
@@ -113,7 +121,8 @@ class Picture:
 
 
 def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = None) -> Picture:
-    return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
+    read = partial(decoding.read_file, path)
+    return Picture(str(path), read, caption, bit_depth, file=path)
 
 
 def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -184,7 +193,7 @@ def pictures_from_folder(
         fallback = folder_caption if prompt is None else prompt
         caption = captions.by_picture.get(path, fallback)
         read = partial(decoding.read_file, path)
-        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats))
+        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats, path))
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures)
 
@@ -233,24 +242,26 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
 def keep_readable(
     pictures: list[Picture], config: DataConfig, source: str, intake: Intake
 ) -> list[Picture]:
-    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
-    none is left."""
+    """Those that decode, with what is known of them. Raises: UserError for the first that does not
+    (unless skipped), or when none is left."""
 
-    def decoding_error(picture: Picture) -> UserError | None:
+    def examine(picture: Picture) -> Picture | UserError:
         try:
-            picture.facts  # noqa: B018
+            return intake.memory.examine(picture)
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool:
-        errors = list(pool.map(decoding_error, pictures))
-    for error in filter(None, errors):
+        examined = list(pool.map(examine, pictures))
+    result = [picture for picture in examined if isinstance(picture, Picture)]
+    for error in examined:
+        if isinstance(error, Picture):
+            continue
         if not config.skip_corrupt:
             raise UserError(f"{error}, or set data.skip_corrupt=true")
         warnings.warn(f"skipped: {error}", stacklevel=2)
-    if num_skipped := len(errors) - errors.count(None):
+    if num_skipped := len(examined) - len(result):
         intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
-    result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
         raise UserError(
             f"{source} holds no pictures ({', '.join(sorted(decoding.IMAGE_SUFFIXES))})"
