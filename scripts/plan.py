@@ -98,7 +98,7 @@ def print_advice(planner: Planner, path: str, overrides: list[str]) -> None:
     """A table of what fits on cards, for the config's resolution and the usual ones."""
     from trainers.memory_advice import CARDS, MARGIN, advise
 
-    own = load_config(path, overrides, needs_pictures=False).data.resolution
+    own = load_config(path, overrides, needs_pictures=False).data.max_resolution
     sides = sorted({own, *RESOLUTIONS} if own >= min(RESOLUTIONS) else {own})
     print(f"\nOn a card, {MARGIN:.0%} of it left free, in {planner.dtype}:\n")
     print_row(["card", *(f"data.resolution={side}" for side in sides)])

@@ -14,6 +14,7 @@ from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import NOT_USED, read_notes
 from trainers.distributed.trained_weights import trainable_parameters
+from trainers.errors import name_some
 from trainers.from_scratch.image_sets import ImageBatches
 from trainers.publishing.markdown import plain_text
 from trainers.publishing.model_card import card_prompt, lora_readers
@@ -35,13 +36,13 @@ def start_banner(
     num_pictures = 0
     if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
         rows += describe_photos(config, batches)
-        num_pictures = len(batches.drawn_from[0])
+        num_pictures = sum(batches.counts)
     elif isinstance(config, ScratchConfig) and isinstance(batches, ImageBatches):
         num_pictures = len(batches.images)
         rows += [("pictures", f"{num_pictures} of {describe_source(config)}")]
     rows += describe_unused(config)
     rows += [
-        ("resolution", describe_views(config)),
+        ("resolution", describe_views(config, batches)),
         ("trained", describe_weights(config, task)),
         ("steps", describe_steps(config, batches, num_pictures, start)),
         ("batch", describe_batch(batches)),
@@ -93,13 +94,15 @@ def describe_source(config: ScratchConfig) -> str:
     return f"{source}, classes by {data.label_column}" if data.label_column else source
 
 
-def describe_views(config: Config) -> str:
-    """The size of the pictures as they are trained on, and how they are varied."""
+def describe_views(config: Config, batches: Batches) -> str:
+    """The sizes of the pictures as they are trained on, and how they are varied."""
     data = config.data
-    texts = [f"{data.resolution} x {data.resolution}"]
-    if isinstance(config, DreamBoothConfig):
+    if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
+        sizes = [f"{width} x {height}" for width, height in (b.size for b in batches.buckets)]
+        texts = [f"{len(sizes)} sizes: {name_some(sizes, 4)}" if len(sizes) > 1 else sizes[0]]
         texts.append("center crops" if data.center_crop else "random crops")
     else:
+        texts = [f"{data.resolution} x {data.resolution}"]
         texts.append("gray" if data.channels == 1 else "color")
     if data.random_flip:
         texts.append("half of them mirrored")

@@ -160,8 +160,7 @@ class LoadedBase:
         """The digest of the files of each part that decides what the base computes.
 
         Precision and place do not count, nor do other formats beside the weights that are loaded.
-        cache_folder: where the digests of files are remembered, so that they are read once. The
-        keys of the encoder cache have digests too, so this comes before them.
+        cache_folder: where the digests of files are remembered, so that they are read once.
         """
         self.file_digests.load(cache_folder / BASE_DIGESTS_NAME)
         tokenizers = map(tokenizer_name, self.text_encoder_names)

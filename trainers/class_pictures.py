@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from trainers.atomic import aside, write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.data import photo_checks
+from trainers.data.buckets import Size, share_out
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
 from trainers.data.intake import Intake
@@ -35,13 +36,15 @@ DRAWN_FROM = "drawn_from"  # the key of a set's file
 
 def prepare_class_pictures(
     encoder: CachedEncoder,
+    sizes: Mapping[Size, int],
     config: DreamBoothConfig,
     accelerator: Accelerator,
     intake: Intake,
 ) -> list[Picture]:
     """The class pictures of a run: those of the user's own in its folder, and drawn ones.
 
-    intake: is told what is found in the folder, and reports it.
+    sizes: those of the drawn pictures, in this proportion; intake: is told what is found in the
+    folder, and reports it.
     """
     data = config.data
     folder = data.class_data_dir or config.output_dir / CLASS_PICTURES
@@ -49,11 +52,11 @@ def prepare_class_pictures(
     for path in list_image_files(folder):
         (others if is_drawn(path) else own).append(path.name)
     names = own[: data.num_class_images]
-    paths: list[Path] = []
-    if len(own) < data.num_class_images:
-        ending = claim_names(folder, drawn_from(encoder, config))
-        numbers = range(data.num_class_images - len(own))
-        paths = [folder / f"class-{number:05d}{ending}.png" for number in numbers]
+    paths: dict[Path, Size] = {}
+    missing = max(data.num_class_images - len(own), 0)
+    for size, count in share_out(missing, sizes).items():
+        ending = claim_names(folder, drawn_from(encoder, config, size))
+        paths |= {folder / f"class-{number:05d}{ending}.png": size for number in range(count)}
     drawn = {path.name for path in paths}
     num_unused = len(set(others) - drawn)
     if own or num_unused:
@@ -61,7 +64,7 @@ def prepare_class_pictures(
             f"class pictures in {folder}: {len(names)} of your own and {len(drawn)} drawn by the "
             f"base; {num_unused} more were drawn for other runs and are not used"
         )
-    pending = [path for path in paths if not path.exists()]
+    pending = {path: size for path, size in paths.items() if not path.exists()}
     draw_pictures(encoder, config, pending, accelerator)
     for path in paths:
         if not path.with_suffix(".txt").exists():
@@ -71,13 +74,13 @@ def prepare_class_pictures(
     return pictures
 
 
-def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig) -> dict[str, Any]:
+def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig, size: Size) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
     family, validation = encoder.family, config.validation
     return {
         "prompts": config.data.class_prompts,
         "negative_prompt": validation.negative_prompt,
-        "resolution": config.data.resolution,
+        "resolution": size[0] if size[0] == size[1] else list(size),
         "num_inference_steps": validation.num_inference_steps,
         "guidance_scale": validation.guidance_scale,
         "seed": "the number of the picture",
@@ -151,9 +154,12 @@ def picture_number(path: Path) -> int:
 
 
 def draw_pictures(
-    encoder: CachedEncoder, config: DreamBoothConfig, pending: list[Path], accelerator: Accelerator
+    encoder: CachedEncoder,
+    config: DreamBoothConfig,
+    pending: Mapping[Path, Size],
+    accelerator: Accelerator,
 ) -> None:
-    """Draw the pictures that are missing, shared among the processes.
+    """Draw the pictures that are missing, each in its size, shared among the processes.
 
     Picture i has its own noise and prompt, whoever draws it.
     """
@@ -162,8 +168,8 @@ def draw_pictures(
         encoder.fill([], prompts, accelerator)
     accelerator.wait_for_everyone()
     # first each process's own share, then what it does not see, where disks are not shared
-    for assigned in (own_items(pending, accelerator), pending):
-        missing = [path for path in assigned if not path.exists()]
+    for assigned in (own_items([*pending], accelerator), pending):
+        missing = {path: pending[path] for path in assigned if not path.exists()}
         if missing:
             draw(encoder, config, missing, accelerator)
         accelerator.wait_for_everyone()
@@ -172,16 +178,17 @@ def draw_pictures(
 def draw(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
-    missing: Sequence[Path],
+    missing: Mapping[Path, Size],
     accelerator: Accelerator,
 ) -> None:
     """Load the pipeline, write class pictures, and unload it."""
     family = encoder.family
     family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
     family.apply_memory_options()
-    for path in track(missing, "class pictures", disable=not accelerator.is_main_process):
+    is_quiet = not accelerator.is_main_process
+    for path, size in track(missing.items(), "class pictures", disable=is_quiet):
         prompt, number = picture_prompt(path, config), picture_number(path)
-        settings = config.validation, number, config.data.resolution, encoder.encoder_outputs
+        settings = config.validation, number, size, encoder.encoder_outputs
         picture = sample_picture(family, prompt, *settings)
         # another run with the same set may have been faster, and may be reading its picture
         if not path.exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -10,22 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trainers.class_pictures import prepare_class_pictures
 from trainers.config import DreamBoothConfig
-from trainers.data import photo_checks
-from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
-from trainers.data.encoder_cache import CachedEncoder, fill_cache
+from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.rng import SampleRng, derive_seed
-from trainers.data.sampler import BatchSlice
 from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
+from trainers.encoded_pictures import prepare_batches
 from trainers.families import Family
 from trainers.families.sampling import write_samples
-from trainers.families.trainable import TrainableDenoiser, trained_encoders
+from trainers.families.trainable import TrainableDenoiser
 from trainers.lora import export, initial, proof
 from trainers.publishing import model_card
-from trainers.run_folder import CACHE, FINAL, PIPELINE, SAMPLES
+from trainers.run_folder import FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import INITIAL_LORA, Facts, describe_pools
 from trainers.training.loop import StepMetrics, averaged_weights, make_player
 
@@ -39,7 +37,7 @@ class DreamBooth:
         self,
         family: Family,
         batches: DreamBoothBatches,
-        held_out: DreamBoothBatches | None,
+        held_out: Sequence[DreamBoothBatches],
         config: DreamBoothConfig,
         accelerator: Accelerator,
     ) -> None:
@@ -49,7 +47,8 @@ class DreamBooth:
         self.batches, self.held_out_batches = batches, held_out
         self.config, self.accelerator = config, accelerator
         self.attention = config.train.attention
-        self.objective = family.make_objective(config.objective, config.data.resolution)
+        # of one shape of latents: the shift of a flow depends on it
+        self.objective = lru_cache(partial(family.make_objective, config.objective))
         # LoRA draws its start from the global generator
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.module = TrainableDenoiser(family, encoder.trained_encoders)
@@ -68,20 +67,22 @@ class DreamBooth:
     def losses(self, batch: dict, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """Yield the weighted squared error; `DreamBoothBatches` gives the shapes in `batch`."""
         x0, eps, t = self.draw_inputs(batch, rng)
-        x_t = self.objective.corrupt(x0, eps, t)
+        objective = self.objective(x0.shape[-2:])
+        x_t = objective.corrupt(x0, eps, t)
         if self.family.modulation and self.module.training:
             key, upcoming = (rng.step, rng.rows[0]), self.upcoming_inputs(rng.step)
             with self.accelerator.autocast():
                 self.family.modulation.use(key, self.module, upcoming)
         prediction = self.players["denoiser"].module(x_t, t, batch["text"])
         # (B,); a named difference would stay in memory until the backward pass is over
-        error = (prediction.float() - self.objective.target(x0, eps, t)).square().mean((1, 2, 3))
-        yield "denoiser", (batch["weight"] * self.objective.weight(t) * error).sum()
+        error = (prediction.float() - objective.target(x0, eps, t)).square().mean((1, 2, 3))
+        yield "denoiser", (batch["weight"] * objective.weight(t) * error).sum()
 
     def draw_inputs(self, batch: dict, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
         """Draw x0 and eps (B, C, h, w), and t (B,)."""
         x0 = self.family.latents(batch["moments"], rng)
-        return x0, self.objective.noise(x0, rng), self.objective.times(rng)
+        objective = self.objective(x0.shape[-2:])
+        return x0, objective.noise(x0, rng), objective.times(rng)
 
     def upcoming_inputs(self, first: int) -> Iterator[tuple[Hashable, tuple]]:
         """The key and the denoiser's inputs of this process's micro-batches from step `first`."""
@@ -99,7 +100,7 @@ class DreamBooth:
         losses = []
         self.module.eval()
         with averaged_weights(self):
-            for batch, rng in self.held_out_batches(0):
+            for batch, rng in chain(*(part(0) for part in self.held_out_batches)):
                 losses += [loss for _, loss in self.losses(batch, rng)]
         self.module.train()
         metrics["held_out_loss"] = torch.stack(losses).mean()
@@ -138,7 +139,7 @@ class DreamBooth:
         text = self.encoder.text_inputs(prompt)
         module = self.players["denoiser"].module
         unwrapped = self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        return proof.probe_denoiser(self.family, self.config.data.resolution, text, unwrapped)
+        return proof.probe_denoiser(self.family, self.config.data.max_resolution, text, unwrapped)
 
     def finish(self, steps: int) -> None:
         """Save, prove that the file reloads, sample from it and write the card."""
@@ -175,26 +176,15 @@ def build(
 
     Encoders and denoiser are never in memory together, unless the encoders train.
     """
-    data = config.data
-    intake, pools, held_out = photo_checks.load_photos(config, accelerator)
     dtype = deepspeed.compute_dtype(accelerator) if config.lora else torch.float32
     family = open_family(config.model, accelerator.device, dtype, shard)
-    photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
-    cache_folder = data.cache_dir or config.output_dir / CACHE
-    base, trained = family.digests(cache_folder), trained_encoders(family, config)
-    encoder = CachedEncoder(family, cache_folder, data.cache, trained, data.encode_batch_size)
-    if data.uses_prior:
-        pools.append(prepare_class_pictures(encoder, config, accelerator, intake))
-    if data.cache:
-        fill_cache(encoder, [*chain(*pools), *held_out], config, accelerator)
-    batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
-    batches = DreamBoothBatches(pools, encoder, data, batch_slice, accelerator.device)
-    held_out_part = held_out_batches(held_out, encoder, config, accelerator.device)
+    batches, held_out = prepare_batches(family, config, accelerator)
     names = [family.denoiser_name]
     # validation decodes pictures, and without a cache each step encodes them
-    if config.validation.prompts or not data.cache:
+    if config.validation.prompts or not config.data.cache:
         names.append("vae")
-    family.load(*names, *encoder.loaded_encoders)
-    task = DreamBooth(family, batches, held_out_part, config, accelerator)
-    facts = {"base": base, "pictures": describe_pools(pools)}
+    family.load(*names, *batches.encoder.loaded_encoders)
+    task = DreamBooth(family, batches, held_out, config, accelerator)
+    base = family.digests(batches.encoder.cache.folder)
+    facts = {"base": base, "pictures": describe_pools(batches.pools)}
     return task, batches, facts | {INITIAL_LORA: task.initial_lora}

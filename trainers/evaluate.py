@@ -69,7 +69,7 @@ def evaluate(
     training, out = load_instance_pictures(config.data), evaluation_folder(weights)
     photo_folder = options.photos or config.data.held_out_dir
     photos = load_held_out_photos(photo_folder, training) if photo_folder else training
-    prompt_seeds, size = plan_samples(config, training, options), config.data.resolution
+    prompt_seeds, size = plan_samples(config, training, options), config.data.max_resolution
     prompts = {row: [prompt for prompt, _ in seeds] for row, seeds in prompt_seeds.items()}
     shutil.rmtree(out, ignore_errors=True)
     export_folder = out if options.checkpoints else None
@@ -106,7 +106,7 @@ def evaluate(
 
 def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
     """The photos as (N, 3, size, size), cut at their center."""
-    return torch.stack([Crop(size)(photo.decode()) for photo in photos])
+    return torch.stack([Crop.square(size)(photo.decode()) for photo in photos])
 
 
 def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:

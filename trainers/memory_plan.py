@@ -126,7 +126,7 @@ def training_peak(
         add_lora(family, config.lora, ())
     enable_checkpointing(denoiser, config.train.gradient_checkpointing)
     rows = config.train.train_batch_size * (2 if config.data.uses_prior else 1)
-    side = config.data.resolution // family.vae_scale_factor
+    side = config.data.max_resolution // family.vae_scale_factor
     with FakeTensorMode(allow_non_fake_inputs=True):
         condition = encode_nothing(family, rows)
         with MemoryMeter() as meter:
@@ -195,7 +195,7 @@ class SimulatedTask:
 
 def encoding_peak(family: Family, config: DreamBoothConfig) -> int:
     """The peak of the largest encoder, of the autoencoder with its activations."""
-    pixels = (1, 3, config.data.resolution, config.data.resolution)
+    pixels = (1, 3, config.data.max_resolution, config.data.max_resolution)
     vae = family.new_meta_model("vae")
     peaks = [peak_of_call(vae, lambda vae: vae.encode(torch.empty(pixels)))]
     for name in family.text_encoder_names:
@@ -204,7 +204,7 @@ def encoding_peak(family: Family, config: DreamBoothConfig) -> int:
 
 
 def decoding_peak(family: Family, config: DreamBoothConfig) -> int:
-    side = config.data.resolution // family.vae_scale_factor
+    side = config.data.max_resolution // family.vae_scale_factor
     latents = (1, family.vae_config["latent_channels"], side, side)
     return peak_of_call(family.new_meta_model("vae"), lambda vae: vae.decode(torch.empty(latents)))
 

@@ -74,8 +74,9 @@ def overhead(
     batch, rng = next(iter(batches(0)))
     with torch.no_grad():
         x0 = task.family.latents(batch["moments"], rng)
-        eps, t = rng.normal(x0.shape), task.objective.times(rng)
-        x_t, target = task.objective.corrupt(x0, eps, t), task.objective.target(x0, eps, t)
+        objective = task.objective(x0.shape[-2:])
+        eps, t = rng.normal(x0.shape), objective.times(rng)
+        x_t, target = objective.corrupt(x0, eps, t), objective.target(x0, eps, t)
     module = task.players["denoiser"].module
     optimizer = torch.optim.AdamW(trainable_parameters(task.module).values(), lr=1e-4, fused=True)
     rate = make_lr_schedule(settings.optimizer, settings.train.max_train_steps)

@@ -72,10 +72,10 @@ def move_from_zero(parameters: Parameters) -> None:
 def first_pixels(settings: DreamBoothConfig, batches: DreamBoothBatches) -> Tensor:
     """The photos (B, 3, S, S) of the first batch, as the task cuts them."""
     pictures = {picture.name: picture for picture in batches.pools[0]}
-    pixels = []
+    pixels, size = [], batches.bucket(0)[0].size
     for name in batches.sample_names(0)[0]:
         picture = pictures[name]
-        pixels.append(choose_crop(picture, 0, settings.data)(picture.decode()))
+        pixels.append(choose_crop(picture, 0, size, settings.data)(picture.decode()))
     return torch.stack(pixels)
 
 
@@ -101,7 +101,8 @@ def reference_step(
     pipe.to(device)
     with torch.no_grad():
         x0 = draw_latents(pipe, pixels, rng)
-        eps, t = rng.normal(x0.shape), task.objective.times(rng)
+        objective = task.objective(x0.shape[-2:])
+        eps, t = rng.normal(x0.shape), objective.times(rng)
         length = settings.model.max_sequence_length
         rows = [step.encode(pipe, family, PROMPT, length) for _ in x0]
         text = [torch.cat(parts) for parts in zip(*rows, strict=True)]

@@ -19,12 +19,12 @@ from trainers.config.importers import (
 from trainers.config.importers.base import (
     Choice,
     Rule,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
     same,
+    sides,
 )
 
 EXAMPLES = ROOT / "tests/shared/foreign_configs"
@@ -64,7 +64,7 @@ DIFFERENCES: dict[Callable, str] = {
     is_on: "",
     only_if_on: "only where it is on",
     positive: "only where it is more than 0",
-    first_number: "one side, of squares",
+    sides: "the side of a square with the same area",
 }
 PAGE = """# Coming from {title}
 

@@ -17,6 +17,7 @@ EXPECTED = {
         "lora.rank": 32,
         "lora.alpha": 16,
         "data.resolution": 512,
+        "data.buckets": True,
         "objective.snr_gamma": 5,
         "optimizer.name": "adamw_8bit",
         "optimizer.learning_rate": 1e-4,
@@ -31,7 +32,7 @@ EXPECTED = {
         "model.quantization": "int8",
         "lora.alpha": 8,
         "data.instance_prompt": "p3r5on",
-        "data.resolution": 1024,
+        "data.resolution": [512, 768, 1024],
         "data.caption_dropout": 0.05,
         "train.ema_decay": 0.99,
         "validation.prompts": ["p3r5on in a cafe", "a bear builds a cabin"],
@@ -73,7 +74,7 @@ EXPECTED = {
     },
 }
 LEFT_OVER = {
-    "sd_scripts.toml": {"enable_bucket", "shuffle_caption", "keep_tokens"},
+    "sd_scripts.toml": {"shuffle_caption", "keep_tokens"},
     "ai_toolkit.yaml": {"datasets.shuffle_tokens"},
     "simpletuner.json": set(),
     "onetrainer.json": {"masked_training"},

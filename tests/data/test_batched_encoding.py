@@ -57,7 +57,7 @@ def test_views_come_in_their_order_and_a_picture_is_decoded_once_for_some_of_the
 
     pictures = load_instance_pictures(settings().data)
     monkeypatch.setattr(Picture, "decode", decode)
-    crops = [Crop(16, left, top) for left in (0.0, 0.5, 1.0) for top in (0.0, 1.0)]
+    crops = [Crop(16, 16, left, top) for left in (0.0, 0.5, 1.0) for top in (0.0, 1.0)]
     views = [(picture, crop) for picture in pictures for crop in crops]
     pixels = list(decode_views(views))
     assert len(decoded) == 2 * len(pictures)
@@ -109,7 +109,7 @@ def test_batches_encode_as_one_by_one_within_rounding(settings, tmp_path, family
     """Sums over other blocks: a relative error of some 1e-6 was measured."""
     config = settings(family=family)
     pictures = load_instance_pictures(config.data)
-    views = [(picture, Crop(side)) for side in (16, 24) for picture in pictures]
+    views = [(picture, Crop.square(side)) for side in (16, 24) for picture in pictures]
     prompts = ["a b c", "", "d", "e f", "g h i j"]
     encoders = []
     for size in (1, 4):

@@ -1,12 +1,12 @@
 """Which picture, variant and caption a row has depends on (seed, step, row) alone."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
-import torch
 
+from tests.shared.fake_pictures import Fake, fake
 from tests.shared.pictures import data
+from trainers.data.buckets import Bucket
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
@@ -16,33 +16,17 @@ from trainers.data.sampler import BatchSlice
 
 def test_a_variant_depends_on_content_and_number_only():
     free, many = data(center_crop=False, random_flip=True), [fake(i) for i in range(400)]
+    size = (512, 512)
     renamed = Picture("other name", many[0].read, "other caption")
     assert (
-        choose_crop(renamed, 0, free)
-        == choose_crop(many[0], 0, free)
-        != choose_crop(many[0], 1, free)
+        choose_crop(renamed, 0, size, free)
+        == choose_crop(many[0], 0, size, free)
+        != choose_crop(many[0], 1, size, free)
     )
-    crops = [choose_crop(p, 0, free) for p in many]
+    crops = [choose_crop(p, 0, size, free) for p in many]
     assert len({(v.left, v.top) for v in crops}) == 400
     assert 0.4 < sum(v.flip for v in crops) / 400 < 0.6
-    assert {choose_crop(p, 0, data()) for p in many} == {Crop(512)}
-
-
-def fake(i, caption="caption"):
-    return Picture(f"{i}", partial(str.encode, f"{i}"), caption)
-
-
-class Fake:
-    """Stands for the encoders: moments tell the picture and its view, conditions tell the
-    prompt."""
-
-    def moments(self, picture, crop):
-        return torch.tensor(
-            [int(picture.digest[:12], 16), crop.left, crop.top, crop.flip], dtype=torch.float64
-        )
-
-    def text_inputs(self, prompt):
-        return {"text": torch.tensor([len(prompt)])}
+    assert {choose_crop(p, 0, size, data()) for p in many} == {Crop(512, 512)}
 
 
 POOLS = [[fake(i, "i" * (i + 1)) for i in range(5)], [fake(i, "c" * i) for i in range(10, 17)]]
@@ -50,9 +34,9 @@ VARIED = data(center_crop=False, random_flip=True, caption_dropout=0.3, prior_lo
 
 
 def batches(size=2, accumulation=1, rank=0, world=1, settings=VARIED, pools=POOLS, seed=0):
-    return DreamBoothBatches(
-        pools, Fake(), settings, BatchSlice(seed, size, accumulation, rank, world)
-    )
+    batch_slice = BatchSlice(seed, size, accumulation, rank, world)
+    buckets = [Bucket((512, 512), pools)]
+    return DreamBoothBatches(pools, Fake(), settings, batch_slice, buckets)
 
 
 def samples(source, step):

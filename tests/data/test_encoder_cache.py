@@ -137,19 +137,19 @@ def picture(content):
 
 def both(encoder):
     return {
-        "image": encoder.image_key(picture(b"a"), Crop(16)),
+        "image": encoder.image_key(picture(b"a"), Crop(16, 16)),
         "prompt": encoder.prompt_key("text_encoder", "a"),
     }
 
 
+CHANGES = [{}, {"width": 24}, {"height": 24}, {"left": 0}, {"top": 0}, {"flip": True}]
+
+
 def test_a_pictures_key_depends_on_its_bytes_and_its_view(encoder):
-    key, plain = encoder().image_key, Crop(16)
-    crops = [
-        replace(plain, **change)
-        for change in ({}, {"size": 24}, {"left": 0}, {"top": 0}, {"flip": True})
-    ]
+    key, plain = encoder().image_key, Crop(16, 16)
+    crops = [replace(plain, **change) for change in CHANGES]
     keys = {key(picture(content), crop) for content in (b"a", b"b") for crop in crops}
-    assert len(keys) == 10
+    assert len(keys) == 12
     assert key(Picture("renamed", partial(bytes, b"a"), "other caption"), plain) == key(
         picture(b"a"), plain
     )
@@ -202,7 +202,7 @@ def test_a_prompts_key_depends_on_the_precision_and_a_pictures_does_not(encoder)
 
 # Filling
 
-VIEWS = [Crop(16), Crop(16, flip=True)]
+VIEWS = [Crop(16, 16), Crop(16, 16, flip=True)]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainers.config import AutoencoderConfig, DataConfig, DreamBoothConfig, UNetConfig
-from trainers.data.dreambooth_batches import repeat_pictures
+from trainers.data.buckets import BucketRule, repeat_pictures
 from trainers.data.intake import Intake
 from trainers.data.photo_checks import load_photos
 from trainers.data.pictures import load_instance_pictures
@@ -37,7 +37,8 @@ def notes(tmp_path, **keys):
     """The notes of a run on the folder of photos, and those of them that are warnings."""
     data = {"instance_data_dir": tmp_path / "photos", "instance_prompt": "p", "resolution": 8}
     config = DreamBoothConfig(data={**data, **keys})
-    intake, _, _ = load_photos(config, SimpleNamespace(num_processes=1))
+    rule = BucketRule.from_config(config)
+    intake, _, _ = load_photos(config, SimpleNamespace(num_processes=1), rule)
     warnings = [note.text for note in intake.notes if note.level == "warning"]
     return "\n".join(note.text for note in intake.notes), "\n".join(warnings)
 

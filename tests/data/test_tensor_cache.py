@@ -125,7 +125,7 @@ def test_bits_that_rot_unseen_are_never_used_and_are_encoded_again(settings, pho
         encoder.fill([view], [], Accelerator(cpu=True))
         return encoder
 
-    view = load_instance_pictures(settings().data)[0], Crop(16)
+    view = load_instance_pictures(settings().data)[0], Crop.square(16)
     encoder = fill()
     good = encoder.moments(*view)
     path = encoder.cache.path(encoder.image_key(*view))

@@ -52,14 +52,16 @@ def test_the_held_out_loss_has_the_same_times_and_noise_at_every_step(settings, 
     run(still)
     assert len(set(held_out_losses(still))) == 1
     task, _, _ = dreambooth.build(still, Accelerator(cpu=True))
-    rows = list(task.held_out_batches(0))
+    (held_out,) = task.held_out_batches
+    rows = list(held_out(0))
     errors = []
     for batch, rng in rows:
         x0 = task.family.latents(batch["moments"], rng)
-        eps = task.objective.noise(x0, rng)
-        t = task.objective.times(rng)
+        objective = task.objective(x0.shape[-2:])
+        eps = objective.noise(x0, rng)
+        t = objective.times(rng)
         with torch.no_grad():
-            predicted = task.module(task.objective.corrupt(x0, eps, t), t, batch["text"])
+            predicted = task.module(objective.corrupt(x0, eps, t), t, batch["text"])
         errors.append(F.mse_loss(predicted, eps))
     assert held_out_losses(still)[0] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
     assert len(rows) == 8

@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainers import dreambooth, evaluate
 from trainers.config import DataConfig, DreamBoothConfig
+from trainers.data.buckets import BucketRule
 from trainers.data.intake import INTAKE_NAME, Intake, check_batch_size
 from trainers.data.photo_checks import check_lengths, load_photos
 from trainers.data.pictures import load_class_pictures, load_instance_pictures
@@ -39,7 +40,8 @@ def notes(tmp_path, train=None, num_processes=1, **keys):
     """The notes of a run on the folder of photos, and those of them that are warnings."""
     data = {"instance_data_dir": tmp_path / "photos", "instance_prompt": "p", "resolution": 8}
     config = DreamBoothConfig(data={**data, **keys}, train=train or {})
-    intake, _, _ = load_photos(config, SimpleNamespace(num_processes=num_processes))
+    processes, rule = SimpleNamespace(num_processes=num_processes), BucketRule.from_config(config)
+    intake, _, _ = load_photos(config, processes, rule)
     warnings = [note.text for note in intake.notes if note.level == "warning"]
     return "\n".join(note.text for note in intake.notes), "\n".join(warnings)
 
@@ -89,16 +91,35 @@ def test_a_photo_smaller_than_the_resolution_is_a_warning(put, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "level"), [((10, 10), ""), ((12, 9), "note"), ((16, 9), "warning")]
+    ("size", "level"), [((10, 10), ""), ((12, 8), "note"), ((16, 9), "warning")]
 )
 def test_what_the_crop_leaves_out_is_said_as_a_share(put, tmp_path, size, level):
     put("0.png", size), put("1.png", (10, 10))
-    found, warnings = notes(tmp_path)
+    found, warnings = notes(tmp_path, buckets=False)
     share = 1 - min(size) / max(size)
     text = f"lose {share / 2:.0%} on average and up to {share:.0%} (0.png)"
     assert (text in found) == bool(level)
     assert (text in warnings) == (level == "warning")
-    assert "lose" not in notes(tmp_path, center_crop=False)[0]
+    assert "lose" not in notes(tmp_path, center_crop=False, buckets=False)[0]
+
+
+def test_what_no_bucket_can_hold_is_said_as_a_share(put, tmp_path):
+    put("0.png", (600, 100)), put("1.png", (300, 200))
+    found, warnings = notes(tmp_path, resolution=128)
+    # 6 to 1 is cut to 4 to 1
+    assert "more than 4 times as long as wide" in found
+    assert "up to 33% (0.png)" in found
+    assert "lose" not in warnings
+    assert "are learnt as 152 x 104 (1), 256 x 64 (1)" in found
+
+
+def test_a_photo_that_may_not_be_enlarged_so_far_is_a_warning(put, tmp_path):
+    put("0.png", (60, 60)), put("1.png", (100, 100))
+    warnings = notes(tmp_path, resolution=128, max_upscale=1.6)[1]
+    assert (
+        "too small for data.resolution=128 by data.max_upscale=1.6: 0.png (60 x 60) as" in warnings
+    )
+    assert "1.png" not in warnings.split("too small")[1]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def drawn(monkeypatch):
     def draw(family, prompt, validation, number, size, encode):
         prompts.append((prompt, number))
         color = (sum(prompt.encode()) % 256, number, int(validation.guidance_scale))
-        return Image.new("RGB", (size, size), color)
+        return Image.new("RGB", size, color)
 
     monkeypatch.setattr(class_pictures, "sample_picture", draw)
     return prompts
@@ -37,7 +37,7 @@ def prepare(drawn, tmp_path):
     """A function: overrides, digests of the base -> the run's class pictures by file name."""
     accelerator = Accelerator(cpu=True)
 
-    def call(*overrides, digests=DIGESTS, **data):
+    def call(*overrides, digests=DIGESTS, sizes=None, **data):
         data = {"class_prompt": "a dog", "num_class_images": 3, "resolution": 16} | data
         tree = {"data": {"class_data_dir": str(tmp_path / "class"), "cache": False, **data}}
         tree["output_dir"] = str(tmp_path / "run")
@@ -60,7 +60,9 @@ def prepare(drawn, tmp_path):
             loaded_encoders=(),
             encoder_outputs=None,
         )
-        pictures = prepare_class_pictures(encoder, config, accelerator, Intake())
+        side = config.data.max_resolution
+        sizes = sizes or {(side, side): 1}
+        pictures = prepare_class_pictures(encoder, sizes, config, accelerator, Intake())
         return {os.path.basename(p.name): (p.digest, p.caption) for p in pictures}
 
     return call
@@ -105,6 +107,23 @@ def test_what_does_not_decide_the_pictures_draws_none_anew(prepare, drawn):
     more = prepare(("optimizer", {"learning_rate": 1e-3}), num_class_images=5)
     assert first.items() < more.items()
     assert [number for _, number in drawn] == [0, 1, 2, 3, 4]
+
+
+def test_class_pictures_have_the_sizes_of_the_photos_in_proportion(prepare, drawn, tmp_path):
+    def sizes(names):
+        found = []
+        for name in names:
+            with Image.open(tmp_path / "class" / name) as image:
+                found.append(image.size)
+        return sorted(found)
+
+    first = prepare(sizes={(24, 16): 4, (16, 24): 2}, num_class_images=6)
+    assert sizes(first) == [(16, 24)] * 2 + [(24, 16)] * 4
+    # another photo: nothing is drawn anew but what is missing
+    second = prepare(sizes={(24, 16): 4, (16, 24): 4}, num_class_images=6)
+    assert sizes(second) == [(16, 24)] * 3 + [(24, 16)] * 3
+    assert len(drawn) == 7
+    assert len(first.items() & second.items()) == 5
 
 
 def test_what_is_lost_is_drawn_again_under_its_name_and_nothing_else(prepare, drawn, tmp_path):

@@ -57,7 +57,7 @@ def make_family():
         denoiser_name = "unet"
         probe_time = 500
 
-        def make_objective(self, config, resolution):
+        def make_objective(self, config, latent_size):
             return DDPM(self.pipe.scheduler.alphas_cumprod, snr_gamma=config.snr_gamma)
 
         def encode_text(self, name, ids):

@@ -34,21 +34,25 @@ def test_predictions_equal_the_pipelines(settings, pipes, name, size):
 
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("shift", ["auto", "none", "2.5"])
-def test_times_are_shifted_as_the_pipelines_at_the_training_size(settings, pipes, name, shift):
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 16)])
+def test_times_are_shifted_as_the_pipelines_at_the_training_size(
+    settings, pipes, name, shift, height, width
+):
     config = settings(
         f"objective.shift={shift}", "objective.density=uniform", "data.resolution=32", family=name
     )
     grid, pipe = [0.9, 0.5, 0.1], pipes[name]
     pipe(
         "a",
-        height=32,
-        width=32,
+        height=height,
+        width=width,
         num_inference_steps=3,
         sigmas=grid,
         guidance_scale=1,
         output_type="latent",
     )
-    times = whole(config).make_objective(config.objective, 32).times(Given(torch.tensor(grid)))
+    objective = whole(config).make_objective(config.objective, (height // 2, width // 2))
+    times = objective.times(Given(torch.tensor(grid)))
     g = torch.tensor(grid)
     expected = {"auto": pipe.scheduler.sigmas[:-1], "none": g, "2.5": 2.5 * g / (1 + 1.5 * g)}
     torch.testing.assert_close(times, expected[shift])
@@ -58,13 +62,13 @@ def test_every_objective_key_reaches_the_objective(settings):
     flow = {"density": "mode", "logit_mean": 0.3, "logit_std": 0.4, "mode_scale": 0.5, "shift": 2.0}
     flow |= {"weighting": "cosmap", "precondition": True, "stratified": False}
     config = settings(*(f"objective.{key}={value}" for key, value in flow.items()), family="sd3")
-    assert whole(config).make_objective(config.objective, 16) == RectifiedFlow(**flow)
+    assert whole(config).make_objective(config.objective, (8, 8)) == RectifiedFlow(**flow)
     ddpm = {"snr_gamma": 2.0, "noise_offset": 0.2, "stratified": False}
     config = settings(*(f"objective.{key}={value}" for key, value in ddpm.items()))
-    objective = whole(config).make_objective(config.objective, 16)
+    objective = whole(config).make_objective(config.objective, (8, 8))
     assert objective == DDPM(objective.abar, **ddpm)
     config = settings("objective.debiased=true")
-    assert whole(config).make_objective(config.objective, 16).debiased
+    assert whole(config).make_objective(config.objective, (8, 8)).debiased
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -128,4 +132,4 @@ def test_schnell_trains_only_on_request(settings, tmp_path):
     with torch.no_grad():
         ours = family.predict(family.denoiser, x_t, t, conditioned(family, "a b c", "a b c"))
     torch.testing.assert_close(ours, v)
-    assert family.make_objective(config.objective, 16).shift == 1.0
+    assert family.make_objective(config.objective, (8, 8)).shift == 1.0

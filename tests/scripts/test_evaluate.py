@@ -80,7 +80,7 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
 
     fresh = FAMILIES[family](config.model)
     fresh.load("vae", fresh.denoiser_name, *fresh.text_encoder_names)
-    plain = sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes()
+    plain = sample_picture(fresh, "a b c", config.validation, 0, (16, 16)).tobytes()
     assert (
         png(generated / "base/subject-00.png")
         == png(generated / "strength-0.00/subject-00.png")
@@ -110,7 +110,7 @@ def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypat
     assert result["best"] == "step-000003"
     check_best(folder, short)
     fresh.pipe.load_lora_weights(folder / "best")
-    assert sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes() == third
+    assert sample_picture(fresh, "a b c", config.validation, 0, (16, 16)).tobytes() == third
     check_memorisation(folder, result["memorisation"])
 
 
@@ -123,7 +123,7 @@ def test_a_base_under_dora_is_the_base(settings):
     )
     fresh = FAMILIES["sd15"](config.model)
     fresh.load("vae", "unet", "text_encoder")
-    plain = sample_picture(fresh, "a b c", config.validation, 0, 16).tobytes()
+    plain = sample_picture(fresh, "a b c", config.validation, 0, (16, 16)).tobytes()
     assert png(config.output_dir / "evaluation/base/subject-00.png") == plain
     assert png(config.output_dir / "evaluation/final/subject-00.png") != plain
 

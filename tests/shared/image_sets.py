@@ -17,6 +17,16 @@ def write_photos(folder, seed=0):
     return folder
 
 
+def write_shapes(folder, seed=0):
+    """Six pictures of noise: portraits, landscapes and a square."""
+    r = np.random.default_rng(seed)
+    sizes = [(24, 40), (40, 24), (32, 32), (25, 44), (60, 33), (26, 40)]
+    for i, (width, height) in enumerate(sizes):
+        picture = r.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    return folder
+
+
 def write_bars(folder):
     """train.parquet and test.parquet: a bar in the upper half of 16 px is class 0, else 1."""
     rng = np.random.default_rng(0)
@@ -59,6 +69,11 @@ def photos(tmp_path_factory):
 def other_photos(tmp_path_factory):
     """Photos that no run of a test learns from."""
     return write_photos(tmp_path_factory.mktemp("other_photos"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
 
 
 @pytest.fixture(scope="session")

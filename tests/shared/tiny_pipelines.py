@@ -140,7 +140,7 @@ def make_sd3() -> StableDiffusion3Pipeline:
         joint_attention_dim=32,
         caption_projection_dim=16,
         pooled_projection_dim=24,
-        pos_embed_max_size=8,
+        pos_embed_max_size=16,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )

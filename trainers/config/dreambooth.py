@@ -124,8 +124,8 @@ class DreamBoothConfig(Config):
         yield from super().memory_suggestions()
         yield from self.activation_suggestions()
         yield from self.weight_suggestions()
-        if self.data.resolution > 64:
-            yield f"data.resolution={self.data.resolution * 3 // 4 // 16 * 16}: less detail"
+        if self.data.max_resolution > 64:
+            yield f"data.resolution={self.data.max_resolution * 3 // 4 // 16 * 16}: less detail"
 
     def activation_suggestions(self) -> Iterator[str]:
         """Settings with which fewer activations are kept for the backward pass."""

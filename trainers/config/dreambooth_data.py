@@ -18,6 +18,7 @@ from trainers.config.bounds import (
 )
 
 Prompts = Annotated[list[Prompt], Field(max_length=1000)]
+Resolutions = Annotated[list[Pixels], Field(min_length=1, max_length=8)]
 
 
 class DataConfig(Section):
@@ -57,7 +58,21 @@ class DataConfig(Section):
         le=1_000_000,
     )
     prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
-    resolution: Pixels = field(512, "Side of the training pictures in pixels; a multiple of 8.")
+    resolution: Pixels | Resolutions = field(
+        512,
+        "Side in pixels of a square with the area of the training pictures; several train each "
+        "picture at several areas.",
+    )
+    buckets: bool = field(
+        True,
+        "Train pictures in sizes of about their own shape; false cuts them to squares.",
+    )
+    max_upscale: float = field(
+        2.0,
+        "How far a picture may be enlarged; smaller ones are trained at a smaller area.",
+        ge=1,
+        le=100,
+    )
     center_crop: bool = field(True, "Crop at the center; false crops at random.")
     random_flip: bool = field(False, "Mirror half of the pictures.")
     caption_dropout: Probability = field(
@@ -80,6 +95,17 @@ class DataConfig(Section):
         False, "Leave unreadable pictures out with a warning instead of stopping."
     )
     strict: bool = field(False, "Warnings about the data end the run before it trains.")
+
+    @property
+    def resolutions(self) -> list[int]:
+        """The sides of the squares whose areas are trained, the smallest first."""
+        sides = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        return sorted(set(sides))
+
+    @property
+    def max_resolution(self) -> int:
+        """The side of the largest square that is trained, and of the pictures that are sampled."""
+        return self.resolutions[-1]
 
     @property
     def uses_prior(self) -> bool:

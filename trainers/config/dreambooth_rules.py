@@ -88,9 +88,9 @@ def family_errors(config: Config) -> Errors:
     """What the family cannot train with, or does not understand."""
     family = config.model.family
     facts = family_facts(family)
-    if config.data.resolution % facts.pixel_multiple:
-        message = f"must be a multiple of {facts.pixel_multiple}, not {config.data.resolution}"
-        yield "data.resolution", message
+    for side in config.data.resolutions:
+        if side % facts.pixel_multiple:
+            yield "data.resolution", f"must be a multiple of {facts.pixel_multiple}, not {side}"
     table = []
     for section, key in special_keys():
         table.append(SpecialKeys(families_with(section, key), section, [key]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from trainers.config import DataConfig, DreamBoothConfig
-from trainers.data.crops import choose_crop
+from trainers.data.buckets import Bucket
+from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
-from trainers.data.sampler import BatchSlice
+from trainers.data.sampler import BatchSlice, choose_bucket
 
 if TYPE_CHECKING:
     from trainers.data.encoder_cache import CachedEncoder
@@ -26,21 +26,22 @@ HELD_OUT_DRAWS = 4  # draws of time and noise for each held-out picture
 class DreamBoothBatches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
 
-    A micro-batch has `batch_slice.batch_size` instance pictures and, with prior preservation (two
-    pools), as many class pictures. Sample weights are 1/n for n instance pictures and
-    prior_loss_weight/m for m class pictures: their weighted sum is the instance mean plus the
-    weighted prior mean (Ruiz et al. 2023).
+    A global batch is of one bucket, so that its pictures have one size. A micro-batch has
+    `batch_slice.batch_size` instance pictures and, with prior preservation (two pools), as many
+    class pictures. Sample weights are 1/n for n instance pictures and prior_loss_weight/m for m
+    class pictures: their weighted sum is the instance mean plus the weighted prior mean (Ruiz et
+    al. 2023).
     """
 
     pools: Sequence[Sequence[Picture]]
     encoder: CachedEncoder
     config: DataConfig
     batch_slice: BatchSlice
+    buckets: Sequence[Bucket]
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        # each pool with every picture as often as it counts
-        self.drawn_from = [repeat_pictures(pool) for pool in self.pools]
+        self.counts = [len(bucket.pools[0]) for bucket in self.buckets]
 
     @property
     def sample_weights(self) -> Tensor:
@@ -86,55 +87,73 @@ class DreamBoothBatches:
             for rows in self.micro_batch_rows()
         ]
 
+    def heaviest_step(self, start: int) -> int:
+        """The first step from `start` on with the largest pictures of the run."""
+        largest = max(self.buckets, key=lambda bucket: bucket.num_pixels)
+        step = start
+        while self.bucket(step)[0] is not largest:
+            step += 1
+        return step
+
+    def bucket(self, step: int) -> tuple[Bucket, int]:
+        """The bucket of a step, and of how many steps before."""
+        index, previous = choose_bucket(self.batch_slice.seed, step, self.counts)
+        return self.buckets[index], previous
+
     def picture(self, step: int, pool: int, row: int) -> Picture:
-        pictures = self.drawn_from[pool]
-        return pictures[self.batch_slice.sample_index(step, row, len(pictures), pool)]
+        bucket, previous = self.bucket(step)
+        pictures = bucket.pools[pool]
+        return pictures[self.batch_slice.sample_index(previous, row, len(pictures), pool)]
 
     def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
-        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device."""
-        moments, texts = [], []
+        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device; on the CPU
+        geometry (B, 6), see `Crop.geometry`."""
+        moments, texts, geometry = [], [], []
+        size = self.bucket(step)[0].size
         for pool, row in rows:
             picture = self.picture(step, pool, row)
             key = self.batch_slice.seed, step, self.batch_slice.global_batch_size * pool + row
             variant = derive_seed(*key, "variant") % self.config.num_variants
             is_dropped = derive_seed(*key, "caption") < self.config.caption_dropout * 2**63
-            moments.append(
-                self.encoder.moments(picture, choose_crop(picture, variant, self.config))
-            )
+            crop = choose_crop(picture, variant, size, self.config)
+            moments.append(self.encoder.moments(picture, crop))
+            geometry.append(crop.geometry(picture.facts.size))
             texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
         return {
             "moments": self.stack_on_device(moments),
             "text": text,
             "weight": self.sample_weights,
+            "geometry": torch.tensor(geometry),
         }
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])
 
-
-def repeat_pictures(pictures: Sequence[Picture]) -> list[Picture]:
-    """Every picture as often as it counts; only the ratios of the counts matter."""
-    divisor = math.gcd(*(picture.repeats for picture in pictures))
-    repeated = []
-    for picture in pictures:
-        repeated += [picture] * (picture.repeats // divisor)
-    return repeated
+    def crops(self) -> Iterator[tuple[Picture, Crop]]:
+        """Every view of every picture that a step may ask for."""
+        for bucket in self.buckets:
+            for picture in dict.fromkeys(picture for pool in bucket.pools for picture in pool):
+                for variant in range(self.config.num_variants):
+                    yield picture, choose_crop(picture, variant, bucket.size, self.config)
 
 
 def held_out_batches(
-    pictures: Sequence[Picture],
+    buckets: Sequence[Bucket],
     encoder: CachedEncoder,
     config: DreamBoothConfig,
     device: torch.device | str,
-) -> DreamBoothBatches | None:
+) -> list[DreamBoothBatches]:
     """Micro-batches of one held-out picture each, for every process alike; no caption is dropped.
 
-    None without pictures. Their step 0 has each picture several times, with other times and noise.
+    Step 0 of each item has the pictures of one bucket, each several times, with other times and
+    noise.
     """
-    if not pictures:
-        return None
     seed = derive_seed(config.seed, "held out")
-    batch_slice = BatchSlice(seed, 1, HELD_OUT_DRAWS * len(pictures))
     undropped = config.data.model_copy(update={"caption_dropout": 0.0})
-    return DreamBoothBatches([pictures], encoder, undropped, batch_slice, device)
+    result = []
+    for bucket in buckets:
+        batch_slice = BatchSlice(seed, 1, HELD_OUT_DRAWS * len(bucket.pools[0]))
+        settings = encoder, undropped, batch_slice, [bucket], device
+        result.append(DreamBoothBatches(bucket.pools, *settings))
+    return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from trainers.config import DreamBoothConfig
 from trainers.data.batched_encoding import BatchEncoder, decode_views
-from trainers.data.crops import Crop, choose_crop
+from trainers.data.crops import Crop
+from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
 from trainers.data.tensor_cache import TensorCache, cache_key
 from trainers.errors import RunFailedError
@@ -150,7 +152,7 @@ class CachedEncoder:
         self, crops: Sequence[View], prompts: Sequence[str]
     ) -> dict[str, list[tuple[str, View | str]]]:
         """The keys of all entries of each encoder, and what it encodes for them."""
-        views = [(self.image_key(*view), view) for view in sorted(crops, key=view_size)]
+        views = [(self.image_key(*view), view) for view in crops]
         entries: dict[str, list[tuple[str, View | str]]] = {"vae": views}
         for name in self.family.text_encoder_names:
             if name not in self.trained_encoders:
@@ -187,23 +189,15 @@ class CachedEncoder:
         return BatchEncoder(self.batch_size)(encode, ids, kind=Tensor.size)
 
 
-def view_size(view: View) -> int:
-    """Views of one size follow one another, so that they can be encoded together."""
-    return view[1].size
-
-
 def fill_cache(
     encoder: CachedEncoder,
-    pictures: Sequence[Picture],
+    batches: Sequence[DreamBoothBatches],
     config: DreamBoothConfig,
     accelerator: Accelerator,
 ) -> None:
     """Encode every view of the pictures and every prompt that a run will ask for."""
-    crops = []
-    for picture in pictures:
-        for variant in range(config.data.num_variants):
-            crops.append((picture, choose_crop(picture, variant, config.data)))
-    prompts = [picture.caption for picture in pictures] + config.validation.prompts
+    crops = [*chain(*(part.crops() for part in batches))]
+    prompts = [picture.caption for picture, _ in crops] + config.validation.prompts
     # the empty prompt stands for captions that are dropped
     prompts += [config.validation.negative_prompt, ""]
     encoder.fill(crops, dict.fromkeys(prompts), accelerator)

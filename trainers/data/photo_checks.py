@@ -10,11 +10,19 @@ from typing import Protocol
 from accelerate import Accelerator
 
 from trainers.config import DreamBoothConfig
+from trainers.data.buckets import (
+    MAX_ASPECT,
+    BucketRule,
+    Size,
+    enlargement,
+    share_cut_off,
+)
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
 from trainers.run_folder import CACHE, PICTURES_NAME
 
+ROUNDING = 1e-6
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
 NOTED_CROP = 0.1
 
@@ -34,7 +42,7 @@ class CountsTokens(Protocol):
 
 
 def load_photos(
-    config: DreamBoothConfig, accelerator: Accelerator
+    config: DreamBoothConfig, accelerator: Accelerator, rule: BucketRule
 ) -> tuple[Intake, list[list[Picture]], list[Picture]]:
     """What is known about the photos; those to learn, as the first pool; those that are held out.
 
@@ -44,7 +52,11 @@ def load_photos(
     intake.memory.load((data.cache_dir or config.output_dir / CACHE) / PICTURES_NAME)
     pictures = load_instance_pictures(data, intake)
     held_out = load_held_out_pictures(data, intake) if data.held_out_dir else []
-    check_photos(intake, pictures, held_out, config, accelerator.num_processes)
+    check_photos(intake, pictures, held_out, rule)
+    # random squares show all of a picture in time
+    if data.buckets or data.center_crop:
+        check_crops(intake, pictures, rule)
+    check_batch_size(intake, config.train, accelerator.num_processes, len(pictures))
     return intake, [pictures], held_out
 
 
@@ -77,28 +89,45 @@ def check_photos(
     intake: Intake,
     pictures: Sequence[Picture],
     held_out: Sequence[Picture],
-    config: DreamBoothConfig,
-    num_processes: int,
+    rule: BucketRule,
 ) -> None:
     """Note what is unusual about the photos to learn. Raises: UserError where photos that are held
-    out are learnt from."""
-    names = {picture: Path(picture.name).name for picture in pictures}
+    out are learnt from, or where one is too small."""
     sizes = sorted((picture.facts.size for picture in pictures), key=lambda size: size[0] * size[1])
-    smallest, largest = ("{} x {}".format(*size) for size in (sizes[0], sizes[-1]))
+    smallest, largest = (name_size(size) for size in (sizes[0], sizes[-1]))
     between = smallest if smallest == largest else f"{smallest} to {largest}"
-    resolution = config.data.resolution
-    intake.note(f"pictures are {between}, and are learnt as {resolution} x {resolution}")
+    counts = Counter(size for picture in pictures for size in rule.sizes(picture))
+    learnt = [name_size(size) for size in sorted(counts)]
+    if len(counts) > 1:
+        learnt = [f"{name_size(size)} ({counts[size]})" for size in sorted(counts)]
+    intake.note(f"pictures are {between}, and are learnt as {name_some(learnt, 8)}")
     if len(pictures) == 1:
         intake.warn("there is one picture: 5 to 30 teach a subject, one teaches a picture")
-    check_batch_size(intake, config.train, num_processes, len(pictures))
-    if small := [p for p in pictures if min(p.facts.size) < resolution]:
-        shown = ["{} ({} x {})".format(names[p], *p.facts.size) for p in small]
-        intake.warn(f"smaller than data.resolution={resolution}, so enlarged: {name_some(shown)}")
-    if moving := [names[p] for p in pictures if p.facts.storage.has_more_frames]:
+    check_small(intake, pictures, rule)
+    if moving := [short_name(p) for p in pictures if p.facts.storage.has_more_frames]:
         intake.warn(f"of several frames or pages the first is used: {name_some(moving)}")
     check_duplicates(intake, pictures, held_out)
-    if config.data.center_crop:
-        check_crops(intake, pictures)
+
+
+def check_small(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -> None:
+    """Name pictures that are enlarged, or that are learnt at a smaller area."""
+    enlarged, smaller = [], []
+    for picture in pictures:
+        own, size = picture.facts.size, rule.sizes(picture)[0]
+        name = f"{short_name(picture)} ({name_size(own)})"
+        if enlargement(own, size) > 1 + ROUNDING:
+            enlarged.append(name)
+        smallest = rule.resolutions[0]
+        if rule.enabled and size != rule.best_size(own, smallest):
+            smaller.append(f"{name} as {name_size(size)}")
+    side = rule.resolutions[0]
+    if enlarged:
+        intake.warn(f"smaller than data.resolution={side}, so enlarged: {name_some(enlarged)}")
+    if smaller:
+        intake.warn(
+            f"too small for data.resolution={side} by data.max_upscale={rule.max_upscale:g}: "
+            f"{name_some(smaller)}"
+        )
 
 
 def check_duplicates(
@@ -125,17 +154,21 @@ def check_duplicates(
         )
 
 
-def check_crops(intake: Intake, pictures: Sequence[Picture]) -> None:
-    """Note how much of the pictures lies outside of the square in the middle."""
-    losses = [(1 - min(p.facts.size) / max(p.facts.size), Path(p.name).name) for p in pictures]
+def check_crops(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -> None:
+    """Note how much of the pictures lies outside of what is learnt."""
+    losses = []
+    for picture in pictures:
+        own, sizes = picture.facts.size, rule.sizes(picture)
+        losses.append((max(share_cut_off(own, size) for size in sizes), short_name(picture)))
     worst, name = max(losses)
     if worst < NOTED_CROP:
         return
     mean = sum(loss for loss, _ in losses) / len(losses)
-    text = (
-        f"cut to the square in the middle, pictures lose {mean:.0%} on average and up to "
-        f"{worst:.0%} ({name}): cut them around the subject yourself, or set data.center_crop=false"
-    )
+    remedy = "cut them around the subject yourself"
+    shape = f"more than {MAX_ASPECT} times as long as wide"
+    if not rule.enabled:
+        remedy, shape = "set data.buckets=true", "cut to squares"
+    text = f"{shape}, pictures lose {mean:.0%} on average and up to {worst:.0%} ({name}): {remedy}"
     if worst > LARGE_CROP:
         intake.warn(text)
     else:
@@ -171,6 +204,14 @@ def check_lengths(
     elif num_cut:
         parts = [f"{count} by {encoder}" for encoder, count in num_cut.items()]
         intake.note(f"{what} are cut, and read whole by another encoder: {', '.join(parts)}")
+
+
+def short_name(picture: Picture) -> str:
+    return Path(picture.name).name
+
+
+def name_size(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def shorten(text: str, most: int = 60) -> str:

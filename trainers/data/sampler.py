@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from accelerate import Accelerator
 
@@ -57,3 +60,29 @@ class BatchSlice:
         in each epoch."""
         epoch, position = divmod(step * self.global_batch_size + row, num_samples)
         return permutation(derive_seed(self.seed, *pool, epoch, "order"), num_samples)[position]
+
+
+def choose_bucket(seed: int, step: int, counts: Sequence[int]) -> tuple[int, int]:
+    """Which bucket the global batch of a step is of, and of how many steps before.
+
+    counts: the samples in each. Every `sum(counts)` steps, each bucket has had as many as it has
+    samples, or the same in smaller numbers.
+    """
+    divisor = math.gcd(*counts)
+    turns = tuple(count // divisor for count in counts)
+    cycle, position = divmod(step, sum(turns))
+    bucket, previous = bucket_order(seed, cycle, turns)[position]
+    return bucket, cycle * turns[bucket] + previous
+
+
+@lru_cache(maxsize=4)
+def bucket_order(seed: int, cycle: int, turns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The bucket of each step of a cycle, and how often it had its turn before in the cycle."""
+    buckets = [bucket for bucket, number in enumerate(turns) for _ in range(number)]
+    seen: Counter[int] = Counter()
+    order = []
+    for index in permutation(derive_seed(seed, cycle, "buckets"), len(buckets)):
+        bucket = buckets[index]
+        order.append((bucket, seen[bucket]))
+        seen[bucket] += 1
+    return order

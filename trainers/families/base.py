@@ -34,6 +34,11 @@ class Family(LoadedBase, ABC):
     t5_encoder: ClassVar[str | None]  # the text encoder whose number of tokens can be chosen
     probe_time: float = 0.5  # a time in the middle of the schedule
 
+    @property
+    def max_side(self) -> int | None:
+        """The longest side of a picture in pixels, if the denoiser has one."""
+        return None
+
     def __init_subclass__(cls) -> None:
         """Give a new family its facts, and register it under its name."""
         name = cls.__module__.rpartition(".")[2]
@@ -51,14 +56,14 @@ class Family(LoadedBase, ABC):
         tokens = self.facts.text_encoders[self.t5_encoder].tokens if self.t5_encoder else 0
         return self.model.max_sequence_length or tokens
 
-    def make_objective(self, config: ObjectiveConfig, resolution: int) -> Objective:
+    def make_objective(self, config: ObjectiveConfig, latent_size: tuple[int, int]) -> Objective:
         """The objective that the base model was trained with: rectified flow, unless overridden.
 
-        resolution: the side of the training pictures in pixels.
+        latent_size: height and width of the latents.
         """
         options = config.model_dump(include={f.name for f in fields(RectifiedFlow)} - {"shift"})
         # a token is a patch of 2 x 2 latents
-        tokens = (resolution // self.vae_scale_factor // 2) ** 2
+        tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
         shifts = {"auto": resolution_shift(self.pipe.scheduler.config, tokens), "none": 1.0}
         return RectifiedFlow(**options, shift=shifts.get(config.shift, config.shift))
 

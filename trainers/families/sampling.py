@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from trainers.config import DreamBoothConfig, PromptsConfig
+from trainers.data.buckets import Size
 from trainers.data.imaging import write_grid, write_picture
 from trainers.distributed.collectives import run_across_processes
 from trainers.families import Family
@@ -26,12 +27,12 @@ def sample_picture(  # noqa: PLR0913 (all that a picture depends on)
     prompt: str,
     validation: PromptsConfig,
     seed: int,
-    size: int,
+    size: Size,
     encode: PromptEncoder | None = None,
 ) -> Image:
-    """One picture with sides of `size` pixels, by the pipeline that the family holds.
+    """One picture, by the pipeline that the family holds.
 
-    encode: is called instead of the loaded text encoders.
+    size: its width and height in pixels; encode: is called instead of the loaded text encoders.
     """
     encode = encode or family.encode_prompt
     arguments = encode_for_pipeline(family, prompt, encode)
@@ -44,8 +45,8 @@ def sample_picture(  # noqa: PLR0913 (all that a picture depends on)
     with torch.autocast(family.device.type, family.dtype, enabled=is_half):
         picture = family.pipe(
             **arguments,
-            height=size,
-            width=size,
+            width=size[0],
+            height=size[1],
             num_inference_steps=validation.num_inference_steps,
             guidance_scale=validation.guidance_scale,
             # on the CPU, so that every device starts from the same noise
@@ -76,11 +77,11 @@ def write_samples(
 
     accelerator: of the processes that sample together, of which the main one writes.
     """
-    validation, size = config.validation, config.data.resolution
+    validation, side = config.validation, config.data.max_resolution
     jobs = []
     for prompt in validation.prompts:
         for i in range(validation.num_images):
-            settings = validation, validation.seed + i, size, encode
+            settings = validation, validation.seed + i, (side, side), encode
             jobs.append(partial(sample_picture, family, prompt, *settings))
     generated = run_across_processes(jobs, accelerator) if accelerator else [job() for job in jobs]
     if accelerator and not accelerator.is_main_process:

@@ -13,7 +13,7 @@ class SD15(Family):
     denoiser_name = "unet"
     probe_time = 500
 
-    def make_objective(self, config, resolution):
+    def make_objective(self, config, latent_size):
         scheduler = self.pipe.scheduler
         options = config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
         return DDPM(

@@ -12,6 +12,12 @@ from trainers.families.base import Family
 class SD3(Family):
     pipeline = StableDiffusion3Pipeline
 
+    @property
+    def max_side(self):
+        # positions are cut out of a table with so many patches along each side
+        patches = self.denoiser_config["pos_embed_max_size"]
+        return patches * self.denoiser_config["patch_size"] * self.vae_scale_factor
+
     def encode_text(self, name, ids):
         encoder = getattr(self.pipe, name)
         if name == self.t5_encoder:

@@ -91,7 +91,7 @@ def make_metadata(config: DreamBoothConfig, architecture: str) -> dict[str, str]
     That is modelspec's keys (Stability AI, 1.0.1), and the config and versions to repeat the run.
     architecture: modelspec's id of the base model.
     """
-    size, shared = config.data.resolution, public_config(config)
+    size, shared = config.data.max_resolution, public_config(config)
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",

@@ -74,7 +74,7 @@ def verify_export(
     for name in reloaded.text_encoder_names:
         text |= encode(name, prompt)
     denoise = partial(reloaded.denoise, reloaded.denoiser)
-    output = probe_denoiser(reloaded, config.data.resolution, text, denoise)
+    output = probe_denoiser(reloaded, config.data.max_resolution, text, denoise)
     difference = ((output - expected).norm() / expected.norm()).item()
     # not "greater than", which NaN would pass
     if not difference <= TOLERANCE[trained.dtype]:

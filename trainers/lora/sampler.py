@@ -97,15 +97,13 @@ class LoraSampler:
         else:
             self.family.pipe.enable_lora()
             self.family.pipe.set_adapters(name, scale)
-        validation, size, generated = self.config.validation, self.config.data.resolution, {}
-        for prompt, seed in track(
-            dict.fromkeys(chain(*prompt_seeds.values())), f"pictures: {folder.name}"
-        ):
-            generated[prompt, seed] = Crop(size)(
-                sample_picture(
-                    self.family, prompt, validation, seed, size, self.encoder.encoder_outputs
-                )
-            )
+        validation, side = self.config.validation, self.config.data.max_resolution
+        encode, generated = self.encoder.encoder_outputs, {}
+        wanted = dict.fromkeys(chain(*prompt_seeds.values()))
+        for prompt, seed in track(wanted, f"pictures: {folder.name}"):
+            settings = validation, seed, (side, side), encode
+            picture = sample_picture(self.family, prompt, *settings)
+            generated[prompt, seed] = Crop.square(side)(picture)
         return save_pictures(
             {
                 row: torch.stack([generated[prompt_seed] for prompt_seed in row_seeds])

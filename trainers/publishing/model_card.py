@@ -156,7 +156,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
     return {
         "base": repr(base if config.lora else f"PATH_OR_REPO/{PIPELINE}"),
         "prompt": repr(card_prompt(config)),
-        "size": config.data.resolution,
+        "size": config.data.max_resolution,
         "max_sequence_length": config.model.max_sequence_length,
         "num_inference_steps": validation.num_inference_steps,
         "guidance_scale": validation.guidance_scale,
@@ -188,7 +188,8 @@ def picture_facts(config: DreamBoothConfig, pictures: Sequence[str]) -> dict[str
     facts = {}
     if pictures:
         digest = sha256("".join(pictures).encode()).hexdigest()[:16]
-        facts["Pictures"] = f"{len(pictures)}, {data.resolution} pixels; sha256 {digest}"
+        sides = ", ".join(str(side) for side in data.resolutions)
+        facts["Pictures"] = f"{len(pictures)}, {sides} pixels; sha256 {digest}"
     facts["Prior pictures"] = "none"
     if data.uses_prior:
         prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)

@@ -45,6 +45,7 @@ def try_step(
     task: Task, batches: Batches, settings: Config, accelerator: Accelerator, start: int
 ) -> bool:
     """Whether the gradients of one step fit in memory beside an optimizer's two moments."""
+    start = batches.heaviest_step(start)
     one_step = settings.train.model_copy(update={"max_train_steps": start + 1})
     moments: list[Tensor] = []
     try:

@@ -25,6 +25,8 @@ Facts = dict[str, Any]  # JSON values
 PictureEntry = tuple[str, str, str]
 
 STEPS_KEY = "train.max_train_steps"
+# what an earlier version did, where that is not the default now
+EARLIER_DEFAULTS = {"data.buckets": False}
 # what a run that is trained longer may change: a short one's warm-up was reduced to fit
 SCHEDULE_KEYS = (STEPS_KEY, "optimizer.lr_warmup_steps")
 INITIAL_LORA = "initial LoRA"
@@ -236,7 +238,7 @@ def explain_config(saved: Facts, current: Facts, config: Config) -> dict[str, st
         if was_null != is_null:
             switched.append(section)
             lines[section] = f"{section}: {'was null' if was_null else 'is null'}"
-    defaults = config_facts(type(config)())
+    defaults = config_facts(type(config)()) | EARLIER_DEFAULTS
     for name, now in current.items():
         # where the number of steps is not noted, the schedule is another one
         if name.split(".")[0] in switched or (name == STEPS_KEY and name not in saved):

@@ -126,6 +126,9 @@ class Batches(Protocol):
     def sample_names(self, step: int) -> list[list[str]]:
         """The names of the samples in each micro-batch of a step."""
 
+    def heaviest_step(self, start: int) -> int:
+        """The first step from `start` on that needs as much memory as any."""
+
     def split_micro_batches(self) -> None:
         """From now on take more and smaller micro-batches for each step."""
 

@@ -12,11 +12,11 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    sides,
 )
 from trainers.errors import UserError
 
@@ -38,7 +38,7 @@ RULES = [
     Rule("datasets.caption_dropout_rate", "data.caption_dropout", positive),
     Rule("datasets.flip_x", "data.random_flip", only_if_on),
     Rule("datasets.random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
-    Rule("datasets.resolution", "data.resolution", first_number, "The largest of the list"),
+    Rule("datasets.resolution", "data.resolution", sides),
     Rule("train.min_snr_gamma", "objective.snr_gamma", positive),
     Rule("train.noise_offset", "objective.noise_offset", positive),
     Rule("train.timestep_type", "objective.density", choose(DENSITIES)),

@@ -167,11 +167,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # Conversions that several trainers need
 
 
-def first_number(value: Any) -> int | None:
-    """The side of the training pictures in "1024,1024", "1024x1024", [512, 768] or 512."""
+def sides(value: Any) -> int | list[int] | None:
+    """The side of the training pictures in "1024,1024", "1024x1024" or 512; of [512, 768] both."""
     if isinstance(value, (list, tuple)):
-        numbers = [number for number in map(first_number, value) if number]
-        return max(numbers, default=None)
+        numbers = [number for number in map(sides, value) if isinstance(number, int)]
+        return numbers[0] if len(numbers) == 1 else numbers or None
     digits = str(value).replace("x", ",").replace("X", ",").split(",")[0].strip()
     return int(float(digits)) if digits.replace(".", "", 1).isdigit() else None
 
@@ -252,6 +252,6 @@ SHARED_RULES = [
     Rule("gradient_accumulation_steps", "train.gradient_accumulation_steps", number),
     Rule("gradient_checkpointing", "train.gradient_checkpointing", only_if_on),
     Rule("max_grad_norm", "train.max_grad_norm", positive),
-    Rule("resolution", "data.resolution", first_number),
+    Rule("resolution", "data.resolution", sides),
     Rule("seed", "seed", number),
 ]

@@ -43,6 +43,8 @@ RULES = [
     Rule("prior_loss_weight", "data.prior_loss_weight", number),
     Rule("flip_aug", "data.random_flip", only_if_on),
     Rule("random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
+    Rule("enable_bucket", "data.buckets", is_on),
+    Rule("bucket_no_upscale", "data.max_upscale", lambda on: 1.0 if is_on(on) else None),
     Rule("caption_dropout_rate", "data.caption_dropout", positive),
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),

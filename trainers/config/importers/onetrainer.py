@@ -11,11 +11,11 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    sides,
 )
 
 SCHEDULES = {
@@ -38,7 +38,8 @@ RULES = [
     Rule("lora_rank", "lora.rank", number),
     Rule("lora_decompose", "lora.use_dora", only_if_on),
     Rule("dropout_probability", "lora.dropout", positive),
-    Rule("resolution", "data.resolution", first_number),
+    Rule("resolution", "data.resolution", sides),
+    Rule("aspect_ratio_bucketing", "data.buckets", is_on),
     Rule("offset_noise_weight", "objective.noise_offset", positive),
     Rule("timestep_distribution", "objective.density", choose(DENSITIES)),
     Rule("timestep_shift", "objective.shift", number),
@@ -59,7 +60,7 @@ WITHOUT_EFFECT = (
     "training_method output_model_format output_dtype cache_dir weight_dtype vae.weight_dtype "
     "text_encoder.weight_dtype text_encoder_2.weight_dtype text_encoder_3.weight_dtype "
     "latent_caching image_caching text_caching train_device temp_device attention_mechanism "
-    "dataloader_threads caching_threads backup_after backup_after_unit aspect_ratio_bucketing "
+    "dataloader_threads caching_threads backup_after backup_after_unit "
     "tensorboard_expose tensorboard_port lora_weight_dtype workspace_dir __version prior.train "
     "unet.train transformer.train"
 ).split()

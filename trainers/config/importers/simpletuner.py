@@ -13,11 +13,11 @@ from trainers.config.importers.base import (
     ForeignConfig,
     Rule,
     choose,
-    first_number,
     is_on,
     number,
     only_if_on,
     positive,
+    sides,
 )
 
 PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
@@ -67,7 +67,7 @@ BACKEND_RULES = [
     Rule("instance_data_dir", "data.instance_data_dir"),
     Rule("instance_prompt", "data.instance_prompt"),
     Rule("dataset_name", "data.dataset_name"),
-    Rule("resolution", "data.resolution", first_number),
+    Rule("resolution", "data.resolution", sides),
 ]
 WITHOUT_EFFECT = (
     "model_type lora_type aspect_bucket_rounding minimum_image_size resolution_type "

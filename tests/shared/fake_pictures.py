@@ -1,0 +1,30 @@
+"""Pictures without pixels, and encoders whose outputs tell what was encoded."""
+
+from functools import partial
+
+import torch
+
+from trainers.data.pictures import Picture, PictureFacts
+
+
+def fake(i, caption="caption", size=(600, 512), repeats=1):
+    """A picture with a name and a size, and nothing to decode."""
+    picture = Picture(f"{i}", partial(str.encode, f"{i}"), caption, repeats=repeats)
+    picture.__dict__["facts"] = PictureFacts(size, f"{i}", None)
+    return picture
+
+
+def number(picture):
+    """By which the moments tell a picture."""
+    return int(picture.digest[:12], 16)
+
+
+class Fake:
+    """Stands for the encoders: moments tell the picture and its view, conditions tell the
+    prompt."""
+
+    def moments(self, picture, crop):
+        return torch.tensor([number(picture), crop.left, crop.top, crop.flip], dtype=torch.float64)
+
+    def text_inputs(self, prompt):
+        return {"text": torch.tensor([len(prompt)])}

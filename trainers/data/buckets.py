@@ -1,0 +1,173 @@
+"""The sizes that pictures are trained at: one area, and sides as theirs (aspect buckets).
+
+A picture is never distorted: it is resized as a whole and what stands over is cut off. Of the
+sizes, each picture has the one that cuts the least off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from pathlib import Path
+
+from trainers.config import DreamBoothConfig
+from trainers.data.pictures import Picture
+from trainers.errors import UserError
+
+Size = tuple[int, int]  # width and height in pixels
+
+MAX_ASPECT = 4  # of the longer side to the shorter
+STEPS_PER_SIDE = 16  # sides differ by a part of the square's side, or by what the model can take
+MAX_STEP = 64
+# a picture that must not be enlarged so far is trained at the first of these shares that suits it
+SMALLER_AREAS = (1.0, 7 / 8, 3 / 4, 5 / 8, 1 / 2)
+
+
+@lru_cache(maxsize=64)
+def bucket_sizes(resolution: int, multiple: int, max_side: int | None = None) -> tuple[Size, ...]:
+    """All sizes with about the pixels of a square of `resolution`, and never more than those.
+
+    multiple: by which the model's sides can be divided; max_side: how long they may be. The square
+    is always among the sizes.
+    """
+    step = min(max(resolution // STEPS_PER_SIDE // multiple, 1) * multiple, MAX_STEP)
+    sizes = {(resolution, resolution)}
+    long = resolution + step
+    while long <= min(resolution**2 // step, max_side or MAX_ASPECT * resolution):
+        short = resolution**2 // long // step * step
+        if long > MAX_ASPECT * short:
+            break
+        sizes |= {(long, short), (short, long)}
+        long += step
+    return tuple(sorted(sizes))
+
+
+def enlargement(picture: Size, size: Size) -> float:
+    """By what a picture's sides are multiplied so that it just covers `size`."""
+    return max(size[0] / picture[0], size[1] / picture[1])
+
+
+def share_cut_off(picture: Size, size: Size) -> float:
+    """The share of a picture's pixels outside of a crop of `size`."""
+    scale = enlargement(picture, size)
+    return 1 - size[0] * size[1] / (scale**2 * picture[0] * picture[1])
+
+
+def least_cropped(picture: Size, sizes: Sequence[Size]) -> Size:
+    """The size that cuts the least off a picture, the larger one of two that are alike."""
+    return min(sizes, key=lambda size: (share_cut_off(picture, size), -size[0] * size[1], size))
+
+
+@dataclass(frozen=True)
+class BucketRule:
+    """How a picture's sizes follow from its own.
+
+    resolutions: sides of the squares whose areas are trained; multiple: by which the model's sides
+    can be divided; max_upscale: how far a picture may be enlarged; enabled: whether other shapes
+    than squares are trained; max_side: the model's longest side, if it has one.
+    """
+
+    resolutions: tuple[int, ...]
+    multiple: int = 8
+    max_upscale: float = 2.0
+    enabled: bool = True
+    max_side: int | None = None
+
+    @classmethod
+    def from_config(cls, config: DreamBoothConfig, max_side: int | None = None) -> BucketRule:
+        data, multiple = config.data, config.facts.pixel_multiple
+        resolutions = tuple(data.resolutions)
+        return cls(resolutions, multiple, data.max_upscale, data.buckets, max_side)
+
+    def sizes(self, picture: Picture) -> list[Size]:
+        """The size of a picture for each area that it is large enough for, the smallest first.
+
+        Raises: UserError for one that is too small for all of them.
+        """
+        if not self.enabled:
+            return [(side, side) for side in self.resolutions]
+        own = picture.facts.size
+        fitting = [self.best_size(own, side) for side in self.resolutions]
+        fitting = [size for size in fitting if enlargement(own, size) <= self.max_upscale]
+        return fitting or [self.smaller_size(picture)]
+
+    def best_size(self, picture: Size, resolution: int) -> Size:
+        return least_cropped(picture, bucket_sizes(resolution, self.multiple, self.max_side))
+
+    def smaller_size(self, picture: Picture) -> Size:
+        """The size of a picture that would be enlarged too far. Raises: UserError."""
+        smallest, own = self.resolutions[0], picture.facts.size
+        for share in SMALLER_AREAS:
+            side = int(smallest * share) // self.multiple * self.multiple
+            size = self.best_size(own, max(side, self.multiple))
+            if enlargement(own, size) <= self.max_upscale:
+                return size
+        raise UserError(
+            f"{Path(picture.name).name} has {own[0]} x {own[1]} pixels, too few for data.resolution"
+            f"={smallest} even if it is made {self.max_upscale:g} times as large (data.max_upscale)"
+            ": use a larger copy, remove it, or allow more"
+        )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The pictures that are trained at one size, in pools; each as often as it counts."""
+
+    size: Size
+    pools: tuple[tuple[Picture, ...], ...]
+
+    @property
+    def num_pixels(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+def make_buckets(pools: Sequence[Sequence[Picture]], rule: BucketRule) -> list[Bucket]:
+    """A bucket for each size of the first pool's pictures, in the order of the sizes.
+
+    Of the other pools it has the pictures of its own size or, where there are none, all of them.
+    Raises: UserError, as `BucketRule.sizes`.
+    """
+    sorted_pools = [pictures_by_size(pool, rule) for pool in pools]
+    buckets = []
+    for size in sorted(sorted_pools[0]):
+        members = []
+        for pool, by_size in zip(pools, sorted_pools, strict=True):
+            members.append(tuple(by_size.get(size) or repeat_pictures(pool)))
+        buckets.append(Bucket(size, tuple(members)))
+    return buckets
+
+
+def pictures_by_size(pool: Sequence[Picture], rule: BucketRule) -> dict[Size, list[Picture]]:
+    """Each picture as often as it counts, at each of its sizes."""
+    result: dict[Size, list[Picture]] = {}
+    for picture in repeat_pictures(pool):
+        for size in rule.sizes(picture):
+            result.setdefault(size, []).append(picture)
+    return result
+
+
+def repeat_pictures(pictures: Sequence[Picture]) -> list[Picture]:
+    """Every picture as often as it counts; only the ratios of the counts matter."""
+    divisor = gcd(*(picture.repeats for picture in pictures))
+    repeated = []
+    for picture in pictures:
+        repeated += [picture] * (picture.repeats // divisor)
+    return repeated
+
+
+def count_largest_sizes(pictures: Sequence[Picture], rule: BucketRule) -> Counter[Size]:
+    """How many pictures have each size, of several the largest."""
+    return Counter(rule.sizes(picture)[-1] for picture in pictures)
+
+
+def share_out(total: int, weights: Mapping[Size, int]) -> dict[Size, int]:
+    """A total in proportion to weights, as whole numbers: by the largest remainders."""
+    whole = sum(weights.values())
+    shares = {size: total * weight // whole for size, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda size: (-(total * weights[size] % whole), size))
+    for size in by_remainder[: total - sum(shares.values())]:
+        shares[size] += 1
+    return {size: share for size, share in shares.items() if share}

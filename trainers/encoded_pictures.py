@@ -1,0 +1,45 @@
+"""From the photos of a DreamBooth run to its batches."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from trainers.class_pictures import prepare_class_pictures
+from trainers.config import DreamBoothConfig
+from trainers.data import photo_checks
+from trainers.data.buckets import BucketRule, count_largest_sizes, make_buckets
+from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
+from trainers.data.encoder_cache import CachedEncoder, fill_cache
+from trainers.data.sampler import BatchSlice
+from trainers.families import Family
+from trainers.families.trainable import trained_encoders
+from trainers.run_folder import CACHE
+
+
+def prepare_batches(
+    family: Family, config: DreamBoothConfig, accelerator: Accelerator
+) -> tuple[DreamBoothBatches, list[DreamBoothBatches]]:
+    """The batches to learn from, and those that are held out.
+
+    The family's encoders are loaded one at a time, and none is afterwards. Raises: UserError for
+    what is wrong with the pictures.
+    """
+    data, device = config.data, accelerator.device
+    rule = BucketRule.from_config(config, family.max_side)
+    intake, pools, held_out = photo_checks.load_photos(config, accelerator, rule)
+    photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
+    folder = data.cache_dir or config.output_dir / CACHE
+    # now, so that what an earlier run has read of them is known to the keys of the cache
+    family.digests(folder)
+    trained = trained_encoders(family, config)
+    encoder = CachedEncoder(family, folder, data.cache, trained, data.encode_batch_size)
+    if data.uses_prior:
+        sizes = count_largest_sizes(pools[0], rule)
+        pools.append(prepare_class_pictures(encoder, sizes, config, accelerator, intake))
+    batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
+    buckets = make_buckets(pools, rule)
+    batches = DreamBoothBatches(pools, encoder, data, batch_slice, buckets, device)
+    held_out_parts = held_out_batches(make_buckets([held_out], rule), encoder, config, device)
+    if data.cache:
+        fill_cache(encoder, [batches, *held_out_parts], config, accelerator)
+    return batches, held_out_parts
