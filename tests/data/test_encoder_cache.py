@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from trainers.data.crops import Crop
+from trainers.data.crops import Crop, Jitter
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
 from trainers.data.pictures import Picture, load_instance_pictures
 from trainers.errors import RunFailedError, UserError
@@ -143,13 +143,14 @@ def both(encoder):
 
 
 CHANGES = [{}, {"width": 24}, {"height": 24}, {"left": 0}, {"top": 0}, {"flip": True}]
+CHANGES += [{"jitter": Jitter(**{name: 0.9})} for name in ("share", "left", "saturation")]
 
 
 def test_a_pictures_key_depends_on_its_bytes_and_its_view(encoder):
     key, plain = encoder().image_key, Crop(16, 16)
     crops = [replace(plain, **change) for change in CHANGES]
     keys = {key(picture(content), crop) for content in (b"a", b"b") for crop in crops}
-    assert len(keys) == 12
+    assert len(keys) == 18
     assert key(Picture("renamed", partial(bytes, b"a"), "other caption"), plain) == key(
         picture(b"a"), plain
     )
