@@ -27,7 +27,7 @@ from memory import resident
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from trainers import dreambooth
+from trainers import dreambooth, encoded_pictures
 from trainers.atomic import replacing_file
 from trainers.cli import make_parser, positive_int, run_main, silence_libraries
 from trainers.config.loading import load_config
@@ -39,7 +39,7 @@ SIDE, GRAIN = 384, 24  # pixels; a grain is a spot of one color
 PARTS = {
     "photos read and checked": (photo_checks, "load_photos"),
     "captions counted": (photo_checks, "report"),
-    "encoded, or found in the cache": (dreambooth, "fill_cache"),
+    "encoded, or found in the cache": (encoded_pictures, "fill_cache"),
     "facts for resuming": (dreambooth, "describe_pools"),
 }
 
