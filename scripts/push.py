@@ -33,6 +33,7 @@ def main() -> None:
     arguments = parse_arguments()
     found = find_run(arguments.run)
 
+    from trainers.lora.tensor_file import check_weights
     from trainers.publishing.hub import check_access, push_run
     from trainers.publishing.report import write_report
     from trainers.publishing.step_release import step_release
@@ -43,6 +44,7 @@ def main() -> None:
         overrides = {"hub_revision": None, "create_pr": False} | overrides
     hub = found.config.hub.model_copy(update={"push_to_hub": True} | overrides)
     config = found.config.model_copy(update={"output_dir": found.run, "hub": hub})
+    check_weights(found.folder)
     repo = check_access(config)
     with ExitStack() as stack:
         if found.step is not None:

@@ -96,8 +96,9 @@ class Launch:
         if moment == "while training":
             wait_until((self.output_dir / "metrics.jsonl").exists)
         else:
-            worker = self.workers[-1]
-            wait_until(lambda: any("libtorch" in m.path for m in worker.memory_maps()))
+            # a process that has not begun with the script yet ends without a word
+            for worker in self.workers:
+                wait_until(lambda at=worker: any("libtorch" in m.path for m in at.memory_maps()))
 
     def send(self, number, target):
         if target == "group":

@@ -130,6 +130,22 @@ def test_command_line_options_override_those_of_the_run(hub, finished):
 
 
 @pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-3], "not a whole safetensors file"),
+        (lambda content: content[:-4] + b"\xff\xff\xff\xff", "NaN or infinite"),
+    ],
+)
+def test_weights_that_are_damaged_are_not_pushed(hub, finished, capsys, damage, message):
+    folder = finished().output_dir
+    weights = folder / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    assert call("push.py", folder, "--repo", "me/mine") == 2
+    assert message in capsys.readouterr().err
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
     ("lacking", "message"), [("config.yaml", "no run folder"), ("README.md", "not finished")]
 )
 def test_only_a_finished_run_is_pushed(hub, finished, capsys, lacking, message):

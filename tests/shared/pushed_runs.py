@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from huggingface_hub import snapshot_download
 
 from tests.shared.local_hub import serving
@@ -58,9 +60,10 @@ def finished(settings):
     def make(**keys):
         for name in PUBLIC + PRIVATE:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(
-                b"\0" * name.endswith((".png", ".safetensors")) + name.encode()
-            )
+            content = b"\0" * name.endswith(".png") + name.encode()
+            if name.endswith(".safetensors"):
+                content = safetensors.torch.save({name: torch.ones(2)})
+            (folder / name).write_bytes(content)
         (folder / "README.md").write_text("---\ntags: [lora]\n---\n\n# Mine\n")
         keys = {"push_to_hub": True, "hub_model_id": "me/mine"} | keys
         config = settings(*(f"hub.{key}={value}" for key, value in keys.items()))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,6 +73,17 @@ def read_header(path: Path) -> TensorFile:
     if not tensors:
         raise UserError(f"{path}: there is no tensor in it")
     return TensorFile(path, metadata, tensors)
+
+
+def check_weights(folder: Path) -> None:
+    """Read every file of weights that lies in a folder, as before others get it.
+
+    Raises: UserError for one that is broken off, or holds a number that is NaN or infinite.
+    """
+    for path in sorted(folder.glob("[!.]*.safetensors")):
+        for name, tensor in read_header(path).load():
+            if not torch.isfinite(tensor.float()).all():
+                raise UserError(f"{path}: {name} holds numbers that are NaN or infinite")
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
