@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainers.cli import find_weights, make_parser, positive_int, run_main, silence_libraries
 from trainers.config import DreamBoothConfig
+from trainers.config.trigger import fill_given
 
 # the arguments that replace a value of the run's section `validation`
 VALIDATION_KEYS = ("prompts", "num_images", "seed", "num_inference_steps", "guidance_scale")
@@ -31,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive_int, dest="num_inference_steps", help=help)
     help = "Strength of the classifier-free guidance."
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help=help)
+    help = "Chunks of 75 tokens in which CLIP reads a prompt. By default the run's own, and 1."
+    parser.add_argument("--clip-chunks", type=positive_int, help=help)
     help = "The folder for the pictures."
     parser.add_argument("--out", type=Path, default=Path("generated"), help=help)
     return parser.parse_args()
@@ -63,7 +66,11 @@ def apply_arguments(config: DreamBoothConfig, arguments: argparse.Namespace) -> 
     """The run's config with what the command line says instead."""
     values = {key: getattr(arguments, key) for key in VALIDATION_KEYS}
     given = {key: value for key, value in values.items() if value is not None}
+    given["prompts"] = fill_given(arguments.prompts, config.data.trigger)
     sections = {"validation": config.validation.model_copy(update=given)}
+    if arguments.clip_chunks:
+        chunks = {"clip_chunks": arguments.clip_chunks}
+        sections["model"] = config.model.model_copy(update=chunks)
     if arguments.resolution:
         sections["data"] = config.data.model_copy(update={"resolution": arguments.resolution})
     return config.model_copy(update=sections)

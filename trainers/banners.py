@@ -70,10 +70,12 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
     names = {photo.name for photo in photos}
     source = data.instance_data_dir or Path(data.dataset_name or "")
     yield "photos", f"{len(names)} of {source.name}"
-    own = {photo.name for photo in photos if photo.caption != data.instance_prompt}
+    wording = photos[0].wording
+    prompt = None if data.instance_prompt is None else wording.complete(data.instance_prompt)
+    own = {photo.name for photo in photos if photo.caption != prompt}
     texts = [f"{len(own)} of their own"] if own else []
     if len(own) < len(names):
-        texts.append(f"{len(names) - len(own)} times {data.instance_prompt!r}")
+        texts.append(f"{len(names) - len(own)} times {prompt!r}")
     yield "captions", ", ".join(texts)
     if data.uses_prior:
         number, prompts = len(batches.pools[1]), len(data.class_prompts)

@@ -77,7 +77,8 @@ def prepare_class_pictures(
 def drawn_from(encoder: CachedEncoder, config: DreamBoothConfig, size: Size) -> dict[str, Any]:
     """All that decides what class pictures look like; the noise follows from their numbers."""
     family, validation = encoder.family, config.validation
-    return {
+    chunks = {"clip_chunks": config.model.clip_chunks} if config.model.clip_chunks > 1 else {}
+    return chunks | {
         "prompts": config.data.class_prompts,
         "negative_prompt": validation.negative_prompt,
         "resolution": size[0] if size[0] == size[1] else list(size),

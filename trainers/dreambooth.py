@@ -145,7 +145,7 @@ class DreamBooth:
         """Save, prove that the file reloads, sample from it and write the card."""
         config, is_main = self.config, self.accelerator.is_main_process
         instance_pictures, joint_accelerator = self.batches.pools[0], self.joint_accelerator
-        prompt = instance_pictures[0].caption
+        prompt = instance_pictures[0].wording.text(instance_pictures[0].caption, config.seed, 0)
         with averaged_weights(self):
             self.module.eval()
             with deepspeed.gathered_weights(self.module, self.accelerator):

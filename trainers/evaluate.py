@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from trainers.atomic import replacing_file, write_atomic
 from trainers.config import DreamBoothConfig
+from trainers.config.trigger import fill_given
+from trainers.data.caption_variants import Wording
 from trainers.data.crops import Crop
 from trainers.data.folders import collect_image_files
 from trainers.data.pictures import Picture, load_instance_pictures, picture_from_file
@@ -171,15 +173,16 @@ def plan_samples(
     as in training."""
     data, first, n = config.data, config.validation.seed, options.num_images
     subject = (
-        [data.instance_prompt]
+        [Wording.from_config(data).complete(data.instance_prompt)]
         if data.instance_prompt
         else [picture.caption for picture in training]
     )
-    others = config.validation.prompts if options.prompts is None else options.prompts
-    prompts_by_row = {
-        "subject": subject,
-        "class": data.class_prompts if options.class_prompts is None else options.class_prompts,
-    }
+    others, class_prompts = config.validation.prompts, data.class_prompts
+    if options.prompts is not None:
+        others = fill_given(options.prompts, data.trigger)
+    if options.class_prompts is not None:
+        class_prompts = fill_given(options.class_prompts, data.trigger)
+    prompts_by_row = {"subject": subject, "class": class_prompts}
     prompts_by_row |= {
         f"prompt-{k}": [prompt]
         for k, prompt in enumerate(p for p in dict.fromkeys(others) if p not in subject)

@@ -159,7 +159,7 @@ def encode_nothing(family: Family, rows: int) -> dict[str, Tensor]:
             encoder = family.new_meta_model(name).to(family.dtype)
         family.pipe.register_modules(**{name: encoder.to_empty(device="cpu")})
         with torch.no_grad():
-            text |= family.encode_text(name, torch.zeros(rows, num_tokens, dtype=torch.long))
+            text |= family.encode_ids(name, torch.zeros(rows, num_tokens, dtype=torch.long))
         family.pipe.register_modules(**{name: None})
     return {name: value.to(family.dtype) for name, value in family.condition(text).items()}
 

@@ -102,21 +102,23 @@ def caption(thing: Thing, rng: np.random.Generator) -> str:
 
 
 class Placement:
-    """Where an object lies on a square canvas, by chance.
+    """Where an object lies around the middle of a picture, by chance.
 
-    Object coordinates have the object's radius as their unit, and y points down.
+    side: of the square around it, in pixels; middle: of that square. Object coordinates have the
+    object's radius as their unit, and y points down.
     """
 
-    def __init__(self, canvas: int, rng: np.random.Generator, jitter: float) -> None:
-        self.canvas = canvas
-        self.radius = canvas * (0.32 + jitter * rng.uniform(-0.05, 0.03))
-        self.center = canvas / 2 + canvas * jitter * rng.uniform(-0.1, 0.1, 2)
+    def __init__(
+        self, side: float, middle: tuple[float, float], rng: np.random.Generator, jitter: float
+    ) -> None:
+        self.radius = side * (0.32 + jitter * rng.uniform(-0.05, 0.03))
+        self.center = np.array(middle) + side * jitter * rng.uniform(-0.1, 0.1, 2)
         angle = math.radians(jitter * rng.uniform(-15, 15))
         sine, cosine = math.sin(angle), math.cos(angle)
         self.turn = np.array([[cosine, -sine], [sine, cosine]])
 
     def points(self, points: Sequence) -> list[tuple[float, float]]:
-        """Object coordinates (N, 2) as pixels of the canvas."""
+        """Object coordinates (N, 2) as pixels."""
         placed = self.center + self.radius * np.asarray(points, float) @ self.turn.T
         return [tuple(point) for point in placed]
 
@@ -127,27 +129,41 @@ class Placement:
         return [x - radius, y - radius, x + radius, y + radius]
 
 
-def draw(thing: Thing, rng: np.random.Generator, jitter: float = 0.35) -> Image.Image:
-    """A SIZE x SIZE RGB picture.
+@dataclass(frozen=True)
+class Frame:
+    """The size of a picture, and where in it the square is that holds the object, in pixels."""
+
+    width: int = SIZE
+    height: int = SIZE
+    left: float = 0
+    top: float = 0
+    side: float = SIZE
+
+
+def draw(
+    thing: Thing, rng: np.random.Generator, jitter: float = 0.35, frame: Frame = Frame()
+) -> Image.Image:
+    """An RGB picture.
 
     jitter: scales the spread of place, size and angle; with 1 it is a quarter of the object.
     """
-    canvas = SIZE * 4
-    placement = Placement(canvas, rng, jitter)
+    canvas = frame.width * 4, frame.height * 4
+    middle = 4 * frame.left + 2 * frame.side, 4 * frame.top + 2 * frame.side
+    placement = Placement(4 * frame.side, middle, rng, jitter)
     color = _shade(COLORS[thing.color], rng, 12)
     color2 = _shade(COLORS[thing.color2 or thing.color], rng, 12)
-    paint = Image.new("RGB", (canvas, canvas), color)
+    paint = Image.new("RGB", canvas, color)
     brush = ImageDraw.Draw(paint)
     _paint_pattern(brush, thing.pattern, color2, placement)
     if thing.face:
         _paint_face(brush, placement)
-    mask = Image.new("L", (canvas, canvas))
+    mask = Image.new("L", canvas)
     for polygon in _outline(thing.shape):
         ImageDraw.Draw(mask).polygon(placement.points(polygon), fill=255)
-    picture = _scenery(thing.background, rng).resize((canvas, canvas), Image.Resampling.BICUBIC)
+    picture = _scenery(thing.background, frame, rng).resize(canvas, Image.Resampling.BICUBIC)
     picture.paste(tuple(int(0.45 * c) for c in color), mask=mask.filter(ImageFilter.MaxFilter(5)))
     picture.paste(paint, mask=mask)
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return picture.resize((frame.width, frame.height), Image.Resampling.BOX)
 
 
 def to_pixels(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -209,21 +225,23 @@ def _outline(shape: str) -> list[np.ndarray]:
     return [body, np.array([(0.4, 0), (1.2, -0.7), (1.2, 0.7)])]
 
 
-def _scenery(background: str, rng: np.random.Generator) -> Image.Image:
-    y, x = np.mgrid[0:SIZE, 0:SIZE]
-    scene = np.full((SIZE, SIZE, 3), _shade(BACKGROUNDS[background], rng, 8), float)
+def _scenery(background: str, frame: Frame, rng: np.random.Generator) -> Image.Image:
+    width, height = frame.width, frame.height
+    y, x = np.mgrid[0:height, 0:width]
+    scene = np.full((height, width, 3), _shade(BACKGROUNDS[background], rng, 8), float)
     if background == "on grass":
         scene += 10 * np.sin(2.1 * x + rng.uniform(0, 6))[..., None] * np.sin(0.9 * y)[..., None]
-        scene[: SIZE // 3] = _shade((170, 212, 242), rng, 6)
+        scene[: height // 3] = _shade((170, 212, 242), rng, 6)
     elif background == "in the sea":
         scene += 12 * np.sin(1.2 * y + 0.5 * np.sin(0.5 * x) + rng.uniform(0, 6))[..., None]
     elif background == "on sand":
         scene += 6 * np.sin(0.5 * x + 0.9 * y + rng.uniform(0, 6))[..., None]
     else:
         speck = (235, 235, 200) if background == "at night" else (255, 255, 255)
-        scene[tuple(rng.integers(0, SIZE, (2, 10)))] = speck
+        num_specks = 10 * width * height // SIZE**2
+        scene[tuple(rng.integers(0, ((height,), (width,)), (2, num_specks)))] = speck
         if background == "in the snow":
-            scene[: SIZE // 3] -= 25
+            scene[: height // 3] -= 25
     return Image.fromarray(scene.clip(0, 255).astype(np.uint8))
 
 

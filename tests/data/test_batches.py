@@ -1,12 +1,14 @@
 """Which picture, variant and caption a row has depends on (seed, step, row) alone."""
 
 from collections import Counter
+from zlib import crc32
 
 import pytest
 
 from tests.shared.fake_pictures import Fake, fake
 from tests.shared.pictures import data
 from trainers.data.buckets import Bucket
+from trainers.data.caption_variants import Wording, distinct_texts
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
@@ -30,6 +32,11 @@ def test_a_variant_depends_on_content_and_number_only():
 
 
 POOLS = [[fake(i, "i" * (i + 1)) for i in range(5)], [fake(i, "c" * i) for i in range(10, 17)]]
+WORDING = Wording(shuffle=True, keep=1, dropout=0.3, variants=4)
+# pictures with several captions, whose tags are shuffled and dropped
+WORDED = [
+    fake(i, "i" * (i + 1), others=("a, b, c", "d, e, f, g"), wording=WORDING) for i in range(5)
+]
 VARIED = data(center_crop=False, random_flip=True, caption_dropout=0.3, prior_loss_weight=0.5)
 
 
@@ -68,7 +75,11 @@ def test_every_picture_is_visited_once_in_each_epoch(size):
     assert all(sorted(epoch) == sorted(fixed) for epoch in epochs)
 
 
-@pytest.mark.parametrize("pools", [POOLS[:1], POOLS], ids=["instance", "prior"])
+@pytest.mark.parametrize(
+    "pools",
+    [POOLS[:1], POOLS, [WORDED, POOLS[1]]],
+    ids=["instance", "prior", "captions that vary"],
+)
 @pytest.mark.parametrize(
     ("size", "accumulation", "world"), [(2, 2, 2), (2, 1, 4), (4, 1, 2), (8, 1, 1), (1, 8, 1)]
 )
@@ -81,12 +92,21 @@ def test_a_global_batch_does_not_depend_on_how_it_is_shared(pools, size, accumul
         assert sorted(row for row, *_ in whole) == list(range(8 * len(pools)))
 
 
-def test_a_step_does_not_depend_on_the_steps_before():
-    walked = batches()
+@pytest.mark.parametrize("pools", [POOLS, [WORDED]], ids=["plain", "captions that vary"])
+def test_a_step_does_not_depend_on_the_steps_before(pools):
+    walked = batches(pools=pools)
     history = [samples(walked, step) for step in range(20)]
     permutation.cache_clear()
-    assert samples(batches(), 19) == history[19]
-    assert samples(batches(seed=1), 19) != history[19] != history[18]
+    assert samples(batches(pools=pools), 19) == history[19]
+    assert samples(batches(seed=1, pools=pools), 19) != history[19] != history[18]
+
+
+def test_a_visit_sees_a_text_that_was_encoded_beforehand():
+    encoded = {crc32(text.encode()) for text in (*distinct_texts(WORDED, 0), "")}
+    seen = set()
+    for step in range(300):
+        seen |= {text[1] for _, _, text, _ in samples(batches(pools=[WORDED]), step)}
+    assert seen == encoded
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from accelerate import PartialState
 
 from tests.shared.processes import launch
-from tests.shared.runs import PRIOR, assert_close
+from tests.shared.runs import PRIOR, VARIED_CAPTIONS, assert_close
 from trainers.config import loading
 from trainers.distributed import collectives
 from trainers.distributed.accelerator import make_accelerator
@@ -42,16 +42,19 @@ def trained(settings, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_two_and_four_processes_train_alike(trained, settings, tmp_path, family):
+def test_one_two_and_four_processes_train_alike(
+    trained, settings, tmp_path, captioned_photos, family
+):
+    shared = (*PRIOR, f"data.instance_data_dir={captioned_photos}", *VARIED_CAPTIONS)
     one = settings(
-        "train.train_batch_size=1", "train.gradient_accumulation_steps=4", *PRIOR, family=family
+        "train.train_batch_size=1", "train.gradient_accumulation_steps=4", *shared, family=family
     )
     run(one)
     for world in (2, 4):
         parts = (
             "train.train_batch_size=1",
             f"train.gradient_accumulation_steps={4 // world}",
-            *PRIOR,
+            *shared,
         )
         assert_close(one, trained(f"of-{world}", world, *parts, family=family)[0])
 

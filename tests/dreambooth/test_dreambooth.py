@@ -41,6 +41,12 @@ VARIANTS = {
         "objective.snr_gamma=5",
         "objective.noise_offset=0.1",
     ),
+    # so that the caption as it is written is none of the texts
+    "shuffled": (
+        "data.instance_prompt='a, b, c, d, e'",
+        "data.shuffle_tags=true",
+        "data.caption_variants=1",
+    ),
     "all weights": ("lora=null", "train.train_text_encoder=true"),
     "8-bit": ("optimizer.name=adamw_8bit",),
     "adafactor": ("optimizer.name=adafactor", "optimizer.lr_scheduler=cosine"),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.shared.runs import lora, losses
+from tests.shared.runs import VARIED_CAPTIONS, lora, losses
 from trainers import run_folder
 from trainers.errors import UserError
 from trainers.run import run
@@ -14,8 +14,10 @@ from trainers.training import checkpoint_folders
 from trainers.training.checkpoint import read_checkpoint
 
 
-def test_three_steps_and_three_more_equal_six(settings, tmp_path):
+def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_photos):
     overrides = (
+        f"data.instance_data_dir={captioned_photos}",
+        *VARIED_CAPTIONS,
         "train.ema_decay=0.9",
         "lora.dropout=0.1",
         "data.random_flip=true",
@@ -31,13 +33,30 @@ def test_three_steps_and_three_more_equal_six(settings, tmp_path):
     assert all(torch.equal(lora(whole)[name], lora(parts)[name]) for name in lora(whole))
 
 
-@pytest.mark.parametrize(
-    "change", ["lora.rank=4", "seed=1", "data.instance_prompt=d", "train.train_batch_size=3"]
-)
-def test_resuming_another_configuration_is_refused(settings, change):
+CHANGES = {
+    "lora.rank=4": "lora.rank: was 2, is 4",
+    "seed=1": "seed: was 0, is 1",
+    "data.instance_prompt=d": "data.instance_prompt: was a b c, is d",
+    "train.train_batch_size=3": "global batch: was 2, is 3",
+    "model.clip_chunks=2": "model.clip_chunks: was 1, is 2",
+    "data.trigger=d": "data.trigger: was null, is d",
+    "data.caption_prefix=d": 'data.caption_prefix: was "", is d',
+    "data.caption_suffix=d": "with another caption or label",
+    "data.caption_lines=choose": "data.caption_lines: was join, is choose",
+    "data.shuffle_tags=true": "data.shuffle_tags: was false, is true",
+    "data.tag_dropout=0.5": "data.tag_dropout: was 0.0, is 0.5",
+}
+
+
+def test_resuming_another_configuration_is_refused_and_the_key_is_named(settings):
     run(settings("train.max_train_steps=2"))
-    with pytest.raises(UserError, match="was made by another configuration"):
-        run(settings(change))
+    for change, words in CHANGES.items():
+        with pytest.raises(UserError, match="was made by another configuration") as caught:
+            run(settings(change))
+        assert words in str(caught.value)
+    more = ("data.shuffle_tags=true", "data.keep_tags=1", "data.caption_variants=3")
+    with pytest.raises(UserError, match=r"(?s)data\.keep_tags: .*data\.caption_variants: was 8"):
+        run(settings(*more))
 
 
 def test_a_finished_run_is_never_overwritten(settings):

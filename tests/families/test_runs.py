@@ -9,13 +9,15 @@ from PIL import Image, ImageChops
 
 from tests.shared.families import FLOWS, LENGTH, TEXT
 from tests.shared.oracles import assert_trained_alike
-from tests.shared.runs import PRIOR, lora, losses
+from tests.shared.runs import PRIOR, VARIED_CAPTIONS, lora, losses
 from trainers.run import run
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_three_steps_and_three_more_equal_six(settings, tmp_path, name):
+def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_photos, name):
     overrides = (
+        f"data.instance_data_dir={captioned_photos}",
+        *VARIED_CAPTIONS,
         "train.ema_decay=0.9",
         "lora.dropout=0.1",
         TEXT,
@@ -32,8 +34,14 @@ def test_three_steps_and_three_more_equal_six(settings, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_accumulation_equals_one_batch(settings, tmp_path, name):
-    shared = (*PRIOR, f"data.class_data_dir={tmp_path}/class", f"data.cache_dir={tmp_path}/cache")
+def test_accumulation_equals_one_batch(settings, tmp_path, captioned_photos, name):
+    captions = (f"data.instance_data_dir={captioned_photos}", *VARIED_CAPTIONS)
+    shared = (
+        *PRIOR,
+        *captions,
+        f"data.class_data_dir={tmp_path}/class",
+        f"data.cache_dir={tmp_path}/cache",
+    )
     one = settings("train.train_batch_size=2", *shared, f"output_dir={tmp_path}/one", family=name)
     parts = ("train.train_batch_size=1", "train.gradient_accumulation_steps=2")
     two = settings(*parts, *shared, f"output_dir={tmp_path}/two", family=name)

@@ -142,6 +142,17 @@ def test_prompts_take_turns_and_the_wished_ones_win(settings):
     }
 
 
+def test_prompts_have_the_trigger_and_the_subjects_what_its_captions_have(settings):
+    around = ("data.caption_prefix=a photo of", "data.caption_suffix=', day'")
+    config = settings("data.trigger=sks", "data.instance_prompt='[trigger] dog'", *around)
+    options = EvaluationOptions(num_images=1, prompts=["{trigger} at night"], class_prompts=["c"])
+    assert plan_samples(config, [], options) == {
+        "subject": [("a photo of sks dog, day", 0)],
+        "class": [("c", 0)],
+        "prompt-0": [("sks at night", 0)],
+    }
+
+
 def test_without_an_instance_prompt_the_captions_take_turns(settings, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "captioned")
     for i in range(5):

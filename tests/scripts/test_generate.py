@@ -16,13 +16,19 @@ def generate(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_a_run_and_its_file_give_the_final_samples_again(settings, bases, tmp_path, family):
-    options = ["validation.prompts=[a b c]", "validation.num_images=2", "lora.alpha=5"]
-    config = settings(*options, family=family)
+# longer than the tiny CLIP reads at a time, with a place for the trigger
+PROMPT = "{trigger} b c d e f g h i j k l m"
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [("sd15", ["model.clip_chunks=2"]), ("flux", [])], ids=["sd15", "flux"]
+)
+def test_a_run_and_its_file_give_the_final_samples_again(settings, bases, tmp_path, family, more):
+    options = [f"validation.prompts=['{PROMPT}']", "validation.num_images=2", "lora.alpha=5"]
+    config = settings(*options, *more, "data.trigger=z", family=family)
     run(config)
     final = Image.open(config.output_dir / "samples/final/00-1.png").tobytes()
-    done = generate(config.output_dir, "--prompt", "a b c", "--out", tmp_path / "folder")
+    done = generate(config.output_dir, "--prompt", PROMPT, "--out", tmp_path / "folder")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "folder/00-1.png").tobytes() == final
 

@@ -1,15 +1,18 @@
 """Pictures without pixels, and encoders whose outputs tell what was encoded."""
 
 from functools import partial
+from zlib import crc32
 
 import torch
 
+from trainers.data.caption_variants import AS_WRITTEN
 from trainers.data.pictures import Picture, PictureFacts
 
 
-def fake(i, caption="caption", size=(600, 512), repeats=1):
+def fake(i, caption="caption", size=(600, 512), repeats=1, others=(), wording=AS_WRITTEN):
     """A picture with a name and a size, and nothing to decode."""
-    picture = Picture(f"{i}", partial(str.encode, f"{i}"), caption, repeats=repeats)
+    captions = {"caption": caption, "other_captions": others, "wording": wording}
+    picture = Picture(f"{i}", partial(str.encode, f"{i}"), repeats=repeats, **captions)
     picture.__dict__["facts"] = PictureFacts(size, f"{i}", None)
     return picture
 
@@ -27,4 +30,4 @@ class Fake:
         return torch.tensor([number(picture), crop.left, crop.top, crop.flip], dtype=torch.float64)
 
     def text_inputs(self, prompt):
-        return {"text": torch.tensor([len(prompt)])}
+        return {"text": torch.tensor([len(prompt), crc32(prompt.encode())])}

@@ -66,6 +66,15 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def captioned_photos(tmp_path_factory):
+    """Photos with two captions each, with tags and a place for the trigger word."""
+    folder = write_photos(tmp_path_factory.mktemp("captioned_photos"))
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.with_suffix(".txt").write_text(f"{{trigger}} {number}, a, b\nc, d, e\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def other_photos(tmp_path_factory):
     """Photos that no run of a test learns from."""
     return write_photos(tmp_path_factory.mktemp("other_photos"), seed=1)

@@ -16,6 +16,18 @@ from trainers.distributed.trained_weights import trainable_parameters
 
 PRIOR = ("data.class_prompt=c", "data.num_class_images=3", "data.prior_loss_weight=0.5")
 
+# of photos with several captions and tags, which the fixture `captioned_photos` has
+VARIED_CAPTIONS = (
+    "data.trigger=z",
+    "data.caption_prefix=x",
+    "data.caption_lines=choose",
+    "data.shuffle_tags=true",
+    "data.keep_tags=1",
+    "data.tag_dropout=0.3",
+    "data.caption_variants=3",
+    "data.caption_dropout=0.2",
+)
+
 
 def lora(settings):
     return load_file(settings.output_dir / "pytorch_lora_weights.safetensors")

@@ -13,6 +13,7 @@ from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
 from trainers.config.bounds import PathField
+from trainers.config.caption_rules import caption_errors, placeholder_errors
 from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
@@ -22,6 +23,7 @@ from trainers.config.dreambooth_sections import (
     PromptsConfig,
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
+from trainers.config.trigger import fill_prompts
 
 # What each preset sets where the config says nothing.
 MEMORY_PRESETS = {
@@ -53,6 +55,12 @@ class DreamBoothConfig(Config):
         **Config.optional_packages,
         "model.quantization": {"nf4": "bitsandbytes", "int8": "bitsandbytes"},
     }
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_trigger(cls, tree: Any) -> Any:
+        """Write `data.trigger` in place of `{trigger}` and `[trigger]`."""
+        return fill_prompts(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="before")
     @classmethod
@@ -162,6 +170,9 @@ class DreamBoothConfig(Config):
         yield from super().errors()
         yield from rules.base_errors(self.model)
         yield from rules.picture_errors(self.data)
+        yield from caption_errors(self.data)
+        texts = {"data": self.data, "validation": self.validation}
+        yield from placeholder_errors(texts, self.data.trigger)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)

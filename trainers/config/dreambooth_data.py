@@ -17,6 +17,7 @@ from trainers.config.bounds import (
     Prompt,
 )
 
+Trigger = Annotated[str, Field(max_length=100)]
 Prompts = Annotated[list[Prompt], Field(max_length=1000)]
 Resolutions = Annotated[list[Pixels], Field(min_length=1, max_length=8)]
 
@@ -42,6 +43,34 @@ class DataConfig(Section):
     )
     instance_prompt: Prompt | None = field(
         None, "Caption of every picture that has none of its own."
+    )
+    caption_lines: Literal["join", "choose"] = field(
+        "join",
+        "Several lines of a caption: join makes one caption of them, with choose each line is one, "
+        "and a visit of the picture draws one of them.",
+    )
+    trigger: Trigger | None = field(
+        None,
+        "The word that is taught; it replaces {trigger} and [trigger] in captions and prompts.",
+    )
+    caption_prefix: Prompt = field(
+        "", "Before every caption of the training pictures, with a space between."
+    )
+    caption_suffix: Prompt = field("", "After every caption of the training pictures.")
+    shuffle_tags: bool = field(
+        False, "Put the tags of a caption, which commas separate, in another order at each visit."
+    )
+    keep_tags: int = field(
+        0, "How many tags at the beginning stay in place and are never dropped.", ge=0, le=1000
+    )
+    tag_dropout: Probability = field(
+        0.0, "Share of tags that are left out; never those of keep_tags or with the trigger."
+    )
+    caption_variants: int = field(
+        8,
+        "How many texts with shuffled or dropped tags are drawn and cached for each caption.",
+        ge=1,
+        le=10_000,
     )
     class_data_dir: PathField | None = field(
         None, "Folder of class pictures; null means OUTPUT_DIR/class_images."
@@ -130,6 +159,10 @@ class DataConfig(Section):
     @property
     def uses_prior(self) -> bool:
         return self.num_class_images > 0
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_tags or self.tag_dropout > 0
 
     @property
     def class_prompts(self) -> list[str]:

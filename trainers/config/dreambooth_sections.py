@@ -78,6 +78,14 @@ class ModelConfig(Section):
         ge=1,
         le=512,
     )
+    clip_chunks: int = family_field(
+        "model",
+        "clip_chunks",
+        1,
+        "chunks of 75 tokens in which CLIP reads a prompt; more for long prompts, in samples too.",
+        ge=1,
+        le=8,
+    )
     guidance_scale: Guidance = family_field(
         "model",
         "guidance_scale",

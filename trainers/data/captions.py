@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from trainers.data.decoding import UnreadablePictureError, read_file
 from trainers.data.folders import FolderContents, relative_name
@@ -22,6 +23,7 @@ from trainers.errors import UserError, name_some
 
 # unless the config names one, the first of these columns that a metadata file has is read
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+Lines = Literal["join", "choose"]  # what the lines of one text are, as data.caption_lines says
 MAX_TEXT_BYTES = 2**26
 EXAMPLE_LINE = '{"file_name": "1.jpg", "text": "a caption"}'
 # the marks at the beginning of a file, the longer ones first
@@ -36,21 +38,21 @@ BYTE_ORDER_MARKS = (
 
 @dataclass
 class FolderCaptions:
-    """The caption of each picture that has one of its own, and notes on what was not taken.
+    """The captions of each picture that has its own, and notes on what was not taken.
 
-    sources: which file a picture's caption stands in.
+    sources: which file a picture's captions stand in.
     """
 
-    by_picture: dict[Path, str] = field(default_factory=dict)
+    by_picture: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[Path, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, picture: Path, caption: str, source: Path) -> None:
-        """Raises: UserError for a second caption that is another one."""
-        if self.by_picture.get(picture, caption) != caption:
+    def add(self, picture: Path, captions: tuple[str, ...], source: Path) -> None:
+        """Raises: UserError where another place has other ones."""
+        if self.by_picture.get(picture, captions) != captions:
             both = f"{self.sources[picture].name} and {source.name}"
             raise UserError(f"{picture} has two captions, in {both}: remove one of them")
-        self.by_picture[picture], self.sources[picture] = caption, source
+        self.by_picture[picture], self.sources[picture] = captions, source
 
 
 class PictureIndex:
@@ -85,14 +87,16 @@ def fold_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def read_captions(contents: FolderContents, column: str | None = None) -> FolderCaptions:
-    """A picture's caption is the text file beside it, else its line of metadata.
+def read_captions(
+    contents: FolderContents, column: str | None = None, lines: Lines = "join"
+) -> FolderCaptions:
+    """A picture's captions are the text file beside it, else its line of metadata.
 
     column: of metadata, instead of the first of `CAPTION_COLUMNS`. Raises: UserError naming what
     is not text, is empty, or belongs to no picture.
     """
     index, captions = PictureIndex(contents), FolderCaptions()
-    read_sidecars(contents, index, captions)
+    read_sidecars(contents, index, captions, lines)
     if column and not contents.metadata:
         raise UserError(
             f"data.caption_column is {column!r}, and {contents.root} has neither metadata.jsonl "
@@ -100,7 +104,7 @@ def read_captions(contents: FolderContents, column: str | None = None) -> Folder
         )
     from_metadata = FolderCaptions()
     for path in contents.metadata:
-        read_metadata(path, contents, index, from_metadata, column)
+        read_metadata(path, contents, index, from_metadata, column, lines)
     hidden = from_metadata.by_picture.keys() & captions.by_picture.keys()
     if hidden:
         names = sorted(relative_name(path, contents.root) for path in hidden)
@@ -113,7 +117,9 @@ def read_captions(contents: FolderContents, column: str | None = None) -> Folder
     return captions
 
 
-def read_sidecars(contents: FolderContents, index: PictureIndex, captions: FolderCaptions) -> None:
+def read_sidecars(
+    contents: FolderContents, index: PictureIndex, captions: FolderCaptions, lines: Lines
+) -> None:
     """Add the captions of 1.txt, 1.caption and 1.jpg.txt. Raises: UserError for orphans."""
     orphans = []
     for path in contents.sidecars:
@@ -122,15 +128,14 @@ def read_sidecars(contents: FolderContents, index: PictureIndex, captions: Folde
         if not owners:
             orphans.append(relative_name(path, contents.root))
             continue
-        lines = [line.strip() for line in read_text(path).splitlines()]
-        caption = " ".join(line for line in lines if line)
-        if not caption:
+        written = split_lines(read_text(path))
+        if not written:
             raise UserError(
                 f"{path} is empty: write a caption, or remove the file if data.instance_prompt is "
                 "meant"
             )
         for owner in owners:
-            captions.add(owner, caption, path)
+            captions.add(owner, written if lines == "choose" else (" ".join(written),), path)
     if orphans:
         raise UserError(
             f"{contents.root}: no picture belongs to {name_some(orphans)}: a caption has the name "
@@ -138,12 +143,18 @@ def read_sidecars(contents: FolderContents, index: PictureIndex, captions: Folde
         )
 
 
-def read_metadata(
+def split_lines(text: str) -> tuple[str, ...]:
+    """The lines that are not empty, without the spaces around them."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def read_metadata(  # noqa: PLR0913 (all that the rows of a file are read by)
     path: Path,
     contents: FolderContents,
     index: PictureIndex,
     captions: FolderCaptions,
     column: str | None,
+    lines: Lines,
 ) -> None:
     """Add the captions of one metadata file, whose names are relative to its folder."""
     rows = list(read_rows(path))
@@ -158,9 +169,9 @@ def read_metadata(
             unmatched.append(f"{name} (line {number})")
         if caption is None:
             continue
-        check_caption(caption, f"{path}, line {number}: {column!r}")
+        several = parse_captions(caption, f"{path}, line {number}: {column!r}", lines)
         for owner in owners:
-            captions.add(owner, caption.strip(), path)
+            captions.add(owner, several, path)
     if unmatched:
         raise UserError(
             f"{path}: there is no picture {name_some(unmatched)}: file_name is relative to "
@@ -194,12 +205,22 @@ def choose_column(
     return known[0]
 
 
-def check_caption(caption: object, what: str) -> None:
-    """Raises: UserError for a caption that is not text, or is empty."""
-    if not isinstance(caption, str):
-        raise UserError(f"{what} is {caption!r}, which is not text")
-    if not caption.strip():
-        raise UserError(f"{what} is empty: write a caption, or leave it out")
+def parse_captions(value: object, what: str, lines: Lines) -> tuple[str, ...]:
+    """The captions of a value, which is one text or a list of them.
+
+    Raises: UserError for one that is not text, or is empty.
+    """
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{what} is {text!r}, which is not text")
+        if not text.strip():
+            raise UserError(f"{what} is empty: write a caption, or leave it out")
+    if not texts:
+        raise UserError(f"{what} is an empty list: write a caption, or leave it out")
+    if lines == "choose" and not isinstance(value, list):
+        return split_lines(value)
+    return tuple(text.strip() for text in texts)
 
 
 def normalize_path(folder: str, name: str) -> str:

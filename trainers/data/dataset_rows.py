@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainers.config import DataConfig
+from trainers.data.captions import parse_captions
 from trainers.data.decoding import UnreadablePictureError, read_file
 from trainers.errors import UserError
 
@@ -46,6 +49,18 @@ def open_dataset(name: str, split: str, columns: dict[str, str | None]) -> datas
         raise UserError(
             f"data.{key}: the column {column!r} of {name} holds no pictures ({error})"
         ) from error
+
+
+def read_row_captions(rows: datasets.Dataset, config: DataConfig) -> Iterator[tuple[str, ...]]:
+    """Of each row its captions, none where it has none. Raises: UserError for what is not text."""
+    column = config.caption_column
+    values = rows[column] if column else [None] * len(rows)
+    for i, value in enumerate(values):
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            yield ()
+        else:
+            what = f"data.caption_column: {config.dataset_name}[{i}] in {column!r}"
+            yield parse_captions(value, what, config.caption_lines)
 
 
 def read_encoded(rows: datasets.Dataset, i: int, column: str) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.buckets import Bucket
+from trainers.data.caption_variants import draw_text
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
@@ -118,7 +119,8 @@ class DreamBoothBatches:
             crop = choose_crop(picture, variant, size, self.config)
             moments.append(self.encoder.moments(picture, crop))
             geometry.append(crop.geometry(picture.facts.size))
-            texts.append(self.encoder.text_inputs("" if is_dropped else picture.caption))
+            text = "" if is_dropped else draw_text(picture.captions, picture.wording, key)
+            texts.append(self.encoder.text_inputs(text))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
         return {
             "moments": self.stack_on_device(moments),

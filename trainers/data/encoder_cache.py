@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainers.config import DreamBoothConfig
 from trainers.data.batched_encoding import BatchEncoder, decode_views
+from trainers.data.caption_variants import distinct_texts
 from trainers.data.crops import Crop
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
@@ -41,11 +42,12 @@ class Encoders(Protocol):
     def unload(self) -> None: ...
     def component_digest(self, part: str) -> str: ...
     def tokenizer_digest(self, text_encoder: str) -> str: ...
+    def num_chunks(self, name: str) -> int: ...
     def tokenize(self, name: str, prompt: str) -> Tensor: ...
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]: ...
     def encode_image(self, pixels: Tensor) -> Tensor: ...
     def encode_images(self, pixels: Tensor) -> Tensor: ...
-    def encode_ids(self, name: str, ids: Tensor) -> dict[str, Tensor]: ...
+    def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]: ...
 
 
 class CachedEncoder:
@@ -120,9 +122,11 @@ class CachedEncoder:
 
     def compute_prompt_key(self, name: str, prompt: str) -> str:
         parts = [self.family.component_digest(name), self.family.tokenizer_digest(name)]
-        # only the length of this encoder can be chosen
+        # how much the encoder reads, where it can be chosen and is
         length = self.family.max_sequence_length if name == self.family.t5_encoder else None
-        return cache_key(prompt=prompt, encoder=parts, length=length)
+        chunks = self.family.num_chunks(name)
+        facts = {"chunks": chunks} if chunks > 1 else {}
+        return cache_key(prompt=prompt, encoder=parts, length=length, **facts)
 
     def fill(
         self,
@@ -182,7 +186,7 @@ class CachedEncoder:
 
     def encode_prompts(self, name: str, prompts: Iterable[str]) -> Iterator[dict[str, Tensor]]:
         def encode(ids: list[Tensor]) -> list[dict[str, Tensor]]:
-            outputs = self.family.encode_ids(name, torch.stack(ids))
+            outputs = self.family.encode_prompts(name, torch.stack(ids))
             return [{key: rows[i] for key, rows in outputs.items()} for i in range(len(ids))]
 
         ids = (self.family.tokenize(name, prompt) for prompt in prompts)
@@ -197,7 +201,7 @@ def fill_cache(
 ) -> None:
     """Encode every view of the pictures and every prompt that a run will ask for."""
     crops = [*chain(*(part.crops() for part in batches))]
-    prompts = [picture.caption for picture, _ in crops] + config.validation.prompts
     # the empty prompt stands for captions that are dropped
-    prompts += [config.validation.negative_prompt, ""]
-    encoder.fill(crops, dict.fromkeys(prompts), accelerator)
+    prompts = [*config.validation.prompts, config.validation.negative_prompt, ""]
+    texts = distinct_texts((picture for picture, _ in crops), config.seed)
+    encoder.fill(crops, texts | dict.fromkeys(prompts), accelerator)

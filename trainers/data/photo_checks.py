@@ -17,6 +17,7 @@ from trainers.data.buckets import (
     enlargement,
     share_cut_off,
 )
+from trainers.data.caption_checks import SplitsWords, check_captions, check_tokens
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
@@ -27,10 +28,8 @@ LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
 NOTED_CROP = 0.1
 
 
-class CountsTokens(Protocol):
-    """What a family knows about the length of prompts."""
-
-    text_encoder_names: Sequence[str]
+class CountsTokens(SplitsWords, Protocol):
+    """What a family knows about the length of prompts, and about words."""
 
     def load(self) -> None:
         """Load the tokenizers."""
@@ -57,6 +56,7 @@ def load_photos(
     if data.buckets or data.center_crop:
         check_crops(intake, pictures, rule)
     check_batch_size(intake, config.train, accelerator.num_processes, len(pictures))
+    check_captions(intake, pictures, config)
     return intake, [pictures], held_out
 
 
@@ -72,7 +72,11 @@ def report(
     Raises: UserError for warnings when data.strict is true.
     """
     family.load()
-    captions = {picture.caption: Path(picture.name).name for picture in pictures}
+    if config.data.trigger:
+        check_tokens(intake, family, config.data.trigger)
+    captions = {}
+    for picture in pictures:
+        captions |= dict.fromkeys(picture.captions, Path(picture.name).name)
     check_lengths(intake, family, "captions", captions)
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}

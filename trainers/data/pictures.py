@@ -15,8 +15,10 @@ from PIL import Image
 
 from trainers.config import DataConfig
 from trainers.data import decoding
+from trainers.data.bit_depth import check_bit_depth
+from trainers.data.caption_variants import AS_WRITTEN, Wording
 from trainers.data.captions import read_captions
-from trainers.data.dataset_rows import open_dataset, read_encoded
+from trainers.data.dataset_rows import open_dataset, read_encoded, read_row_captions
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.picture_memory import KnownPicture, PictureFacts
@@ -34,16 +36,15 @@ __all__ = [
     "picture_from_file",
 ]
 
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and microscopes
-
 
 @dataclass(frozen=True)
 class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
-    counts among the others; file: what `read` reads, if it is an ordinary file; known: what was
-    found out before.
+    counts among the others; other_captions: of which a visit may draw one too; wording: how a
+    caption becomes the text of a visit; file: what `read` reads, if it is an ordinary file; known:
+    what was found out before.
     """
 
     name: str
@@ -51,8 +52,14 @@ class Picture:
     caption: str
     bit_depth: int | None = None
     repeats: int = 1
+    other_captions: tuple[str, ...] = ()
+    wording: Wording = AS_WRITTEN
     file: Path | None = None
     known: KnownPicture | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.other_captions)
 
     @cached_property
     def digest(self) -> str:
@@ -133,7 +140,8 @@ def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> 
         pictures, source = pictures_from_dataset(config, intake), config.dataset_name
     else:
         folder, column = config.instance_data_dir, config.caption_column
-        pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+        wording, prompt = Wording.from_config(config), config.instance_prompt
+        pictures = pictures_from_folder(folder, config, prompt, intake, column, wording)
         source = str(folder)
     return keep_readable(pictures, config, source, intake)
 
@@ -145,8 +153,10 @@ def load_held_out_pictures(config: DataConfig, intake: Intake | None = None) -> 
     # a folder without metadata may stand beside one that has it
     has_metadata = bool(scan_folder(folder).metadata) and not config.dataset_name
     column = config.caption_column if has_metadata else None
-    intake = intake or Intake()
-    pictures = pictures_from_folder(folder, config, config.instance_prompt, intake, column)
+    intake, prompt = intake or Intake(), config.instance_prompt
+    # so that every measurement reads the same text
+    wording = Wording.from_config(config).unvaried
+    pictures = pictures_from_folder(folder, config, prompt, intake, column, wording)
     return keep_readable(pictures, config, str(folder), intake)
 
 
@@ -172,12 +182,13 @@ def load_class_pictures(
     return keep_readable(used, config, str(folder), intake)
 
 
-def pictures_from_folder(
+def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder depend on)
     folder: Path,
     config: DataConfig,
     prompt: str | None,
     intake: Intake,
     column: str | None = None,
+    wording: Wording | None = None,
 ) -> list[Picture]:
     """The pictures of a folder and its sub-folders with their captions, see `read_captions`.
 
@@ -186,14 +197,18 @@ def pictures_from_folder(
     """
     others = (config.instance_data_dir, config.held_out_dir, config.class_data_dir)
     contents = scan_folder(folder, others)
-    captions = read_captions(contents, column)
+    captions = read_captions(contents, column, config.caption_lines)
+    # class pictures have their captions as they are
+    wording = wording or Wording(trigger=config.trigger or "")
     pictures = []
     for path in contents.pictures:
         repeats, folder_caption = kohya_repeats(path, folder)
         fallback = folder_caption if prompt is None else prompt
-        caption = captions.by_picture.get(path, fallback)
-        read = partial(decoding.read_file, path)
-        pictures.append(Picture(str(path), read, caption, config.bit_depth, repeats, path))
+        own = captions.by_picture.get(path, (fallback,))
+        first, *others = wording.complete_all(own, path.name)
+        read, depth = partial(decoding.read_file, path), config.bit_depth
+        texts = first, depth, repeats, tuple(others), wording
+        pictures.append(Picture(str(path), read, *texts, file=path))
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures)
 
@@ -220,19 +235,13 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
         config.dataset_split,
         {"image_column": column, "caption_column": config.caption_column},
     )
-    captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
-    pictures, num_without = [], 0
-    for i, caption in enumerate(captions):
-        if caption is not None and not isinstance(caption, str):
-            raise UserError(
-                f"data.caption_column: {name}[{i}] has {caption!r} in {config.caption_column!r}, "
-                "which is not text"
-            )
-        if not (caption or "").strip():
-            caption = config.instance_prompt
-            num_without += 1
-        read = partial(read_encoded, rows, i, column)
-        pictures.append(Picture(f"{name}[{i}]", read, caption, config.bit_depth))
+    wording, pictures, num_without = Wording.from_config(config), [], 0
+    for i, captions in enumerate(read_row_captions(rows, config)):
+        num_without += not captions
+        own = captions or (config.instance_prompt,)
+        first, *others = wording.complete_all(own, f"{name}[{i}]")
+        read, depth = partial(read_encoded, rows, i, column), config.bit_depth
+        pictures.append(Picture(f"{name}[{i}]", read, first, depth, 1, tuple(others), wording))
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {config.dataset_split}")
     if num_without and config.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
@@ -268,27 +277,3 @@ def keep_readable(
         )
     check_bit_depth(result, config.bit_depth)
     return result
-
-
-def check_bit_depth(pictures: Sequence[Picture], bit_depth: int | None) -> None:
-    """Raises: UserError where deep pictures use fewer bits than they would be read with, which
-    would leave a few dark levels of them."""
-    colors = [picture for picture in pictures if picture.storage.has_deep_colors]
-    gray = [picture for picture in pictures if picture.storage.has_deep_gray]
-    for group, is_told in ((colors, bit_depth == 16), (gray, bit_depth is not None)):
-        if not group or is_told:
-            continue
-        largest = max(picture.largest_value for picture in group)
-        bits = next((bits for bits in BIT_DEPTHS if largest < 2**bits), 16)
-        if bits == 16:
-            continue
-        found = (
-            f"data.bit_depth: {len(group)} pictures such as {group[0].name} have 16 bits and use "
-            f"{bits} of them (the largest value is {largest})"
-        )
-        if group is colors:
-            raise UserError(
-                f"{found}; of colors the upper 8 bits are read: save them with 8 bits, or set "
-                "data.bit_depth=16 if they are that dark"
-            )
-        raise UserError(f"{found}: set data.bit_depth={bits}, or 16 if they are that dark")

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from trainers.base_model import LoadedBase, tokenizer_name
 from trainers.config import ObjectiveConfig
 from trainers.config.family_facts import FamilyFacts, family_facts, family_names
+from trainers.data.caption_checks import WordTokens
 from trainers.data.rng import SampleRng
+from trainers.families.long_prompts import join_chunks, split_chunks, tokenize_chunks
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
+from trainers.families.vocabulary import split_word
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
 
@@ -121,9 +124,18 @@ class Family(LoadedBase, ABC):
         shift = self.vae_config.get("shift_factor") or 0.0
         return (z - shift) * self.vae_config["scaling_factor"]
 
+    def num_chunks(self, name: str) -> int:
+        """In how many chunks a text encoder reads a prompt, see `long_prompts`."""
+        return self.model.clip_chunks if name in self.clip_encoders else 1
+
     def tokenize(self, name: str, prompt: str) -> Tensor:
-        """The token ids (L,) of a prompt for the text encoder `name`, padded and cut to L."""
+        """The token ids (L,) of a prompt for the text encoder `name`, padded and cut to L.
+
+        Of n chunks they are (n L,), each chunk with its own beginning and end.
+        """
         tokenizer = getattr(self.pipe, tokenizer_name(name))
+        if self.num_chunks(name) > 1:
+            return tokenize_chunks(tokenizer, prompt, self.num_chunks(name))
         length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
         tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
         return torch.tensor(tokens.input_ids)
@@ -132,20 +144,33 @@ class Family(LoadedBase, ABC):
         """How many tokens a prompt has, how many `tokenize` keeps, and the text of the others."""
         tokenizer = getattr(self.pipe, tokenizer_name(name))
         ids, length = tokenizer(prompt, verbose=False).input_ids, len(self.tokenize(name, prompt))
+        # but for the first chunk, the marks of beginning and end are no tokens of the prompt
+        length -= 2 * (self.num_chunks(name) - 1)
         # the last token that is kept marks the end
         rest = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)
         return len(ids), length, rest
 
+    def encode_ids(self, name: str, ids: Tensor) -> dict[str, Tensor]:
+        """`encode_text` of what `tokenize` gives, as a batch; chunks are encoded one by one."""
+        chunks = self.num_chunks(name)
+        if chunks == 1:
+            return self.encode_text(name, ids)
+        return join_chunks(self.encode_text(name, split_chunks(ids, chunks)), chunks)
+
+    def split_word(self, name: str, word: str) -> WordTokens:
+        """How the tokenizer of the text encoder `name` splits a word, and what it takes it for."""
+        return split_word(getattr(self.pipe, tokenizer_name(name)), word, self.folder / name)
+
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
-        """`encode_text` of one prompt, without the batch axis."""
-        outputs = self.encode_ids(name, self.tokenize(name, prompt)[None])
+        """`encode_ids` of one prompt, without the batch axis."""
+        outputs = self.encode_prompts(name, self.tokenize(name, prompt)[None])
         return {key: value[0] for key, value in outputs.items()}
 
     @torch.no_grad()
-    def encode_ids(self, name: str, ids: Tensor) -> dict[str, Tensor]:
-        """`encode_text` of token ids (B, L) that need not be on the device."""
-        return self.encode_text(name, ids.to(self.device))
+    def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]:
+        """`encode_ids` without gradients; the ids need not be on the device."""
+        return self.encode_ids(name, ids.to(self.device))
 
 
 CLASSES: dict[str, type[Family]] = {}  # families whose modules have been imported

@@ -31,7 +31,7 @@ class TrainableDenoiser(nn.Module):
         text: the outputs of the frozen text encoders, and {NAME_ids: (B, L)} of those that train.
         """
         for name in self.text_encoders:
-            text = text | self.family.encode_text(name, text[f"{name}_ids"])
+            text = text | self.family.encode_ids(name, text[f"{name}_ids"])
         return self.family.denoise(self.denoiser, x_t, t, text)
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict]:

@@ -99,7 +99,7 @@ def make_metadata(config: DreamBoothConfig, architecture: str) -> dict[str, str]
         "modelspec.title": shared.output_dir.name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": date.today().isoformat(),
-        "modelspec.trigger_phrase": config.data.instance_prompt or "",
+        "modelspec.trigger_phrase": config.data.trigger or config.data.instance_prompt or "",
         "diffusion_trainers.config": shared.model_dump_json(exclude=set(PRIVATE_SECTIONS)),
         "diffusion_trainers.versions": json.dumps(package_versions()),
     }

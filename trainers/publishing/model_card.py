@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
+from trainers.data.caption_variants import Wording
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.publishing.public import is_local, public_config
 from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
@@ -88,7 +89,9 @@ def write_dreambooth_card(
 
 def card_prompt(config: DreamBoothConfig) -> str:
     """The prompt that shows what was learned; empty where neither captions nor samples have one."""
-    return config.data.instance_prompt or next(iter(config.validation.prompts), "")
+    if config.data.instance_prompt:
+        return Wording.from_config(config.data).complete(config.data.instance_prompt)
+    return next(iter(config.validation.prompts), "")
 
 
 def lora_readers(config: DreamBoothConfig) -> str:
@@ -143,7 +146,8 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
         **base_license(base, config.facts.licenses),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        instance_prompt=card_prompt(config),
+        # the Hub shows it as what triggers the model
+        instance_prompt=config.data.trigger or card_prompt(config),
         tags=tags,
         widget=widget,
     )
@@ -170,7 +174,13 @@ def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
-    return {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
+    if config.model.clip_chunks > 1:
+        facts["Prompts"] = (
+            f"CLIP reads them in {config.model.clip_chunks} chunks of 75 tokens: use a program for "
+            "long prompts, such as ComfyUI, A1111 or Forge; the code above cuts them at 77 tokens"
+        )
+    return facts
 
 
 def initial_facts(config: DreamBoothConfig, digest: str | None) -> dict[str, object]:

@@ -146,9 +146,10 @@ def describe_pools(pools: Sequence[Sequence[Picture]]) -> Facts:
 
 
 def counted_caption(picture: Picture) -> str:
-    """The caption and, if it is not once, how often the picture counts."""
+    """The caption, or all of several, and, if it is not once, how often the picture counts."""
+    captions = json.dumps(picture.captions) if picture.other_captions else picture.caption
     times = "" if picture.repeats == 1 else f" x {picture.repeats}"
-    return picture.caption + times
+    return captions + times
 
 
 def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> None:
@@ -251,7 +252,7 @@ def explain_config(saved: Facts, current: Facts, config: Config) -> dict[str, st
 
 def show(value: Any) -> str:
     """A value as YAML has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def explain_pictures(saved: Mapping[str, Facts], current: Mapping[str, Facts]) -> list[str]:

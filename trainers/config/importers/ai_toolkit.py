@@ -16,6 +16,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
 )
 from trainers.errors import UserError
@@ -36,6 +37,8 @@ RULES = [
     Rule("datasets.folder_path", "data.instance_data_dir"),
     Rule("datasets.default_caption", "data.instance_prompt"),
     Rule("datasets.caption_dropout_rate", "data.caption_dropout", positive),
+    Rule("datasets.shuffle_tokens", "data.shuffle_tags", only_if_on),
+    Rule("datasets.token_dropout_rate", "data.tag_dropout", positive),
     Rule("datasets.flip_x", "data.random_flip", only_if_on),
     Rule("datasets.random_crop", "data.center_crop", lambda on: False if is_on(on) else None),
     Rule("datasets.resolution", "data.resolution", sides),
@@ -93,6 +96,8 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         note = "Its default is 1; ours is the rank"
         config.put("lora.alpha", 1, "network.linear_alpha", note)
     read_prompts(config)
+    kept = config.take("datasets.keep_tokens")
+    put_kept_tags(config, kept, "datasets.keep_tokens")
     read_average(config)
     precision = config.take("train.dtype")
     if precision in ("bf16", "fp16"):
@@ -120,17 +125,22 @@ def find_family(config: ForeignConfig) -> str | None:
 
 
 def read_prompts(config: ForeignConfig) -> None:
-    """Prompts, in which [trigger] stands for the trigger word."""
-    trigger = config.take("trigger_word") or ""
+    """Prompts, in which [trigger] stands for the trigger word, here as there."""
+    trigger = str(config.take("trigger_word") or "").strip()
     prompts = config.take("sample.prompts") or [
         sample.get("prompt", "") for sample in config.take("sample.samples") or []
     ]
     if prompts:
-        replaced = [str(prompt).replace("[trigger]", trigger) for prompt in prompts]
-        config.put("validation.prompts", replaced, "sample.prompts")
-    if trigger and not config.value("data.instance_prompt"):
-        note = "Captions beside the pictures win over it; [trigger] in them is not replaced"
-        config.put("data.instance_prompt", trigger, "trigger_word", note)
+        config.put("validation.prompts", [str(prompt) for prompt in prompts], "sample.prompts")
+    if trigger:
+        note = (
+            "It is put before captions that lack it there; here write [trigger] in them, or set "
+            "caption_prefix"
+        )
+        config.put("data.trigger", trigger, "trigger_word", note)
+        if not config.value("data.instance_prompt"):
+            note = "Captions beside the pictures win over it"
+            config.put("data.instance_prompt", "[trigger]", "trigger_word", note)
 
 
 def read_average(config: ForeignConfig) -> None:

@@ -214,6 +214,12 @@ def choose(table: Mapping[str, Any]) -> Choice:
     return Choice(table)
 
 
+def put_kept_tags(config: ForeignConfig, kept: Any, source: str, note: str = "") -> None:
+    """How many tags stay in place, where any move: elsewhere the number says nothing."""
+    if config.value("data.shuffle_tags") or config.value("data.tag_dropout"):
+        config.put("data.keep_tags", positive(kept), source, note)
+
+
 OPTIMIZERS = {
     "adamw": "adamw",
     "adam": "adamw",

@@ -17,9 +17,11 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
 )
 
 DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
+SHORT_PROMPT = 75  # tokens of CLIP, without the marks of beginning and end
 
 RULES = [
     *SHARED_RULES,
@@ -46,6 +48,16 @@ RULES = [
     Rule("enable_bucket", "data.buckets", is_on),
     Rule("bucket_no_upscale", "data.max_upscale", lambda on: 1.0 if is_on(on) else None),
     Rule("caption_dropout_rate", "data.caption_dropout", positive),
+    Rule("caption_prefix", "data.caption_prefix", lambda text: text or None),
+    Rule("caption_suffix", "data.caption_suffix", lambda text: text or None),
+    Rule("shuffle_caption", "data.shuffle_tags", only_if_on),
+    Rule("caption_tag_dropout_rate", "data.tag_dropout", positive),
+    Rule(
+        "enable_wildcard",
+        "data.caption_lines",
+        lambda on: "choose" if is_on(on) else None,
+        "Each line is a caption; choices in braces are left as they are",
+    ),
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
     Rule("noise_offset", "objective.noise_offset", positive),
@@ -97,6 +109,12 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     else:
         config.settings.pop("optimizer.text_encoder_lr", None)
     read_length(config)
+    note = "Theirs counts tags of the prefix too" if config.value("data.caption_prefix") else ""
+    put_kept_tags(config, config.take("keep_tokens"), "keep_tokens", note)
+    if family == "sd15":
+        tokens = number(config.take("max_token_length", SHORT_PROMPT)) or SHORT_PROMPT
+        chunks = tokens // SHORT_PROMPT
+        config.put("model.clip_chunks", chunks if chunks > 1 else None, "max_token_length")
     precision = config.take("mixed_precision")
     if precision in ("bf16", "fp16", "no"):
         config.put("train.mixed_precision", precision, "mixed_precision")

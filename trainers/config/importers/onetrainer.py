@@ -15,6 +15,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
 )
 
@@ -124,8 +125,25 @@ def read_concepts(config: ForeignConfig) -> None:
     for concept in concepts:
         if not isinstance(concept, Mapping):
             continue
-        key = "instance_data_dir"
-        if "PRIOR" in str(concept.get("type", "STANDARD")):
-            key = "class_data_dir"
-        if not config.value(f"data.{key}"):
-            config.put(f"data.{key}", concept.get("path"), "concepts.path")
+        is_prior = "PRIOR" in str(concept.get("type", "STANDARD"))
+        key = "data.class_data_dir" if is_prior else "data.instance_data_dir"
+        if config.value(key):
+            continue
+        config.put(key, concept.get("path"), "concepts.path")
+        if not is_prior and isinstance(concept.get("text"), Mapping):
+            read_captions(config, concept["text"])
+
+
+def read_captions(config: ForeignConfig, text: Mapping[str, Any]) -> None:
+    """How the captions of a concept vary."""
+    if text.get("prompt_source", "sample") == "sample":
+        note = "Each line of a text file is a caption"
+        config.put("data.caption_lines", "choose", "concepts.text.prompt_source", note)
+    shuffles = only_if_on(text.get("enable_tag_shuffling"))
+    config.put("data.shuffle_tags", shuffles, "concepts.text.enable_tag_shuffling")
+    if is_on(text.get("tag_dropout_enable")):
+        mode = str(text.get("tag_dropout_mode", "FULL"))
+        note = "" if mode == "RANDOM" else f"Each tag alone; its mode is {mode}"
+        share = positive(text.get("tag_dropout_probability"))
+        config.put("data.tag_dropout", share, "concepts.text.tag_dropout_probability", note)
+    put_kept_tags(config, text.get("keep_tags_count", 1), "concepts.text.keep_tags_count")

@@ -17,6 +17,7 @@ from trainers.config.importers.base import (
     number,
     only_if_on,
     positive,
+    put_kept_tags,
     sides,
 )
 
@@ -68,6 +69,7 @@ BACKEND_RULES = [
     Rule("instance_prompt", "data.instance_prompt"),
     Rule("dataset_name", "data.dataset_name"),
     Rule("resolution", "data.resolution", sides),
+    Rule("caption_shuffle.enable", "data.shuffle_tags", only_if_on),
 ]
 WITHOUT_EFFECT = (
     "model_type lora_type aspect_bucket_rounding minimum_image_size resolution_type "
@@ -111,5 +113,22 @@ def read_backends(config: ForeignConfig) -> None:
         if isinstance(backend, Mapping) and backend.get("dataset_type", "image") == "image":
             part = ForeignConfig("", backend)
             part.apply(BACKEND_RULES)
+            read_captions(part)
             config.settings |= part.settings
             return
+
+
+def read_captions(backend: ForeignConfig) -> None:
+    """How the captions of one set of pictures vary."""
+    is_split = not is_on(backend.take("disable_multiline_split"))
+    if backend.take("caption_strategy") == "textfile" and is_split:
+        note = "Each line of a text file is a caption"
+        backend.put("data.caption_lines", "choose", "caption_strategy", note)
+    if is_on(backend.take("prepend_instance_prompt")):
+        prompt = backend.take("instance_prompt")
+        backend.put("data.caption_prefix", prompt, "prepend_instance_prompt")
+    if backend.value("data.shuffle_tags"):
+        count = positive(backend.take("caption_shuffle.count", 1))
+        backend.put("data.caption_variants", count, "caption_shuffle.count")
+        kept = backend.take("caption_shuffle.position_start")
+        put_kept_tags(backend, kept, "caption_shuffle.position_start")
