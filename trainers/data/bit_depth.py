@@ -1,4 +1,4 @@
-"""How many bits the values of deep pictures use, which must be known to read them."""
+"""How many bits deep pictures use, where their files do not tell."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
 from trainers.data.decoding import IMAGE_SUFFIXES, read_file, read_storage
 from trainers.data.folders import FolderContents, relative_name
+from trainers.data.picture_memory import PictureMemory
 from trainers.errors import UserError, name_some, warn_on_error
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Intake:
     """Notes and warnings about the data; strict: warnings end the run (data.strict).
 
     keeps_going: the first error does not end the reading, for all are to be shown; left_out: the
-    reasons by the names of files that are not used; folders: what was found in each that was read.
+    reasons by the names of files that are not used; folders: what was found in each that was read;
+    memory: what is known of its pictures.
     """
 
     strict: bool = False
@@ -55,6 +57,7 @@ class Intake:
     folders: list[tuple[FolderContents, FolderCaptions]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     num_reported: int = 0
+    memory: PictureMemory = field(default_factory=PictureMemory)
 
     def note(self, text: str) -> None:
         self.add(Note("note", text))

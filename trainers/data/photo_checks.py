@@ -22,6 +22,7 @@ from trainers.data.intake import Intake, check_batch_size
 from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.pictures import Picture, load_held_out_pictures, load_instance_pictures
 from trainers.errors import UserError, name_some
+from trainers.run_folder import CACHE, PICTURES_NAME
 
 ROUNDING = 1e-6
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
@@ -48,6 +49,7 @@ def load_photos(
     Raises: UserError, as the loaders and `check_photos`.
     """
     data, intake = config.data, Intake(config.data.strict)
+    intake.memory.load((data.cache_dir or config.output_dir / CACHE) / PICTURES_NAME)
     pictures = load_instance_pictures(data, intake)
     held_out = load_held_out_pictures(data, intake) if data.held_out_dir else []
     check_photos(intake, pictures, held_out, rule)
@@ -71,6 +73,8 @@ def report(
     family.unload()
     if accelerator.is_main_process:
         intake.save(config.output_dir)
+    if accelerator.is_local_main_process:
+        intake.memory.save()
     intake.report(accelerator.print)
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from trainers.data.dataset_rows import open_dataset, read_encoded, read_row_capt
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.near_duplicates import perceptual_hash
+from trainers.data.picture_memory import KnownPicture, PictureFacts
 from trainers.data.sharpness import edge_blur, to_measured_size
 from trainers.data.valid_captions import read_valid_captions
 from trainers.errors import UserError, name_some
@@ -40,27 +41,13 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What one decoding of a picture tells.
-
-    size: width and height in pixels, upright; fingerprint: of its pixels, whatever file holds them;
-    perceptual_hash: see `near_duplicates`; edge_blur: see `sharpness`.
-    """
-
-    size: tuple[int, int]
-    fingerprint: str
-    storage: decoding.StoredAs
-    perceptual_hash: str | None
-    edge_blur: float | None
-
-
-@dataclass(frozen=True)
 class Picture:
     """One picture: its name for messages, a way to read its encoded bytes, its caption.
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
     counts among the others; other_captions: of which a visit may draw one too; wording: how a
-    caption becomes the text of a visit.
+    caption becomes the text of a visit; file: what `read` reads, if it is an ordinary file; known:
+    what was found out before.
     """
 
     name: str
@@ -70,6 +57,8 @@ class Picture:
     repeats: int = 1
     other_captions: tuple[str, ...] = ()
     wording: Wording = AS_WRITTEN
+    file: Path | None = None
+    known: KnownPicture | None = field(default=None, compare=False, repr=False)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -78,11 +67,18 @@ class Picture:
     @cached_property
     def digest(self) -> str:
         """Of what decides the pixels."""
-        with self.named_errors():
-            content = hashlib.sha256(self.read())
+        return self.known.digest if self.known else self.content_digest(self.read_named())
+
+    def content_digest(self, data: bytes) -> str:
+        """The digest of a picture of these bytes."""
+        content = hashlib.sha256(data)
         if self.bit_depth is not None:
             content.update(f"bit depth {self.bit_depth}".encode())
         return content.hexdigest()
+
+    def read_named(self) -> bytes:
+        with self.named_errors():
+            return self.read()
 
     @property
     def is_grayscale(self) -> bool:
@@ -91,17 +87,24 @@ class Picture:
 
     @cached_property
     def storage(self) -> decoding.StoredAs:
+        if self.known:
+            return self.known.facts.storage
         with self.named_errors():
             return decoding.read_storage(self.read())
 
     @cached_property
     def facts(self) -> PictureFacts:
         """Raises: UserError, as `decode`."""
-        image = self.decode()
+        return self.known.facts if self.known else self.examine(self.read_named())
+
+    def examine(self, data: bytes) -> PictureFacts:
+        """The facts of a picture of these bytes. Raises: UserError, as `decode`."""
+        with self.named_errors():
+            image, storage = decoding.decode(data, self.bit_depth), decoding.read_storage(data)
         fingerprint = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         gray = to_measured_size(image)
         look = perceptual_hash(gray), edge_blur(gray)
-        return PictureFacts(image.size, fingerprint, self.storage, *look)
+        return PictureFacts(image.size, fingerprint, storage, *look)
 
     @property
     def largest_value(self) -> int:
@@ -130,7 +133,8 @@ class Picture:
 
 
 def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = None) -> Picture:
-    return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
+    read = partial(decoding.read_file, path)
+    return Picture(str(path), read, caption, bit_depth, file=path)
 
 
 def load_instance_pictures(config: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -217,7 +221,8 @@ def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder de
         complete = partial(wording.complete_all, own, path.name)
         first, *others = intake.attempt(complete, own, path)
         read, depth = partial(decoding.read_file, path), config.bit_depth
-        pictures.append(Picture(str(path), read, first, depth, repeats, tuple(others), wording))
+        texts = first, depth, repeats, tuple(others), wording
+        pictures.append(Picture(str(path), read, *texts, file=path))
     intake.describe_folder(contents, captions, pictures)
     return check_captions(pictures, intake)
 
@@ -258,19 +263,20 @@ def pictures_from_dataset(config: DataConfig, intake: Intake) -> list[Picture]:
 def keep_readable(
     pictures: list[Picture], config: DataConfig, source: str, intake: Intake
 ) -> list[Picture]:
-    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
-    none is left."""
+    """Those that decode, with what is known of them. Raises: UserError for the first that does not
+    (unless skipped), or when none is left."""
 
-    def decoding_error(picture: Picture) -> UserError | None:
+    def examine(picture: Picture) -> Picture | UserError:
         try:
-            picture.facts  # noqa: B018
+            return intake.memory.examine(picture)
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool:
-        errors = list(pool.map(decoding_error, pictures))
-    for picture, error in zip(pictures, errors, strict=True):
-        if error is None:
+        examined = list(pool.map(examine, pictures))
+    result = [picture for picture in examined if isinstance(picture, Picture)]
+    for picture, error in zip(pictures, examined, strict=True):
+        if isinstance(error, Picture):
             continue
         if config.skip_corrupt:
             intake.left_out[picture.name] = str(error)
@@ -278,10 +284,9 @@ def keep_readable(
         else:
             advice = f"{error}, or set data.skip_corrupt=true"
             intake.fail(UserError(advice), [picture.name])
-    num_skipped = len(errors) - errors.count(None)
+    num_skipped = len(examined) - len(result)
     if num_skipped and config.skip_corrupt:
         intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
-    result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
         suffixes = ", ".join(sorted(decoding.IMAGE_SUFFIXES))
         intake.fail(UserError(f"{source} holds no pictures ({suffixes})"))
