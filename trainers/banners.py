@@ -125,6 +125,10 @@ def describe_views(config: Config, batches: Batches) -> str:
         sizes = [f"{width} x {height}" for width, height in (b.size for b in batches.buckets)]
         texts = [f"{len(sizes)} sizes: {name_some(sizes, 4)}" if len(sizes) > 1 else sizes[0]]
         texts.append("center crops" if data.center_crop else "random crops")
+        if data.crop_jitter:
+            texts.append(f"up to {data.crop_jitter:.0%} smaller")
+        if data.color_jitter:
+            texts.append(f"colors changed by up to {data.color_jitter:.0%}")
     else:
         texts = [f"{data.resolution} x {data.resolution}"]
         texts.append("gray" if data.channels == 1 else "color")

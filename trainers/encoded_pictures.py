@@ -29,7 +29,10 @@ def prepare_batches(
     intake, pools, held_out = photo_checks.load_photos(config, accelerator, rule)
     photo_checks.report(intake, family, [*pools[0], *held_out], config, accelerator)
     folder = data.cache_dir or config.output_dir / CACHE
-    encoder = CachedEncoder(family, folder, data.cache, trained_encoders(family, config))
+    # now, so that what an earlier run has read of them is known to the keys of the cache
+    family.digests(folder)
+    trained = trained_encoders(family, config)
+    encoder = CachedEncoder(family, folder, data.cache, trained, data.encode_batch_size)
     if data.uses_prior:
         sizes = sizes_by_concept(pools[0], rule)
         pools.append(prepare_class_pictures(encoder, sizes, config, accelerator, intake))

@@ -53,7 +53,10 @@ def track_by_lines(items: Collection[Item], label: str) -> Iterator[Item]:
         is_last = number == len(items) and told_at > start
         if now - told_at >= LINE_SECONDS or is_last:
             told_at = now
-            write_line(f"{label}: {number} of {len(items)} in {format_seconds(now - start)}")
+            done, seconds = f"{label}: {number} of {len(items)}", now - start
+            left = seconds / number * (len(items) - number)
+            rest = f", about {format_seconds(left)} left" if left else ""
+            write_line(f"{done} in {format_seconds(seconds)}{rest}")
 
 
 def write_line(text: str) -> None:

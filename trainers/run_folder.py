@@ -53,6 +53,8 @@ GRID_NAME = "grid.png"
 MANIFEST_NAME = "manifest.json"
 OPTIMIZER_SUFFIX = ".optimizer.pt"
 BASE_DIGESTS_NAME = "base_files.json"
+PICTURES_NAME = "pictures.json"
+ENTRIES_NAME = "entries.json"
 
 
 def step_name(step: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from trainers.data.crops import Crop
+from trainers.data.crops import Crop, Jitter
 from trainers.data.encoder_cache import CachedEncoder, TensorCache
 from trainers.data.photo_sets import load_instance_pictures
 from trainers.data.pictures import Picture
@@ -112,13 +112,13 @@ class Counted(SD15):
 
     encoded = 0
 
-    def encode_image(self, pixels):
-        self.encoded += 1
-        return super().encode_image(pixels)
+    def encode_images(self, pixels):
+        self.encoded += len(pixels)
+        return super().encode_images(pixels)
 
-    def encode_prompt(self, name, prompt):
-        self.encoded += 1
-        return super().encode_prompt(name, prompt)
+    def encode_ids(self, name, ids):
+        self.encoded += len(ids)
+        return super().encode_ids(name, ids)
 
 
 @pytest.fixture
@@ -144,13 +144,14 @@ def both(encoder):
 
 
 CHANGES = [{}, {"width": 24}, {"height": 24}, {"left": 0}, {"top": 0}, {"flip": True}]
+CHANGES += [{"jitter": Jitter(**{name: 0.9})} for name in ("share", "left", "saturation")]
 
 
 def test_a_pictures_key_depends_on_its_bytes_and_its_view(encoder):
     key, plain = encoder().image_key, Crop(16, 16)
     crops = [replace(plain, **change) for change in CHANGES]
     keys = {key(picture(content), crop) for content in (b"a", b"b") for crop in crops}
-    assert len(keys) == 12
+    assert len(keys) == 18
     assert key(Picture("renamed", partial(bytes, b"a"), "other caption"), plain) == key(
         picture(b"a"), plain
     )

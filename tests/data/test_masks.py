@@ -12,6 +12,7 @@ from PIL import Image
 from tests.shared.pictures import data
 from trainers.config import DataConfig
 from trainers.data.crops import Crop
+from trainers.data.file_outcomes import describe_files
 from trainers.data.intake import Intake
 from trainers.data.masks import check_masks, decode_mask, latent_mask
 from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
@@ -59,8 +60,11 @@ def test_a_mask_has_the_name_of_its_picture_in_a_folder_of_its_own(tmp_path, nam
 @pytest.mark.parametrize("ending", ["-masklabel", "_mask"])
 def test_a_mask_beside_its_picture_is_no_picture(tmp_path, ending):
     save(tmp_path / "photos/1.png", colored()), save(tmp_path / f"photos/1{ending}.png")
-    (picture,) = load(tmp_path, mask_dir=tmp_path / "photos")
+    intake = Intake()
+    (picture,) = load(tmp_path, intake, mask_dir=tmp_path / "photos")
     assert picture.mask.name.endswith(f"1{ending}.png")
+    outcomes = {file.name: file.outcome for file in describe_files(intake, {})}
+    assert outcomes[f"1{ending}.png"] == "a mask"
 
 
 def test_held_out_pictures_find_their_masks_by_the_same_rule(tmp_path):
@@ -104,6 +108,9 @@ def test_a_mask_in_color_or_one_that_is_no_picture_is_named(tmp_path):
     (picture,) = load(tmp_path)
     with pytest.raises(UserError, match=r"masks/1\.png is not a readable mask"):
         decode_mask(picture)
+    # where all mistakes are to be told, it is one of them
+    check_masks(intake := Intake(keeps_going=True), [picture], 0.1)
+    assert str(tmp_path / "masks/1.png") in intake.left_out
 
 
 # Where it lies

@@ -112,7 +112,7 @@ def test_all_that_a_run_writes_names_both_concepts_and_no_place(settings, concep
         assert PRIVATE not in text
     assert "INSTANCE_DATA_DIR" in public
     report = write_report(folder).read_text()
-    assert "rex: 3 of 3" in report
+    assert "rex: 0.png" in report
     assert "“a b c”, “d e f”" in report
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageFilter
 
+from tests.shared.messy_folder import scene
 from trainers import dreambooth, evaluate
 from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.buckets import BucketRule
@@ -154,6 +155,31 @@ def test_photos_that_are_learnt_from_cannot_be_held_out(put, tmp_path):
     config = DataConfig(instance_data_dir=tmp_path / "photos", instance_prompt="p")
     with pytest.raises(UserError, match=r"other\.bmp is not held out"):
         evaluate.load_held_out_photos(tmp_path / "held", load_instance_pictures(config))
+
+
+def test_nearly_equal_and_blurred_photos_are_warnings_before_the_training(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "0.png")
+    scene(1).resize((120, 90)).save(folder / "1.jpg", quality=50)
+    scene(2).save(folder / "2.png")
+    assert (
+        "nearly the same picture more than once, so it counts more: 1.jpg = 0.png"
+        in (notes(tmp_path)[1])
+    )
+    assert "blurred" not in notes(tmp_path)[1]
+    scene(3).filter(ImageFilter.GaussianBlur(4)).save(folder / "3.png")
+    assert "blurred, and blur is learnt too: 3.png" in notes(tmp_path)[1]
+
+
+def test_an_equal_photo_is_not_said_to_be_nearly_equal_too(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene(1).save(folder / "0.png")
+    scene(1).save(folder / "1.bmp")
+    warnings = notes(tmp_path)[1]
+    assert "the same picture more than once, so it counts more: 1.bmp = 0.png" in warnings
+    assert "nearly" not in warnings
 
 
 @pytest.mark.filterwarnings("ignore:skipped")

@@ -123,6 +123,17 @@ def test_training_pictures_are_in_the_owners_report_alone(runs, photos, blobs, k
     assert ["Training pictures" in Page(path).text for path in (own, public)] == [True, False]
 
 
+def test_the_owners_report_shows_how_each_photo_was_seen_and_the_public_one_does_not(runs, photos):
+    own = write_report(runs["dreambooth"]).read_text("utf-8")
+    public = write_report(runs["dreambooth"], pictures=False).read_text("utf-8")
+    names = [path.name for path in list_image_files(photos)]
+    # 6 steps of 4 rows
+    for text in (*names, '<path class="crop"', "“a b”", f"seen {24 / len(names):.3g} times"):
+        assert text in own
+    for text in (*names, '<figcaption class="name"', str(photos)):
+        assert text not in public
+
+
 def test_pictures_of_a_local_data_set_are_spread_over_it(runs, bars):
     page = Page(write_report(runs["autoencoder"]))
     assert "30 of 120" in page.text
@@ -137,7 +148,8 @@ def test_at_most_thirty_pictures_are_shown_and_none_twice(bare, tmp_path):
     for i in range(31):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "many" / f"{i:02d}.png")
     (bare / "config.yaml").write_text(
-        f"kind: dreambooth\ndata: {{instance_data_dir: {tmp_path}/many}}\n"
+        "kind: dreambooth\n"
+        f"data: {{instance_data_dir: {tmp_path}/many, instance_prompt: a b, resolution: 16}}\n"
     )
     assert len(contents(Page(write_report(bare)))) == 30
     shutil.rmtree(tmp_path / "many")

@@ -15,7 +15,7 @@ def fake(i, caption="caption", size=(600, 512), repeats=1, others=(), **more):
     """
     more |= {"repeats": repeats, "other_captions": others}
     picture = Picture(f"{i}", partial(str.encode, f"{i}"), caption, **more)
-    picture.__dict__["facts"] = PictureFacts(size, f"{i}", None)
+    picture.__dict__["facts"] = PictureFacts(size, f"{i}", None, None, None)
     return picture
 
 

@@ -1,5 +1,6 @@
 """Folders of pictures and the config that names them."""
 
+import time
 from functools import partial
 
 import numpy as np
@@ -37,3 +38,13 @@ def put(tmp_path):
 
 def decoded(path):
     return Picture(path.name, path.read_bytes, "").decode()
+
+
+def let_time_pass(path):
+    """Until a change of the file shows in its times."""
+    probe = path.parent / ".probe"
+    while True:
+        probe.write_bytes(b"")
+        if probe.stat().st_ctime_ns > path.stat().st_ctime_ns:
+            return
+        time.sleep(0.001)

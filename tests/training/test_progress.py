@@ -119,8 +119,8 @@ def test_work_without_a_terminal_tells_of_itself_only_when_it_takes_long(monkeyp
     assert list(progress.track(range(5), "encoding")) == [0, 1, 2, 3, 4]
     told = [line.split("  ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     assert told == [
-        "encoding: 2 of 5 in 0:00:40",
-        "encoding: 4 of 5 in 0:01:20",
+        "encoding: 2 of 5 in 0:00:40, about 0:01:00 left",
+        "encoding: 4 of 5 in 0:01:20, about 0:00:20 left",
         "encoding: 5 of 5 in 0:01:40",
     ]
 

@@ -63,6 +63,13 @@ def least_cropped(picture: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: (share_cut_off(picture, size), -size[0] * size[1], size))
 
 
+# asked for often, and the pictures of one camera have few sizes
+@lru_cache(maxsize=65536)
+def bucket_size(picture: Size, resolution: int, multiple: int, max_side: int | None) -> Size:
+    """The least cropped of `bucket_sizes`."""
+    return least_cropped(picture, bucket_sizes(resolution, multiple, max_side))
+
+
 @dataclass(frozen=True)
 class BucketRule:
     """How a picture's sizes follow from its own.
@@ -97,7 +104,7 @@ class BucketRule:
         return fitting or [self.smaller_size(picture)]
 
     def best_size(self, picture: Size, resolution: int) -> Size:
-        return least_cropped(picture, bucket_sizes(resolution, self.multiple, self.max_side))
+        return bucket_size(picture, resolution, self.multiple, self.max_side)
 
     def smaller_size(self, picture: Picture) -> Size:
         """The size of a picture that would be enlarged too far. Raises: UserError."""

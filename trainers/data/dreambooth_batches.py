@@ -163,7 +163,8 @@ def held_out_batches(
     noise.
     """
     seed = derive_seed(config.seed, "held out")
-    undropped = config.data.model_copy(update={"caption_dropout": 0.0})
+    without_chance = {"caption_dropout": 0.0, "color_jitter": 0.0, "crop_jitter": 0.0}
+    undropped = config.data.model_copy(update=without_chance)
     result = []
     for bucket in buckets:
         batch_slice = BatchSlice(seed, 1, HELD_OUT_DRAWS * len(bucket.pools[0]))

@@ -5,35 +5,31 @@ An entry's key tells everything that it depends on: an entry may be unused, but 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trainers.atomic import replacing_file
 from trainers.config import DreamBoothConfig
+from trainers.data.batched_encoding import BatchEncoder, decode_views
 from trainers.data.caption_variants import distinct_texts
 from trainers.data.crops import Crop
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.masks import latent_mask
 from trainers.data.pictures import Picture
+from trainers.data.tensor_cache import TensorCache, cache_key
 from trainers.errors import RunFailedError
 from trainers.progress import track
 
-Job = Callable[[], dict[str, Tensor]]  # computes an entry
+MAX_KEYS = 65536  # prompts' token ids that are remembered
 
-MAX_KEYS = 65536  # keys, and prompts' token ids, that are remembered
-MAX_ENTRIES = 512  # entries that are kept in memory
+View = tuple[Picture, Crop]
 
 
 class Encoders(Protocol):
@@ -51,68 +47,8 @@ class Encoders(Protocol):
     def tokenize(self, name: str, prompt: str) -> Tensor: ...
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]: ...
     def encode_image(self, pixels: Tensor) -> Tensor: ...
-
-
-class TensorCache:
-    """Named tensors by key, in one safetensors file for each, with a checksum of key and content.
-
-    A file is written under another name and then renamed, so that it is whole or absent.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.read = lru_cache(maxsize=MAX_ENTRIES)(self.read_pinned)
-
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def read_file(self, key: str) -> dict[str, Tensor] | None:
-        """The entry as the file holds it now, or None if it is absent, damaged or another one."""
-        path = self.path(key)
-        # a pipe of that name would be waited for
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                expected = (file.metadata() or {}).get("sha256")
-                return tensors if entry_checksum(key, tensors) == expected else None
-        except (OSError, SafetensorError):
-            return None
-
-    def read_pinned(self, key: str) -> dict[str, Tensor] | None:
-        """The entry, in pinned memory if there is a GPU, so that the host need not wait for copies.
-
-        `read` is the same and remembers the entries.
-        """
-        tensors = self.read_file(key)
-        if tensors and torch.cuda.is_available():
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
-
-    def write(self, key: str, tensors: dict[str, Tensor]) -> None:
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        # other processes may be writing the same entry
-        with replacing_file(path) as temporary:
-            save_file(tensors, temporary, {"sha256": entry_checksum(key, tensors)})
-        # it may be remembered as absent
-        self.read.cache_clear()
-
-
-def entry_checksum(key: str, tensors: dict[str, Tensor]) -> str:
-    """A SHA-256 of the key, for files may be exchanged, and of names, types, shapes and values."""
-    digest = hashlib.sha256(key.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def cache_key(**facts: object) -> str:
-    """A SHA-256 of what an entry depends on; the facts must be JSON values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def encode_images(self, pixels: Tensor) -> Tensor: ...
+    def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]: ...
 
 
 class CachedEncoder:
@@ -123,9 +59,17 @@ class CachedEncoder:
     """
 
     def __init__(
-        self, family: Encoders, folder: Path, use_cache: bool, trained_encoders: Sequence[str]
+        self,
+        family: Encoders,
+        folder: Path,
+        use_cache: bool,
+        trained_encoders: Sequence[str],
+        batch_size: int = 1,
     ) -> None:
+        """batch_size: how many pictures or prompts are encoded at a time when the cache is
+        filled."""
         self.family, self.use_cache, self.trained_encoders = family, use_cache, trained_encoders
+        self.batch_size = batch_size
         self.cache = TensorCache(folder)
         # caches of the object, not of the class, so that they end with it
         self.token_ids = lru_cache(maxsize=MAX_KEYS)(family.tokenize)
@@ -172,6 +116,7 @@ class CachedEncoder:
         """The entry of a picture or prompt called `name`. Raises: RunFailedError if it is lost."""
         tensors = self.cache.read(key)
         if tensors is None:
+            self.cache.discard(key)
             raise RunFailedError(
                 f"The cached encoding of {name} was lost or damaged during the run: "
                 "start the run again"
@@ -199,49 +144,67 @@ class CachedEncoder:
         accelerator: Accelerator,
     ) -> None:
         """Encode what is missing, shared among the processes, one encoder in memory at a time."""
-        jobs_by_encoder = self.make_jobs(list(crops), list(prompts))
+        self.cache.load_states()
+        wanted = self.entries(list(crops), list(prompts))
         rank, world_size = accelerator.process_index, accelerator.num_processes
         # the other processes' share is missing only where disks are not shared
         for is_own in (True, False):
-            for encoder, jobs in jobs_by_encoder.items():
+            for encoder, entries in wanted.items():
                 missing = {}
-                for i, (key, job) in enumerate(jobs):
+                for i, (key, source) in enumerate(entries):
                     is_assigned = (i % world_size == rank) == is_own
-                    if is_assigned and self.cache.read_file(key) is None:
-                        missing[key] = job
+                    if is_assigned and not self.cache.is_intact(key):
+                        missing[key] = source
                 if missing:
                     self.encode(encoder, missing, accelerator)
             accelerator.wait_for_everyone()
+        if accelerator.is_local_main_process:
+            self.cache.save_states()
 
-    def make_jobs(
-        self, crops: Sequence[tuple[Picture, Crop]], prompts: Sequence[str]
-    ) -> dict[str, list[tuple[str, Job]]]:
-        """The keys of all entries of each encoder, and how to compute them."""
-        jobs: dict[str, list[tuple[str, Job]]] = {"vae": []}
-        for picture, crop in crops:
-            job = partial(self.encode_view, picture, crop)
-            jobs["vae"].append((self.image_key(picture, crop), job))
+    def entries(
+        self, crops: Sequence[View], prompts: Sequence[str]
+    ) -> dict[str, list[tuple[str, View | str]]]:
+        """The keys of all entries of each encoder, and what it encodes for them."""
+        views = [(self.image_key(*view), view) for view in crops]
+        entries: dict[str, list[tuple[str, View | str]]] = {"vae": views}
         for name in self.family.text_encoder_names:
             if name not in self.trained_encoders:
-                jobs[name] = []
-                for prompt in prompts:
-                    job = partial(self.family.encode_prompt, name, prompt)
-                    jobs[name].append((self.prompt_key(name, prompt), job))
-        return jobs
+                entries[name] = [(self.prompt_key(name, prompt), prompt) for prompt in prompts]
+        return entries
 
-    def encode(self, encoder: str, jobs: dict[str, Job], accelerator: Accelerator) -> None:
+    def encode(
+        self, encoder: str, sources: dict[str, View | str], accelerator: Accelerator
+    ) -> None:
         """Load an encoder, write its entries and free it."""
         self.family.load(encoder)
+        if encoder == "vae":
+            outputs = self.encode_views(sources.values())
+        else:
+            outputs = self.encode_prompts(encoder, sources.values())
         is_quiet = not accelerator.is_main_process
-        for key, job in track(jobs.items(), f"encoding: {encoder}", disable=is_quiet):
-            self.cache.write(key, job())
+        for key in track(sources, f"encoding: {encoder}", disable=is_quiet):
+            self.cache.write(key, next(outputs))
         self.family.unload()
 
-    def encode_view(self, picture: Picture, crop: Crop) -> dict[str, Tensor]:
-        entry = {"moments": self.family.encode_image(crop(picture.decode()))}
-        if picture.mask:
-            entry["mask"] = latent_mask(picture, crop, *entry["moments"].shape[-2:])
-        return entry
+    def encode_views(self, views: Iterable[View]) -> Iterator[dict[str, Tensor]]:
+        def encode(pixels: list[Tensor]) -> list[dict[str, Tensor]]:
+            rows = self.family.encode_images(torch.stack(pixels))
+            return [{"moments": moments} for moments in rows]
+
+        views = list(views)
+        entries = BatchEncoder(self.batch_size)(encode, decode_views(views), kind=Tensor.size)
+        for (picture, crop), entry in zip(views, entries, strict=True):
+            if picture.mask:
+                entry["mask"] = latent_mask(picture, crop, *entry["moments"].shape[-2:])
+            yield entry
+
+    def encode_prompts(self, name: str, prompts: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+        def encode(ids: list[Tensor]) -> list[dict[str, Tensor]]:
+            outputs = self.family.encode_prompts(name, torch.stack(ids))
+            return [{key: rows[i] for key, rows in outputs.items()} for i in range(len(ids))]
+
+        ids = (self.family.tokenize(name, prompt) for prompt in prompts)
+        return BatchEncoder(self.batch_size)(encode, ids, kind=Tensor.size)
 
 
 def fill_cache(

@@ -26,14 +26,19 @@ KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.*)")
 
 @dataclass
 class FolderContents:
-    """The files of a folder and its sub-folders, each list in the order of their names."""
+    """The files of a folder and its sub-folders, each list in the order of their names.
+
+    ignored: what the system or a run has put there, folders too.
+    """
 
     root: Path
     pictures: list[Path] = field(default_factory=list)
     sidecars: list[Path] = field(default_factory=list)
     metadata: list[Path] = field(default_factory=list)
+    masks: list[Path] = field(default_factory=list)
     unused: list[Path] = field(default_factory=list)
     skipped_folders: list[Path] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
 
     @property
     def picture_folders(self) -> list[Path]:
@@ -61,13 +66,18 @@ def scan_folder(root: Path, other_folders: Collection[Path | None] = ()) -> Fold
     contents = FolderContents(root)
     if root.is_dir():
         left_out = {path.resolve() for path in other_folders if path is not None}
-        for path in sorted(walk(root, left_out, {root.resolve()}, contents.skipped_folders)):
+        for path in sorted(walk(root, left_out, {root.resolve()}, contents)):
             contents.add(path)
     return contents
 
 
-def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]) -> Iterator[Path]:
-    """The files in a folder and below; seen: folders that links must not lead to again."""
+def walk(
+    folder: Path, left_out: set[Path], seen: set[Path], contents: FolderContents
+) -> Iterator[Path]:
+    """The files in a folder and below; what is passed over is added to `contents`.
+
+    seen: folders that links must not lead to again.
+    """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -75,6 +85,7 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
     for entry in entries:
         path = Path(entry.path)
         if is_no_users_file(entry.name):
+            contents.ignored.append(path)
             continue
         # unlike the entry's, it takes a link to itself for no folder
         if not path.is_dir():
@@ -82,10 +93,10 @@ def walk(folder: Path, left_out: set[Path], seen: set[Path], skipped: list[Path]
             continue
         target = path.resolve()
         if target in left_out or (path / LOCK_NAME).is_file():
-            skipped.append(path)
+            contents.skipped_folders.append(path)
         elif target not in seen:
             seen.add(target)
-            yield from walk(path, left_out, seen, skipped)
+            yield from walk(path, left_out, seen, contents)
 
 
 def is_no_users_file(name: str) -> bool:

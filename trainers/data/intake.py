@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from trainers.config import TrainConfig
 from trainers.data.captions import FolderCaptions
 from trainers.data.decoding import IMAGE_SUFFIXES, read_file, read_storage
 from trainers.data.folders import FolderContents, relative_name
+from trainers.data.picture_memory import PictureMemory
 from trainers.errors import UserError, name_some, warn_on_error
 
 if TYPE_CHECKING:
     from trainers.data.pictures import Picture
+
+Value = TypeVar("Value")
 
 INTAKE_NAME = "intake.json"
 MAX_EXAMINED_BYTES = 2**26  # of a file that does not say what it is
@@ -36,24 +39,48 @@ UNNAMED_PICTURE = "they hold pictures and need the ending of their format"
 
 @dataclass(frozen=True)
 class Note:
-    level: Literal["note", "warning"]
+    level: Literal["note", "warning", "error"]
     text: str
 
 
 @dataclass
 class Intake:
-    """Notes and warnings about the data; strict: warnings end the run (data.strict)."""
+    """Notes and warnings about the data; strict: warnings end the run (data.strict).
+
+    keeps_going: the first error does not end the reading, for all are to be shown; left_out: the
+    reasons by the names of files that are not used; folders: what was found in each that was read;
+    memory: what is known of its pictures.
+    """
 
     strict: bool = False
+    keeps_going: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+    folders: list[tuple[FolderContents, FolderCaptions]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     num_reported: int = 0
     concept: str = ""  # what is told is about
+    memory: PictureMemory = field(default_factory=PictureMemory)
 
     def note(self, text: str) -> None:
         self.add(Note("note", text))
 
     def warn(self, text: str) -> None:
         self.add(Note("warning", text))
+
+    def fail(self, error: UserError, names: Iterable[str] = ()) -> None:
+        """Raise an error, or note it and the files that it is about."""
+        if not self.keeps_going:
+            raise error
+        self.add(Note("error", str(error)))
+        self.left_out |= dict.fromkeys(names, str(error))
+
+    def attempt(self, call: Callable[[], Value], fallback: Value, path: Path) -> Value:
+        """What `call` gives; the fallback where it raises an error about a file that is noted."""
+        try:
+            return call()
+        except UserError as error:
+            self.fail(error, [str(path)])
+        return fallback
 
     def add(self, note: Note) -> None:
         """Add what was not said before."""
@@ -102,6 +129,7 @@ class Intake:
         self, contents: FolderContents, captions: FolderCaptions, pictures: Sequence[Picture]
     ) -> None:
         """Note the pictures of a folder, where their captions stand, and what is not used."""
+        self.folders.append((contents, captions))
         sources: Counter[str] = Counter()
         for path in contents.pictures:
             source = captions.sources.get(path)

@@ -60,6 +60,7 @@ def find_masks(contents: FolderContents, photos: PhotoSet, intake: Intake) -> di
         found = contents
         files = [path for path in contents.pictures if has_mask_ending(path)]
         beside = set(files)
+        contents.masks = files
         contents.pictures = [path for path in contents.pictures if path not in beside]
     else:
         found = scan_folder(photos.mask_dir)
@@ -89,7 +90,8 @@ def match_masks(
         for owner in owners:
             if owner in masks:
                 both = f"{masks[owner].name} and {path.name}"
-                raise UserError(f"{owner} has two masks, {both}: remove one of them")
+                error = UserError(f"{owner} has two masks, {both}: remove one of them")
+                intake.fail(error, [str(path)])
             masks[owner] = path
     if unmatched:
         intake.warn(f"masks without a picture of that name: {name_some(unmatched)}")
@@ -208,7 +210,13 @@ def check_masks(intake: Intake, pictures: Sequence[Picture], floor: float) -> No
     if not masked:
         return
     with ThreadPoolExecutor(4) as pool:
-        facts = dict(zip(masked, pool.map(mask_facts, masked), strict=True))
+        found_facts = [*pool.map(mask_facts, masked)]
+    facts: dict[Picture, MaskFacts] = {}
+    for picture, found in zip(masked, found_facts, strict=True):
+        if isinstance(found, UserError):
+            intake.fail(found, [picture.mask.name])
+        else:
+            facts[picture] = found
     intake.note(
         f"{len(masked)} of {len(pictures)} pictures have a mask; what it leaves out counts "
         f"{floor:g} (data.mask_floor), and the loss of a picture is a mean by these weights"
@@ -233,8 +241,11 @@ def mask_name(picture: Picture) -> str:
     return Path((picture.mask or picture).name).name
 
 
-def mask_facts(picture: Picture) -> MaskFacts:
-    mask = read_mask(picture)
+def mask_facts(picture: Picture) -> MaskFacts | UserError:
+    try:
+        mask = read_mask(picture)
+    except UserError as error:
+        return error
     return MaskFacts(mask.size, *mask.getextrema())
 
 

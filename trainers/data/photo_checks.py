@@ -20,9 +20,11 @@ from trainers.data.buckets import (
 from trainers.data.caption_checks import SplitsWords, check_captions, check_tokens
 from trainers.data.intake import Intake, check_batch_size
 from trainers.data.masks import check_masks
+from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
 from trainers.data.pictures import Picture
 from trainers.errors import UserError, name_some
+from trainers.run_folder import CACHE, PICTURES_NAME
 
 ROUNDING = 1e-6
 LARGE_CROP = 0.35  # a loss beyond that of the 3:2 pictures of cameras
@@ -49,15 +51,11 @@ def load_photos(
     Raises: UserError, as the loaders and `check_photos`.
     """
     data, intake = config.data, Intake(config.data.strict)
+    intake.memory.load((data.cache_dir or config.output_dir / CACHE) / PICTURES_NAME)
     pictures = load_instance_pictures(data, intake)
     held_out = load_held_out_pictures(data, intake)
     check_photos(intake, pictures, held_out, rule)
-    check_masks(intake, pictures, data.mask_floor)
-    # random squares show all of a picture in time
-    if data.buckets or data.center_crop:
-        check_crops(intake, pictures, rule)
-    check_batch_size(intake, config.train, accelerator.num_processes, len(pictures))
-    check_captions(intake, pictures, config)
+    check_settings(intake, pictures, config, rule, accelerator.num_processes)
     return intake, [pictures], held_out
 
 
@@ -73,6 +71,23 @@ def report(
     Raises: UserError for warnings when data.strict is true.
     """
     family.load()
+    check_texts(intake, family, pictures, config)
+    family.unload()
+    if accelerator.is_main_process:
+        intake.save(config.output_dir)
+    if accelerator.is_local_main_process:
+        intake.memory.save()
+    intake.report(accelerator.print)
+
+
+def check_texts(
+    intake: Intake,
+    family: CountsTokens,
+    pictures: Iterable[Picture],
+    config: DreamBoothConfig,
+) -> None:
+    """Note what the loaded family makes of the triggers, and texts that are longer than it
+    reads."""
     for trigger in config.data.triggers:
         check_tokens(intake, family, trigger)
     captions = {}
@@ -82,10 +97,6 @@ def report(
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}
     check_lengths(intake, family, "prompts", named)
-    family.unload()
-    if accelerator.is_main_process:
-        intake.save(config.output_dir)
-    intake.report(accelerator.print)
 
 
 def check_photos(
@@ -110,6 +121,23 @@ def check_photos(
     if moving := [short_name(p) for p in pictures if p.facts.storage.has_more_frames]:
         intake.warn(f"of several frames or pages the first is used: {name_some(moving)}")
     check_duplicates(intake, pictures, held_out)
+    check_blur(intake, pictures)
+
+
+def check_settings(
+    intake: Intake,
+    pictures: Sequence[Picture],
+    config: DreamBoothConfig,
+    rule: BucketRule,
+    num_processes: int,
+) -> None:
+    """Note what of the config does not suit the photos to learn."""
+    # random squares show all of a picture in time
+    if config.data.buckets or config.data.center_crop:
+        check_crops(intake, pictures, rule)
+    check_batch_size(intake, config.train, num_processes, len(pictures))
+    check_masks(intake, pictures, config.data.mask_floor)
+    check_captions(intake, pictures, config)
 
 
 def check_small(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -> None:
@@ -137,23 +165,34 @@ def check_duplicates(
     intake: Intake, pictures: Sequence[Picture], held_out: Sequence[Picture]
 ) -> None:
     """Raises: UserError for a held-out photo with the pixels of one to learn."""
-    first: dict[str, str] = {}
-    twice = []
-    for picture in pictures:
-        name, fingerprint = Path(picture.name).name, picture.facts.fingerprint
-        if fingerprint in first:
-            twice.append(f"{name} = {first[fingerprint]}")
-        first.setdefault(fingerprint, name)
-    if twice:
-        intake.warn(f"the same picture more than once, so it counts more: {name_some(twice)}")
+    if copies := find_copies(pictures):
+        text = "the same picture more than once, so it counts more"
+        intake.warn(f"{text}: {name_some(name_pairs(copies))}")
+    if copies := find_near_copies(pictures):
+        text = "nearly the same picture more than once, so it counts more"
+        intake.warn(f"{text}: {name_some(name_pairs(copies))}")
+    first = {picture.facts.fingerprint: Path(picture.name).name for picture in reversed(pictures)}
     both = []
     for picture in held_out:
         if other := first.get(picture.facts.fingerprint):
             both.append(f"{Path(picture.name).name} = {other}")
     if both:
-        raise UserError(
-            f"data.held_out_dir: these photos are learnt from, so they measure nothing: "
-            f"{name_some(both)}; remove them from one of the two folders"
+        text = f"these photos are learnt from, so they measure nothing: {name_some(both)}"
+        error = f"data.held_out_dir: {text}; remove them from one of the two folders"
+        intake.fail(UserError(error))
+
+
+def name_pairs(copies: Mapping[Picture, Picture]) -> list[str]:
+    pairs = [(Path(one.name).name, Path(other.name).name) for one, other in copies.items()]
+    return [f"{one} = {other}" for one, other in pairs]
+
+
+def check_blur(intake: Intake, pictures: Sequence[Picture]) -> None:
+    """Name pictures in which nothing is sharp."""
+    if names := [Path(picture.name).name for picture in find_blurred(pictures)]:
+        intake.warn(
+            f"blurred, and blur is learnt too: {name_some(names)}: leave them out, unless they "
+            "are meant so"
         )
 
 

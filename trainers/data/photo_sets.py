@@ -24,18 +24,30 @@ def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> li
     intake, pictures = intake or Intake(), []
     for photos in data.sets:
         with intake.about(photos.name):
-            if photos.dataset_name:
-                found, source = pictures_from_dataset(photos, data, intake), photos.dataset_name
-            else:
-                folder, column = photos.instance_data_dir, photos.caption_column
-                wording = Wording.from_config(data, photos.trigger)
-                found = pictures_from_folder(folder, photos, data, intake, column, wording)
-                source = str(folder)
-            pictures += keep_readable(found, data, source, intake)
+            source = photos.dataset_name or str(photos.instance_data_dir)
+            pictures += keep_readable(list_pictures(photos, data, intake), data, source, intake)
     if data.concepts is not None:
         shares = [f"{name} {share:.0%}" for name, share in concept_shares(pictures).items()]
         intake.note(f"of the pictures of a step: {name_some(shares, 20)}")
     return pictures
+
+
+def list_instance_pictures(data: DataConfig, intake: Intake) -> list[Picture]:
+    """The pictures to learn, none of them decoded yet. Raises: UserError for uncaptioned ones."""
+    pictures = []
+    for photos in data.sets:
+        with intake.about(photos.name):
+            pictures += list_pictures(photos, data, intake)
+    return pictures
+
+
+def list_pictures(photos: ConceptConfig, data: DataConfig, intake: Intake) -> list[Picture]:
+    """As `list_instance_pictures`, of one set."""
+    if photos.dataset_name:
+        return pictures_from_dataset(photos, data, intake)
+    folder, column = photos.instance_data_dir, photos.caption_column
+    wording = Wording.from_config(data, photos.trigger)
+    return pictures_from_folder(folder, photos, data, intake, column, wording)
 
 
 def load_held_out_pictures(data: DataConfig, intake: Intake | None = None) -> list[Picture]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,18 +15,22 @@ from PIL import Image
 
 from trainers.config import ConceptConfig, DataConfig
 from trainers.data import decoding
+from trainers.data.bit_depth import check_bit_depth, is_deep
 from trainers.data.caption_variants import AS_WRITTEN, Wording
 from trainers.data.captions import read_captions
 from trainers.data.dataset_rows import open_dataset, read_encoded, read_row_captions
 from trainers.data.folders import collect_image_files, kohya_repeats, list_image_files, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.masks import find_masks
-from trainers.errors import UserError
+from trainers.data.near_duplicates import perceptual_hash
+from trainers.data.picture_memory import KnownPicture, PictureFacts
+from trainers.data.sharpness import edge_blur, to_measured_size
+from trainers.data.valid_captions import read_valid_captions
+from trainers.errors import UserError, name_some
 
 __all__ = [
     "Picture",
     "PictureFacts",
-    "check_bit_depth",
     "collect_image_files",
     "keep_readable",
     "list_image_files",
@@ -35,18 +39,6 @@ __all__ = [
     "pictures_from_folder",
 ]
 
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of the values of cameras, scanners and microscopes
-
-
-@dataclass(frozen=True)
-class PictureFacts:
-    """What one decoding of a picture tells; size: width and height in pixels, upright;
-    fingerprint: of its pixels, whatever file holds them."""
-
-    size: tuple[int, int]
-    fingerprint: str
-    storage: decoding.StoredAs
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -54,9 +46,9 @@ class Picture:
 
     bit_depth: how many bits a deep picture uses, see `decoding.decode`; repeats: how often it
     counts among the others; other_captions: of which a visit may draw one too; wording: how a
-    caption becomes the text of a visit; mask: where it is learnt, see `trainers.data.masks`, a
-    picture that is its own mask by its alpha channel; concept: the name of its set, if there are
-    several.
+    caption becomes the text of a visit; file: what `read` reads, if it is an ordinary file; known:
+    what was found out before; mask: where it is learnt, see `trainers.data.masks`, a picture that
+    is its own mask by its alpha channel; concept: the name of its set, if there are several.
     """
 
     name: str
@@ -66,6 +58,8 @@ class Picture:
     repeats: int = 1
     other_captions: tuple[str, ...] = ()
     wording: Wording = AS_WRITTEN
+    file: Path | None = None
+    known: KnownPicture | None = field(default=None, compare=False, repr=False)
     mask: Picture | None = None
     concept: str = ""
 
@@ -76,11 +70,18 @@ class Picture:
     @cached_property
     def digest(self) -> str:
         """Of what decides the pixels."""
-        with self.named_errors():
-            content = hashlib.sha256(self.read())
+        return self.known.digest if self.known else self.content_digest(self.read_named())
+
+    def content_digest(self, data: bytes) -> str:
+        """The digest of a picture of these bytes."""
+        content = hashlib.sha256(data)
         if self.bit_depth is not None:
             content.update(f"bit depth {self.bit_depth}".encode())
         return content.hexdigest()
+
+    def read_named(self) -> bytes:
+        with self.named_errors():
+            return self.read()
 
     @property
     def is_grayscale(self) -> bool:
@@ -89,15 +90,24 @@ class Picture:
 
     @cached_property
     def storage(self) -> decoding.StoredAs:
+        if self.known:
+            return self.known.facts.storage
         with self.named_errors():
             return decoding.read_storage(self.read())
 
     @cached_property
     def facts(self) -> PictureFacts:
         """Raises: UserError, as `decode`."""
-        image = self.decode()
+        return self.known.facts if self.known else self.examine(self.read_named())
+
+    def examine(self, data: bytes) -> PictureFacts:
+        """The facts of a picture of these bytes. Raises: UserError, as `decode`."""
+        with self.named_errors():
+            image, storage = decoding.decode(data, self.bit_depth), decoding.read_storage(data)
         fingerprint = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        return PictureFacts(image.size, fingerprint, self.storage)
+        gray = to_measured_size(image)
+        look = perceptual_hash(gray), edge_blur(gray)
+        return PictureFacts(image.size, fingerprint, storage, *look)
 
     @property
     def largest_value(self) -> int:
@@ -126,7 +136,8 @@ class Picture:
 
 
 def picture_from_file(path: Path, caption: str = "", bit_depth: int | None = None) -> Picture:
-    return Picture(str(path), partial(decoding.read_file, path), caption, bit_depth)
+    read = partial(decoding.read_file, path)
+    return Picture(str(path), read, caption, bit_depth, file=path)
 
 
 def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder depend on)
@@ -144,37 +155,39 @@ def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder de
     """
     contents = scan_folder(folder, data.picture_folders)
     masks = find_masks(contents, photos, intake)
-    captions = read_captions(contents, column, data.caption_lines)
+    captions = read_valid_captions(
+        contents, lambda some: read_captions(some, column, data.caption_lines), intake
+    )
     # class pictures have their captions as they are
     wording = wording or Wording(trigger=photos.trigger or "")
     pictures = []
     for path in contents.pictures:
-        repeats, folder_caption = kohya_repeats(path, folder)
+        number, folder_caption = intake.attempt(
+            partial(kohya_repeats, path, folder), (1, None), path
+        )
         fallback = folder_caption if photos.instance_prompt is None else photos.instance_prompt
         own = captions.by_picture.get(path, (fallback,))
-        first, *others = wording.complete_all(own, path.name)
-        read, times = partial(decoding.read_file, path), repeats * photos.repeats
-        texts = tuple(others), wording
-        picture = Picture(str(path), read, first, data.bit_depth, times, *texts)
+        complete = partial(wording.complete_all, own, path.name)
+        first, *others = intake.attempt(complete, own, path)
+        texts = first, data.bit_depth, number * photos.repeats, tuple(others), wording
+        read = partial(decoding.read_file, path)
+        picture = Picture(str(path), read, *texts, file=path, concept=photos.name)
+        mask = picture if photos.use_alpha_mask else None
         if path in masks:
-            picture = replace(picture, mask=picture_from_file(masks[path]))
-        elif photos.use_alpha_mask:
-            picture = replace(picture, mask=picture)
-        pictures.append(replace(picture, concept=photos.name))
+            mask = picture_from_file(masks[path])
+        pictures.append(replace(picture, mask=mask))
     intake.describe_folder(contents, captions, pictures)
-    return check_captions(pictures)
+    return check_captions(pictures, intake)
 
 
-def check_captions(pictures: list[Picture]) -> list[Picture]:
-    """Raises: UserError naming pictures without a caption."""
-    uncaptioned = [Path(picture.name).name for picture in pictures if picture.caption is None]
+def check_captions(pictures: list[Picture], intake: Intake) -> list[Picture]:
+    """Those with a caption. Raises: UserError naming the others."""
+    uncaptioned = [picture.name for picture in pictures if picture.caption is None]
     if uncaptioned:
-        more = f" and {len(uncaptioned) - 5} more" if len(uncaptioned) > 5 else ""
-        raise UserError(
-            f"no caption for {', '.join(uncaptioned[:5])}{more}: set data.instance_prompt, or put "
-            f"a .txt beside each"
-        )
-    return pictures
+        shown = name_some([Path(name).name for name in uncaptioned])
+        advice = "set data.instance_prompt, or put a .txt beside each"
+        intake.fail(UserError(f"no caption for {shown}: {advice}"), uncaptioned)
+    return [picture for picture in pictures if picture.caption is not None]
 
 
 def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intake) -> list[Picture]:
@@ -199,57 +212,41 @@ def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intak
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {photos.dataset_split}")
     if num_without and photos.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
-    return check_captions(pictures)
+    return check_captions(pictures, intake)
 
 
 def keep_readable(
     pictures: list[Picture], config: DataConfig, source: str, intake: Intake
 ) -> list[Picture]:
-    """Those that decode. Raises: UserError for the first that does not (unless skipped), or when
-    none is left."""
+    """Those that decode, with what is known of them. Raises: UserError for the first that does not
+    (unless skipped), or when none is left."""
 
-    def decoding_error(picture: Picture) -> UserError | None:
+    def examine(picture: Picture) -> Picture | UserError:
         try:
-            picture.facts  # noqa: B018
+            return intake.memory.examine(picture)
         except UserError as error:
             return error
 
     with ThreadPoolExecutor(4) as pool:
-        errors = list(pool.map(decoding_error, pictures))
-    for error in filter(None, errors):
-        if not config.skip_corrupt:
-            raise UserError(f"{error}, or set data.skip_corrupt=true")
-        warnings.warn(f"skipped: {error}", stacklevel=2)
-    if num_skipped := len(errors) - errors.count(None):
+        examined = list(pool.map(examine, pictures))
+    result = [picture for picture in examined if isinstance(picture, Picture)]
+    for picture, error in zip(pictures, examined, strict=True):
+        if isinstance(error, Picture):
+            continue
+        if config.skip_corrupt:
+            intake.left_out[picture.name] = str(error)
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+        else:
+            advice = f"{error}, or set data.skip_corrupt=true"
+            intake.fail(UserError(advice), [picture.name])
+    num_skipped = len(examined) - len(result)
+    if num_skipped and config.skip_corrupt:
         intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
-    result = [picture for picture, error in zip(pictures, errors, strict=True) if error is None]
     if not result:
-        raise UserError(
-            f"{source} holds no pictures ({', '.join(sorted(decoding.IMAGE_SUFFIXES))})"
-        )
-    check_bit_depth(result, config.bit_depth)
+        suffixes = ", ".join(sorted(decoding.IMAGE_SUFFIXES))
+        intake.fail(UserError(f"{source} holds no pictures ({suffixes})"))
+    try:
+        check_bit_depth(result, config.bit_depth)
+    except UserError as error:
+        intake.fail(error, [picture.name for picture in result if is_deep(picture)])
     return result
-
-
-def check_bit_depth(pictures: Sequence[Picture], bit_depth: int | None) -> None:
-    """Raises: UserError where deep pictures use fewer bits than they would be read with, which
-    would leave a few dark levels of them."""
-    colors = [picture for picture in pictures if picture.storage.has_deep_colors]
-    gray = [picture for picture in pictures if picture.storage.has_deep_gray]
-    for group, is_told in ((colors, bit_depth == 16), (gray, bit_depth is not None)):
-        if not group or is_told:
-            continue
-        largest = max(picture.largest_value for picture in group)
-        bits = next((bits for bits in BIT_DEPTHS if largest < 2**bits), 16)
-        if bits == 16:
-            continue
-        found = (
-            f"data.bit_depth: {len(group)} pictures such as {group[0].name} have 16 bits and use "
-            f"{bits} of them (the largest value is {largest})"
-        )
-        if group is colors:
-            raise UserError(
-                f"{found}; of colors the upper 8 bits are read: save them with 8 bits, or set "
-                "data.bit_depth=16 if they are that dark"
-            )
-        raise UserError(f"{found}: set data.bit_depth={bits}, or 16 if they are that dark")

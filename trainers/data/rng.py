@@ -78,7 +78,8 @@ class SampleRng:
         return permutation(seed, self.global_batch_size)[position]
 
 
-@lru_cache(maxsize=8)
+# each bucket of pictures has one, of which there may be a hundred
+@lru_cache(maxsize=256)
 def permutation(seed: int, count: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 

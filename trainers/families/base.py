@@ -109,7 +109,12 @@ class Family(LoadedBase, ABC):
 
         They are deterministic, unlike a draw from them, so they can be cached.
         """
-        return self.pipe.vae.encode(pixels[None].to(self.device)).latent_dist.parameters[0]
+        return self.encode_images(pixels[None])[0]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """`encode_image` of several pictures of one size, (B, 3, H, W) -> (B, 2C, h, w)."""
+        return self.pipe.vae.encode(pixels.to(self.device)).latent_dist.parameters
 
     def latents(self, moments: Tensor, rng: SampleRng) -> Tensor:
         """A new draw (B, C, h, w) from moments (B, 2C, h, w), in the denoiser's units."""
@@ -159,8 +164,13 @@ class Family(LoadedBase, ABC):
     @torch.no_grad()
     def encode_prompt(self, name: str, prompt: str) -> dict[str, Tensor]:
         """`encode_ids` of one prompt, without the batch axis."""
-        outputs = self.encode_ids(name, self.tokenize(name, prompt)[None].to(self.device))
+        outputs = self.encode_prompts(name, self.tokenize(name, prompt)[None])
         return {key: value[0] for key, value in outputs.items()}
+
+    @torch.no_grad()
+    def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]:
+        """`encode_ids` without gradients; the ids need not be on the device."""
+        return self.encode_ids(name, ids.to(self.device))
 
 
 CLASSES: dict[str, type[Family]] = {}  # families whose modules have been imported

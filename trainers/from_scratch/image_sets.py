@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from trainers.config import ImagesConfig
+from trainers.data.bit_depth import check_bit_depth
 from trainers.data.imaging import mirror_pad
 from trainers.data.masks import turn_alike
-from trainers.data.pictures import Picture, check_bit_depth
+from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from trainers.config import Config, DataConfig, DreamBoothConfig, ImagesConfig
+from trainers.config import Config, DreamBoothConfig, ImagesConfig
 from trainers.data.dataset_rows import open_dataset, read_encoded
 from trainers.data.decoding import read_file
 from trainers.data.folders import list_image_files
 from trainers.data.pictures import Picture
+from trainers.data.rng import choose_rows
 from trainers.errors import UserError
 from trainers.publishing.charts import Record
 from trainers.publishing.html import parts
@@ -154,46 +154,22 @@ def slider(grids: Iterable[Path]) -> Markup:
     return parts.slider(shown, base)
 
 
-def training_pictures(data: DataConfig | ImagesConfig) -> Markup:
-    """Some of the training pictures, drawn at random; those of each concept apart.
+def training_pictures(data: ImagesConfig) -> Markup:
+    """Some of the training pictures, drawn at random.
 
     There are none where their folder or local data set is gone, or where they are on the Hub.
     """
-    if isinstance(data, ImagesConfig):
-        source = data.image_dir, data.dataset_name, data.train_split, data.image_column
-        return contact_sheet(PictureSource(*source), data.bit_depth)
-    sheets = Markup()
-    for photos in data.sets:
-        source = photos.instance_data_dir, photos.dataset_name, photos.dataset_split
-        column, title = photos.image_column, photos.name
-        sheets += contact_sheet(PictureSource(*source, column, title), data.bit_depth)
-    return sheets
-
-
-@dataclass(frozen=True)
-class PictureSource:
-    """A folder, or a data set with its split and column; title: what it shows, if it is not all."""
-
-    folder: Path | None
-    dataset_name: str | None
-    split: str
-    image_column: str
-    title: str = ""
-
-
-def contact_sheet(source: PictureSource, bit_depth: int | None) -> Markup:
-    folder, name, column = source.folder, source.dataset_name, source.image_column
+    folder, name, column = data.image_dir, data.dataset_name, data.image_column
     if not folder and not (name and Path(name).exists()):
         return Markup()
     try:
         if folder:
             reads = [partial(read_file, path) for path in list_image_files(folder)]
         else:
-            rows = open_dataset(name, source.split, {"image_column": column})
+            rows = open_dataset(name, data.train_split, {"image_column": column})
             reads = [partial(read_encoded, rows, i, column) for i in range(len(rows))]
     except UserError:
         return Markup()
-    num_shown = min(len(reads), MAX_TRAINING_PICTURES)
-    shown = sorted(random.Random(0).sample(range(len(reads)), num_shown))
-    pictures = embed_all((Picture("", reads[i], "", bit_depth) for i in shown), 192)
-    return parts.contact_sheet(pictures, num_shown, len(reads), source.title)
+    shown = choose_rows(0, len(reads), MAX_TRAINING_PICTURES)
+    pictures = embed_all((Picture("", reads[i], "", data.bit_depth) for i in shown), 192)
+    return parts.contact_sheet(pictures, len(shown), len(reads))

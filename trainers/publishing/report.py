@@ -24,6 +24,7 @@ from trainers.publishing.embedding import (
 )
 from trainers.publishing.html import environment, is_finite_number, parts
 from trainers.publishing.markdown import unescape_markdown
+from trainers.publishing.photo_page import training_photos
 from trainers.publishing.public import public_config, public_text
 from trainers.run_folder import (
     CARD_NAME,
@@ -151,7 +152,7 @@ def build_sections(
         "Samples over time": slider(sample_grids(run)),
         "Training": line_charts(training, "step"),
         **evaluation_sections(run, evaluation, pictures),
-        "Training pictures": training_pictures(config.data)
+        "Training pictures": shown_pictures(run, config, lines)
         if pictures and not is_live
         else Markup(),
         "Speed and memory": line_charts(costs, "step"),
@@ -179,6 +180,16 @@ def evaluation_sections(run: Path, evaluation: Record, pictures: bool) -> dict[s
         ),
         "Nearest training pictures": nearest_pictures(run, pairs, pictures),
     }
+
+
+def shown_pictures(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
+    """The training pictures; photos with their crops and captions."""
+    if not isinstance(config, DreamBoothConfig):
+        return training_pictures(config.data)
+    step = max((line["step"] for line in lines), default=0)
+    train = config.train
+    rows = global_batch_size(run) or train.train_batch_size * train.gradient_accumulation_steps
+    return training_photos(config, step * rows)
 
 
 def best_row(evaluation: Record) -> Record:

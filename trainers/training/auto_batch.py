@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainers.config import Config
 from trainers.distributed.collectives import ProcessGroup
-from trainers.training.failures import is_out_of_memory
+from trainers.out_of_memory import is_out_of_memory
 from trainers.training.loop import Batches, Task, train
 
 NEVER = 2**30  # so many micro-batches for a step that none is due

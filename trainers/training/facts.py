@@ -61,6 +61,8 @@ CHANGEABLE_KEYS = {
     "data.mask_dir",
     "data.cache",
     "data.cache_dir",
+    # the same within rounding
+    "data.encode_batch_size",
     "data.in_memory",
     "data.skip_corrupt",
     "data.strict",

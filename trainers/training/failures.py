@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 
 from trainers.config import Config
 from trainers.errors import RunFailedError
+from trainers.out_of_memory import is_out_of_memory
 from trainers.run_folder import CHECKPOINTS
 from trainers.training.manifest import complete_checkpoints
 from trainers.training.process_state import LAUNCHER_VARIABLES, stop_request
@@ -23,13 +23,6 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 NO_ACCESS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
-
-
-OUT_OF_MEMORY_MESSAGES = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 
 
 LOST_PEER_MESSAGES = (
@@ -68,14 +61,6 @@ def friendly_errors(config: Config, num_processes: int) -> Iterator[None]:
                 f"another process ended or hangs ({message[:200]}). {resume_hint(config)}"
             ) from error
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the host's memory or an accelerator's is used up, also as told by CUDA itself and by
-    its libraries."""
-    return should_reduce_batch_size(error) or any(
-        words in str(error) for words in OUT_OF_MEMORY_MESSAGES
-    )
 
 
 def is_disk_full(error: Exception) -> bool:

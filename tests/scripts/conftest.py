@@ -1,0 +1,3 @@
+"""The fixtures of shared/ that these tests ask for."""
+
+from tests.shared.captioners import blip
