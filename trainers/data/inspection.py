@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 
+from PIL import ImageStat
+
 from trainers.config import DataConfig
 from trainers.data.buckets import BucketRule, Size, enlargement
 from trainers.data.crops import Crop, choose_crop
 from trainers.data.file_outcomes import FileOutcome
 from trainers.data.folders import relative_name
 from trainers.data.intake import Intake
+from trainers.data.masks import decode_mask
 from trainers.data.photo_checks import LARGE_CROP, ROUNDING, CountsTokens
 from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.pictures import Picture
 from trainers.data.sharpness import SIDE
+from trainers.errors import UserError
 
 MAX_VIEWS = 16  # crops of a photo that are told apart
 
@@ -73,9 +77,9 @@ class PhotoReport:
     """One photo as a run sees it.
 
     views: its crops, without those that are alike; enlarged: by how much its sides grow, 1 where
-    they do not; cut_off: the share of it that no crop shows, at the least; readings: of its
-    captions, with their tags as they stand; visits: how often the run sees it, on average; remarks:
-    what its user may want to change.
+    they do not; cut_off: the share of it that no crop shows, at the least; masked_in: of its mask,
+    how much of it is learnt; readings: of its captions, with their tags as they stand; visits: how
+    often the run sees it, on average; remarks: what its user may want to change.
     """
 
     picture: Picture
@@ -83,6 +87,7 @@ class PhotoReport:
     views: Sequence[View]
     enlarged: float
     cut_off: float
+    masked_in: float | None
     readings: Sequence[CaptionReading]
     visits: float
     remarks: Sequence[str]
@@ -136,7 +141,8 @@ class Sight:
             if any(reading.parts[2].strip() for reading in readings):
                 remarks.append("no text encoder reads its caption to the end")
             name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
-            row = PhotoReport(picture, name, views, enlarged, cut_off, readings, visits, remarks)
+            extent = enlarged, cut_off, share_masked_in(picture)
+            row = PhotoReport(picture, name, views, *extent, readings, visits, remarks)
             reports.append(row)
         return reports
 
@@ -172,6 +178,17 @@ def short_name(picture: Picture, data: DataConfig) -> str:
     names = [relative_name(picture.name, folder) for folder in data.picture_folders]
     name = min([picture.name, *names], key=len)
     return f"{picture.concept}: {name}" if picture.concept else name
+
+
+def share_masked_in(picture: Picture) -> float | None:
+    """How much of a picture its mask leaves in, the mean of its grays; None without a mask."""
+    if picture.mask is None:
+        return None
+    try:
+        return ImageStat.Stat(decode_mask(picture)).mean[0] / 255
+    except UserError:
+        # it is told among the errors
+        return None
 
 
 def view_of(crop: Crop, picture: Size) -> View:
