@@ -250,6 +250,8 @@ def test_two_concepts_are_no_mistake(two):
         ("[{instance_data_dir: nowhere}]", "data.concepts[concept-1].instance_data_dir: no such"),
         ("[{name: a, instance_data_dir: .}, {name: A, instance_data_dir: .}]", "data.concepts[A]"),
         ("[{name: a/b, instance_data_dir: .}]", "data.concepts[a/b].name: must be letters"),
+        (f"[{{name: {'ä' * 101}, instance_data_dir: .}}]", "data.concepts[ä"),
+        (f"[{{name: {'猫' * 100}, instance_data_dir: .}}]", "data.concepts[猫"),
         ("[{name: a, repeats: 0}]", "data.concepts[a].repeats: input should be greater"),
         ("[{name: a, repaets: 2}]", "data.concepts[a].repaets: unknown key; did you mean"),
         ("[{instance_data_dir: ., class_prompt: c}]", "data.concepts[concept-1].num_class_images"),

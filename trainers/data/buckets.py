@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from pathlib import Path
 
 from trainers.config import DreamBoothConfig
 from trainers.data.pictures import Picture
@@ -115,7 +114,7 @@ class BucketRule:
             if enlargement(own, size) <= self.max_upscale:
                 return size
         raise UserError(
-            f"{Path(picture.name).name} has {own[0]} x {own[1]} pixels, too few for data.resolution"
+            f"{picture.short_name} has {own[0]} x {own[1]} pixels, too few for data.resolution"
             f"={smallest} even if it is made {self.max_upscale:g} times as large (data.max_upscale)"
             ": use a larger copy, remove it, or allow more"
         )

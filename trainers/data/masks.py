@@ -104,12 +104,13 @@ def owners_of(stem: str, index: PictureIndex) -> list[Path]:
 
 
 def without_ending(stem: str) -> str:
-    ending = next((ending for ending in MASK_ENDINGS if stem.endswith(ending)), "")
-    return stem.removesuffix(ending)
+    """Names are compared without regard to case, and so is the ending."""
+    ending = next((ending for ending in MASK_ENDINGS if stem.lower().endswith(ending)), "")
+    return stem[: len(stem) - len(ending)]
 
 
 def has_mask_ending(path: Path) -> bool:
-    return path.stem.endswith(MASK_ENDINGS)
+    return path.stem.lower().endswith(MASK_ENDINGS)
 
 
 def warn_of_masks(contents: FolderContents, intake: Intake) -> None:
@@ -139,12 +140,14 @@ def decode_mask(picture: Picture) -> Image.Image:
 def read_mask(picture: Picture) -> Image.Image:
     """As `decode_mask`, in the size that the mask has."""
     file = picture.mask
-    with file.named_errors("mask"), open_image(file.read()) as opened:
-        is_deep = storage_of(opened).has_deep_gray
+    data = file.read_unchanged()
+    with file.named_errors("mask"), open_image(data) as opened:
+        storage = storage_of(opened)
         image = ImageOps.exif_transpose(opened)
         if file.name == picture.name:
             return alpha_channel(image)
-        image = to_8_bits(image, 16) if is_deep else image
+        if storage.has_deep_gray:
+            image = to_8_bits(image, 16, storage.lowest_is_white)
         gray = gray_channel(image)
     if gray is None:
         raise UserError(
@@ -238,7 +241,9 @@ def check_masks(intake: Intake, pictures: Sequence[Picture], floor: float) -> No
 
 
 def mask_name(picture: Picture) -> str:
-    return Path((picture.mask or picture).name).name
+    """Of a mask, or of a picture without one."""
+    name = Path((picture.mask or picture).name).name
+    return f"{picture.concept}: {name}" if picture.concept else name
 
 
 def mask_facts(picture: Picture) -> MaskFacts | UserError:

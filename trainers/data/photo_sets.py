@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainers.config import ConceptConfig, DataConfig
 from trainers.data.caption_variants import Wording
-from trainers.data.folders import scan_folder
+from trainers.data.folders import KOHYA_FOLDER, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.pictures import (
     Picture,
@@ -46,6 +46,11 @@ def list_pictures(photos: ConceptConfig, data: DataConfig, intake: Intake) -> li
     if photos.dataset_name:
         return pictures_from_dataset(photos, data, intake)
     folder, column = photos.instance_data_dir, photos.caption_column
+    if photos.name and photos.repeats == 1 and KOHYA_FOLDER.fullmatch(folder.name):
+        intake.note(
+            f"the number of {folder.name} is not read, for only sub-folders count by their names: "
+            "set repeats of the concept"
+        )
     wording = Wording.from_config(data, photos.trigger)
     return pictures_from_folder(folder, photos, data, intake, column, wording)
 

@@ -79,9 +79,23 @@ class Picture:
             content.update(f"bit depth {self.bit_depth}".encode())
         return content.hexdigest()
 
+    @property
+    def short_name(self) -> str:
+        """For messages about several sets: files of two concepts may have one name."""
+        name = Path(self.name).name
+        return f"{self.concept}: {name}" if self.concept else name
+
     def read_named(self) -> bytes:
         with self.named_errors():
             return self.read()
+
+    def read_unchanged(self) -> bytes:
+        """Its bytes, which `digest` was made of. Raises: UserError where the file has changed
+        since: what it shows would be taken for what it showed."""
+        digest, data = self.digest, self.read_named()
+        if self.content_digest(data) != digest:
+            raise UserError(f"{self.name} has changed since the run began: start it again")
+        return data
 
     @property
     def is_grayscale(self) -> bool:
@@ -117,9 +131,10 @@ class Picture:
 
     def decode(self) -> Image.Image:
         """RGB, upright and in sRGB, see `decoding.decode`. Raises: UserError naming a broken
-        file."""
+        file, or one that is known and has changed."""
+        data = self.read_unchanged() if self.known else self.read_named()
         with self.named_errors():
-            return decoding.decode(self.read(), self.bit_depth)
+            return decoding.decode(data, self.bit_depth)
 
     @contextmanager
     def named_errors(self, kind: str = "picture") -> Iterator[None]:
