@@ -112,6 +112,9 @@ def test_what_no_bucket_can_hold_is_said_as_a_share(put, tmp_path):
     assert "up to 33% (0.png)" in found
     assert "lose" not in warnings
     assert "are learnt as 152 x 104 (1), 256 x 64 (1)" in found
+    put("0.png", (44, 64))
+    # of small areas there are few sizes
+    assert "of a shape between those of the sizes, pictures" in notes(tmp_path, resolution=32)[0]
 
 
 def test_a_photo_that_may_not_be_enlarged_so_far_is_a_warning(put, tmp_path):

@@ -86,8 +86,14 @@ class BucketRule:
 
     @classmethod
     def from_config(cls, config: DreamBoothConfig, max_side: int | None = None) -> BucketRule:
+        """Raises: UserError where the model cannot take the largest square."""
         data, multiple = config.data, config.facts.pixel_multiple
         resolutions = tuple(data.resolutions)
+        if max_side and resolutions[-1] > max_side:
+            raise UserError(
+                f"data.resolution: {resolutions[-1]} is more than the {max_side} pixels of the "
+                "longest side that this base can take: set it to that at most"
+            )
         return cls(resolutions, multiple, data.max_upscale, data.buckets, max_side)
 
     def sizes(self, picture: Picture) -> list[Size]:
@@ -101,6 +107,10 @@ class BucketRule:
         fitting = [self.best_size(own, side) for side in self.resolutions]
         fitting = [size for size in fitting if enlargement(own, size) <= self.max_upscale]
         return fitting or [self.smaller_size(picture)]
+
+    def weight(self, picture: Picture) -> int:
+        """How often a picture counts among the others: at each of its sizes."""
+        return picture.repeats * len(self.sizes(picture))
 
     def best_size(self, picture: Size, resolution: int) -> Size:
         return bucket_size(picture, resolution, self.multiple, self.max_side)
@@ -177,6 +187,14 @@ def balance_classes(
         groups.append(own or repeat_pictures([p for p in pool if p.concept == name]))
     factors = choose_factors([*wanted.values()], [len(group) for group in groups])
     return tuple(p for group, n in zip(groups, factors, strict=True) for p in group * n)
+
+
+def concept_shares(pictures: Sequence[Picture], rule: BucketRule) -> dict[str, float]:
+    """The share of each concept in the pictures that are drawn, by its name, in order."""
+    counts: Counter[str] = Counter()
+    for picture in pictures:
+        counts[picture.concept] += rule.weight(picture)
+    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def class_shares(buckets: Sequence[Bucket]) -> dict[str, float]:

@@ -124,7 +124,7 @@ class Sight:
     ) -> list[PhotoReport]:
         """Those of `pictures` that are to be shown; num_visits: of all of them together."""
         shown = list(shown)
-        total = sum(map(self.weight, pictures))
+        total = sum(map(self.rule.weight, pictures))
         alike = describe_likeness(shown)
         reports = []
         for picture in shown:
@@ -135,14 +135,11 @@ class Sight:
             remarks = [*alike.get(picture, []), *self.remarks(picture, enlarged, cut_off)]
             if any(reading.parts[2].strip() for reading in readings):
                 remarks.append("no text encoder reads its caption to the end")
-            name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
+            name = short_name(picture, self.data)
+            visits = num_visits * self.rule.weight(picture) / total
             row = PhotoReport(picture, name, views, enlarged, cut_off, readings, visits, remarks)
             reports.append(row)
         return reports
-
-    def weight(self, picture: Picture) -> int:
-        """In what proportion a picture is seen."""
-        return picture.repeats * len(self.rule.sizes(picture))
 
     def views(self, picture: Picture) -> list[View]:
         """The different crops of a picture, MAX_VIEWS at most."""

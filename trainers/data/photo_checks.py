@@ -13,6 +13,7 @@ from trainers.data.buckets import (
     MAX_ASPECT,
     BucketRule,
     Size,
+    concept_shares,
     enlargement,
     share_cut_off,
 )
@@ -114,6 +115,9 @@ def check_photos(
     if len(counts) > 1:
         learnt = [f"{name_size(size)} ({counts[size]})" for size in sorted(counts)]
     intake.note(f"pictures are {between}, and are learnt as {name_some(learnt, 8)}")
+    if pictures[0].concept:
+        parts = [f"{name} {share:.0%}" for name, share in concept_shares(pictures, rule).items()]
+        intake.note(f"of the pictures of a step: {name_some(parts, 20)}")
     if len(pictures) == 1:
         intake.warn("there is one picture: 5 to 30 teach a subject, one teaches a picture")
     check_small(intake, pictures, rule)
@@ -199,13 +203,18 @@ def check_crops(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -
     losses = []
     for picture in pictures:
         own, sizes = picture.facts.size, rule.sizes(picture)
-        losses.append((max(share_cut_off(own, size) for size in sizes), picture.short_name))
-    worst, name = max(losses)
+        aspect = max(own) / min(own)
+        cut_off = max(share_cut_off(own, size) for size in sizes)
+        losses.append((cut_off, picture.short_name, aspect))
+    worst, name, aspect = max(losses)
     if worst < NOTED_CROP:
         return
-    mean = sum(loss for loss, _ in losses) / len(losses)
+    mean = sum(loss for loss, _, _ in losses) / len(losses)
     remedy = "cut them around the subject yourself"
-    shape = f"more than {MAX_ASPECT} times as long as wide"
+    # of small pictures the sizes are few
+    shape = "of a shape between those of the sizes"
+    if aspect > MAX_ASPECT:
+        shape = f"more than {MAX_ASPECT} times as long as wide"
     if not rule.enabled:
         remedy, shape = "set data.buckets=true", "cut to squares"
     text = f"{shape}, pictures lose {mean:.0%} on average and up to {worst:.0%} ({name}): {remedy}"

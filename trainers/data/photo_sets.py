@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
 from trainers.config import ConceptConfig, DataConfig
@@ -15,7 +15,6 @@ from trainers.data.pictures import (
     pictures_from_dataset,
     pictures_from_folder,
 )
-from trainers.errors import name_some
 
 
 def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -26,9 +25,6 @@ def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> li
         with intake.about(photos.name):
             source = photos.dataset_name or str(photos.instance_data_dir)
             pictures += keep_readable(list_pictures(photos, data, intake), data, source, intake)
-    if data.concepts is not None:
-        shares = [f"{name} {share:.0%}" for name, share in concept_shares(pictures).items()]
-        intake.note(f"of the pictures of a step: {name_some(shares, 20)}")
     return pictures
 
 
@@ -100,12 +96,3 @@ def load_class_pictures(
                 f"of {len(pictures)} class pictures {len(used)} are used (data.num_class_images)"
             )
         return keep_readable(used, data, str(folder), intake)
-
-
-def concept_shares(pictures: Sequence[Picture]) -> dict[str, float]:
-    """The share of each concept in the pictures that are drawn, by its name, in order."""
-    counts: dict[str, int] = {}
-    for picture in pictures:
-        counts[picture.concept] = counts.get(picture.concept, 0) + picture.repeats
-    total = sum(counts.values())
-    return {name: count / total for name, count in counts.items()}
