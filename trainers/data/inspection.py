@@ -199,7 +199,7 @@ def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
         ("nearly the same as", find_near_copies(pictures)),
     ):
         for picture, other in copies.items():
-            remarks.setdefault(picture, []).append(f"{text} {Path(other.name).name}")
+            remarks.setdefault(picture, []).append(f"{text} {other.short_name}")
     for picture in find_blurred(pictures):
         blur = (
             f"blurred: even its sharpest edges, by {picture.facts.edge_blur:.1f} of {SIDE} pixels"
