@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
 
 from trainers.config import DataConfig
 from trainers.data.buckets import BucketRule, Size, enlargement

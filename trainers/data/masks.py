@@ -115,16 +115,22 @@ def has_mask_ending(path: Path) -> bool:
 
 def warn_of_masks(contents: FolderContents, intake: Intake) -> None:
     """Name pictures that look like the masks of others, where no masks are asked for."""
-    index, alike = PictureIndex(contents), []
-    for path in filter(has_mask_ending, contents.pictures):
-        name = relative_name(path, contents.root)
-        if index.with_stem(without_ending(name[: len(name) - len(path.suffix)])):
-            alike.append(name)
+    alike = [relative_name(path, contents.root) for path in named_as_masks(contents)]
     if alike:
         intake.warn(
             f"named like the masks of other pictures, and learnt as pictures: {name_some(alike)}; "
             "name their folder by mask_dir, or rename them"
         )
+
+
+def named_as_masks(contents: FolderContents) -> list[Path]:
+    """Pictures that have the name of another one and an ending of masks."""
+    index, alike = PictureIndex(contents), []
+    for path in filter(has_mask_ending, contents.pictures):
+        name = relative_name(path, contents.root)
+        if index.with_stem(without_ending(name[: len(name) - len(path.suffix)])):
+            alike.append(path)
+    return alike
 
 
 def decode_mask(picture: Picture) -> Image.Image:
