@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
 
 from PIL import ImageStat
 
@@ -129,7 +128,7 @@ class Sight:
     ) -> list[PhotoReport]:
         """Those of `pictures` that are to be shown; num_visits: of all of them together."""
         shown = list(shown)
-        total = sum(map(self.weight, pictures))
+        total = sum(map(self.rule.weight, pictures))
         alike = describe_likeness(shown)
         reports = []
         for picture in shown:
@@ -140,15 +139,12 @@ class Sight:
             remarks = [*alike.get(picture, []), *self.remarks(picture, enlarged, cut_off)]
             if any(reading.parts[2].strip() for reading in readings):
                 remarks.append("no text encoder reads its caption to the end")
-            name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
+            name = short_name(picture, self.data)
+            visits = num_visits * self.rule.weight(picture) / total
             extent = enlarged, cut_off, share_masked_in(picture)
             row = PhotoReport(picture, name, views, *extent, readings, visits, remarks)
             reports.append(row)
         return reports
-
-    def weight(self, picture: Picture) -> int:
-        """In what proportion a picture is seen."""
-        return picture.repeats * len(self.rule.sizes(picture))
 
     def views(self, picture: Picture) -> list[View]:
         """The different crops of a picture, MAX_VIEWS at most."""
@@ -219,7 +215,7 @@ def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
         ("nearly the same as", find_near_copies(pictures)),
     ):
         for picture, other in copies.items():
-            remarks.setdefault(picture, []).append(f"{text} {Path(other.name).name}")
+            remarks.setdefault(picture, []).append(f"{text} {other.short_name}")
     for picture in find_blurred(pictures):
         blur = (
             f"blurred: even its sharpest edges, by {picture.facts.edge_blur:.1f} of {SIDE} pixels"
