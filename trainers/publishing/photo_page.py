@@ -79,8 +79,8 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     """
     data = config.data
     for photos in data.sets:
-        place = photos.instance_data_dir or Path(photos.dataset_name)
-        if not place.exists():
+        place = photos.instance_data_dir or Path(photos.dataset_name or "")
+        if not place.name or not place.exists():
             return Markup()
     intake = Intake(keeps_going=True)
     try:
