@@ -198,7 +198,7 @@ def end_banner(config: Config) -> str:
     rows: list[tuple[str, str]] = []
     if isinstance(config, DreamBoothConfig):
         rows += describe_result(config)
-        prompt = card_prompt(config)
+        prompt = card_prompt(config) or "as in your captions"
         rows.append(("next", f"python scripts/generate.py {quoted} --prompt {shlex.quote(prompt)}"))
     else:
         rows.append(("model", f"{run / MODEL} (its code stands in {run / CARD_NAME})"))

@@ -10,6 +10,7 @@ from trainers.config import DataConfig
 from trainers.data.intake import Intake
 from trainers.data.photo_checks import check_duplicates
 from trainers.data.photo_sets import load_instance_pictures
+from trainers.errors import UserError
 
 
 @pytest.fixture
@@ -51,3 +52,24 @@ def test_photos_of_one_name_are_told_apart(two):
     shutil.copy(first / "0.png", second / "0.png")
     check_duplicates(intake, load_instance_pictures(data, intake), [])
     assert any(note.text.endswith(": tom: 0.png = rex: 0.png") for note in intake.notes)
+
+
+LISTED = "data.concepts=[{name: rex a, instance_data_dir: .}, {instance_data_dir: .}]"
+NOTHING = ("data.instance_data_dir=null", "data.instance_prompt=null", LISTED)
+
+
+def test_an_override_names_a_concept_as_messages_do(settings):
+    given = ("data.concepts[rex a].repeats=3", "data.concepts[concept-2].trigger=zwx")
+    first, second = settings(*NOTHING, *given).data.concepts
+    assert (first.repeats, first.trigger, second.repeats, second.trigger) == (3, None, 1, "zwx")
+    for override, told in (
+        ("data.concepts[tom].repeats=3", "concepts has none named tom, it has rex a, concept-2"),
+        (
+            "data.concepts.repeats=3",
+            "concepts is a list: name one of it, as concepts[NAME].repeats",
+        ),
+        ("data.concepts[rex a].repaets=3", "data.concepts[rex a].repaets: unknown key; did you"),
+    ):
+        with pytest.raises(UserError) as caught:
+            settings(*NOTHING, override)
+        assert told in str(caught.value)
