@@ -5,7 +5,9 @@ python scripts/small_world/portraits.py [--out FOLDER] [--seeds 0 1 2] [section.
 Six portraits (2:3) and six landscapes (3:2) of the small world's subject, which lies in the upper
 third, or in the left one. The quickstart's recipe is trained on them with buckets and with
 squares out of their middle, and the gate of the small world judges both. Neither is learnt yet, see
-docs/small_world.md. Prints a table, and writes the photos, their squares, and samples of both as portraits.png.
+docs/small_world.md.
+
+Prints a table, and writes the photos, their squares, and samples of both as portraits.png.
 """
 
 import argparse
