@@ -193,7 +193,7 @@ class PretendedCalls:
     ) -> Tensor:
         """`Tensor.to`: (device, dtype, non_blocking, copy), (dtype, non_blocking, copy) or
         (other)."""
-        if like := next((a for a in (*args, options.pop("other", None)) if is_tensor(a)), None):
+        for like in [a for a in (*args, options.pop("other", None)) if isinstance(a, Tensor)]:
             args = like.device, like.dtype
         flags = [a for a in args if isinstance(a, bool)]
         places = [a for a in args if isinstance(a, str | torch.device | int) and a not in flags]
@@ -216,7 +216,3 @@ class PretendedCalls:
         if x.requires_grad and torch.is_grad_enabled():
             return Move.apply(x, self.memory, is_cuda(target))
         return copy_to(x, self.memory, is_cuda(target))
-
-
-def is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
