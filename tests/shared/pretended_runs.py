@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.shared import runs, unets
@@ -110,6 +111,11 @@ model: {{width: 8}}
 train: {{train_batch_size: 4}}
 tracking: {{report_to: []}}
 """
+
+
+@pytest.fixture
+def sources(bases, photos, other_photos, bars, blobs, coloured, tmp_path):
+    return Sources(bases, photos, other_photos, bars, blobs, coloured, tmp_path)
 
 
 def write_concepts(folder: Path) -> list[str]:

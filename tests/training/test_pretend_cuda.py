@@ -13,11 +13,8 @@ from tests.shared.pretended_runs import (
     PLAIN,
     SHOWN,
     SMALL,
-    Sources,
     unexpected_waits,
 )
-from tests.shared.small_runs import measured_quickly
-from tests.shared.unets import coloured
 from trainers.evaluate import EvaluationOptions, evaluate
 from trainers.metrics.feature_networks import find_networks
 from trainers.run import run
@@ -44,11 +41,6 @@ SLOW = {
     for name, options in SAVING.items()
     if not (family == "sd15" and name in ("offload", "modulation-cache"))
 }
-
-
-@pytest.fixture
-def sources(bases, photos, other_photos, bars, blobs, coloured, tmp_path):
-    return Sources(bases, photos, other_photos, bars, blobs, coloured, tmp_path)
 
 
 def run_whole(settings):
