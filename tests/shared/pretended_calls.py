@@ -37,17 +37,21 @@ def is_cuda(device: object) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-class PretendedGenerator(torch.Generator):
-    """A generator of the CPU that says where it was asked to be."""
+def generator_class(memory: PretendedMemory) -> type[torch.Generator]:
+    """Generators of the CPU that say where they were asked to be."""
 
-    def __new__(cls, device: object = "cpu"):
-        self = super().__new__(cls, "cpu")
-        self.place = CUDA if is_cuda(device) else CPU
-        return self
+    class PretendedGenerator(torch.Generator):
+        def __new__(cls, device: object = "cpu"):
+            self = super().__new__(cls, "cpu")
+            if is_cuda(device):
+                memory.generators[self._cdata] = self
+            return self
 
-    @property
-    def device(self) -> torch.device:
-        return self.place
+        @property
+        def device(self) -> torch.device:
+            return CUDA if self._cdata in memory.generators else CPU
+
+    return PretendedGenerator
 
 
 class Move(torch.autograd.Function):
@@ -85,7 +89,7 @@ class PretendedCalls:
             replace(torch, name, self.factory(getattr(torch, name)))
         for name in TENSOR_FACTORIES:
             replace(Tensor, name, self.factory(getattr(Tensor, name)))
-        replace(torch, "Generator", PretendedGenerator)
+        replace(torch, "Generator", generator_class(self.memory))
         replace(torch.nn.functional, "one_hot", self.one_hot(torch.nn.functional.one_hot))
         self.install_places(replace)
         self.install_copies(replace)

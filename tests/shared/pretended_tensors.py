@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor  # while they are torch's own
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -84,6 +84,8 @@ class PretendedMemory:
         self.live_bytes = self.peak_bytes = 0
         self.mixes: Counter[str] = Counter()
         self.waits: Counter[Wait] = Counter()
+        # those of the device, kept so that no other one gets the address of one that is gone
+        self.generators: dict[int, Generator] = {}
 
     def holds(self, x: Tensor) -> bool:
         try:
@@ -176,7 +178,7 @@ class OperationCheck(TorchDispatchMode):
             memory.note_copy(args[1], memory.holds(args[0]), non_blocking)
         is_there = bool(there) if given else self.makes_on_device()
         for generator in leaves:
-            if isinstance(generator, torch.Generator):
+            if isinstance(generator, Generator):
                 self.check_generator(function, generator, is_there)
         outputs = function(*args, **kwargs)
         if is_there and function is not aten.copy_.default:
@@ -222,8 +224,9 @@ class OperationCheck(TorchDispatchMode):
                 elif isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
                     self.memory.wait("an index by a mask")
 
-    def check_generator(self, function, generator: torch.Generator, is_there: bool) -> None:
+    def check_generator(self, function, generator: Generator, is_there: bool) -> None:
+        # an operation sees the generator through another object of Python
+        found = "cuda" if generator._cdata in self.memory.generators else "cpu"
         kind = "cuda" if is_there else "cpu"
-        if generator.device.type != kind:
-            found = generator.device.type
+        if found != kind:
             self.memory.refuse(f"{function.name()}: a {found} generator for a {kind} tensor")
