@@ -63,6 +63,8 @@ def main() -> int:
     )
     done = caption_folder(arguments.folder, arguments.model, settings)
     print(f"{arguments.folder}: {done.num_written} captions written, {done.num_kept} were there")
+    if done.num_masks:
+        print(f"{done.num_masks} are named like the masks of others, and get none")
     for failure in done.failures:
         print(f"no caption: {failure}", file=sys.stderr)
     return 1 if done.failures else 0

@@ -11,10 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from trainers.config import ConceptConfig, Config, DreamBoothConfig, ScratchConfig
-from trainers.data.buckets import class_shares
+from trainers.data.buckets import BucketRule, class_shares, concept_shares
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import NOT_USED, read_notes
-from trainers.data.photo_sets import concept_shares
 from trainers.data.pictures import Picture
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import name_some
@@ -70,7 +69,7 @@ def format_rows(title: str, rows: Rows) -> str:
 def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Rows:
     """The photos, their captions and the class pictures."""
     data, photos = config.data, batches.pools[0]
-    shares = concept_shares(photos)
+    shares = concept_shares(photos, BucketRule.from_config(config))
     for concept in data.sets:
         own = [photo for photo in photos if photo.concept == concept.name]
         photos_text, captions = describe_set(concept, own)
@@ -199,7 +198,7 @@ def end_banner(config: Config) -> str:
     rows: list[tuple[str, str]] = []
     if isinstance(config, DreamBoothConfig):
         rows += describe_result(config)
-        prompt = card_prompt(config)
+        prompt = card_prompt(config) or "as in your captions"
         rows.append(("next", f"python scripts/generate.py {quoted} --prompt {shlex.quote(prompt)}"))
     else:
         rows.append(("model", f"{run / MODEL} (its code stands in {run / CARD_NAME})"))

@@ -15,6 +15,7 @@ from PIL import Image
 from trainers.atomic import write_atomic
 from trainers.data.captions import PictureIndex, read_captions
 from trainers.data.folders import FolderContents, relative_name, scan_folder
+from trainers.data.masks import named_as_masks
 from trainers.data.pictures import picture_from_file
 from trainers.distributed.accelerator import best_device
 from trainers.errors import UserError
@@ -39,11 +40,13 @@ class CaptionSettings:
 
 @dataclass(frozen=True)
 class Captioned:
-    """How many pictures got a caption and had one before, and why others have none."""
+    """How many pictures got a caption and had one before, why others have none, and how many were
+    passed over as the masks of others."""
 
     num_written: int
     num_kept: int
     failures: Sequence[str]
+    num_masks: int = 0
 
 
 class Captioner:
@@ -95,17 +98,22 @@ def load_pipeline(model: str) -> transformers.Pipeline:
 def caption_folder(folder: Path, model: str, settings: CaptionSettings) -> Captioned:
     """Write the captions that are missing, each file as soon as its caption is known.
 
-    So what was stopped goes on where it was. Raises: UserError for a folder without pictures, with
-    broken captions, or for the model.
+    So what was stopped goes on where it was. Raises: UserError for no such folder, one without
+    pictures, with broken captions, or for the model.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     contents = scan_folder(folder)
+    # a caption beside a mask would belong to no picture
+    masks = set(named_as_masks(contents))
+    contents.pictures = [path for path in contents.pictures if path not in masks]
     if not contents.pictures:
         raise UserError(f"{folder} holds no pictures")
     sources = read_captions(contents).sources
     pending = [path for path in contents.pictures if settings.overwrite or path not in sources]
     num_kept = len(contents.pictures) - len(pending)
     if not pending:
-        return Captioned(0, num_kept, [])
+        return Captioned(0, num_kept, [], len(masks))
     captioner = Captioner(model, settings.prompt)
     places = caption_files(pending, contents, sources, settings.suffix)
     num_written, failures = 0, []
@@ -117,7 +125,7 @@ def caption_folder(folder: Path, model: str, settings: CaptionSettings) -> Capti
                 continue
             write_atomic(places[path], f"{settings.prefix}{caption}\n")
             num_written += 1
-    return Captioned(num_written, num_kept, failures)
+    return Captioned(num_written, num_kept, failures, len(masks))
 
 
 def batches(

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,8 @@ def draw_pictures(
     accelerator.wait_for_everyone()
     # first each process's own share, then what it does not see, where disks are not shared
     for assigned in (own_items([*pending], accelerator), pending):
-        missing = {path: pending[path] for path in assigned if not path.exists()}
+        # no dictionary: a path may come twice, so that each process draws as many
+        missing = [(path, pending[path]) for path in assigned if not path.exists()]
         if missing:
             draw(encoder, config, missing, accelerator)
         accelerator.wait_for_everyone()
@@ -219,7 +220,7 @@ def draw_pictures(
 def draw(
     encoder: CachedEncoder,
     config: DreamBoothConfig,
-    missing: Mapping[Path, Drawing],
+    missing: Sequence[tuple[Path, Drawing]],
     accelerator: Accelerator,
 ) -> None:
     """Load the pipeline, write class pictures, and unload it."""
@@ -227,7 +228,7 @@ def draw(
     family.load("vae", family.denoiser_name, *encoder.loaded_encoders)
     family.apply_memory_options()
     is_quiet = not accelerator.is_main_process
-    for path, drawing in track(missing.items(), "class pictures", disable=is_quiet):
+    for path, drawing in track(missing, "class pictures", disable=is_quiet):
         settings = config.validation, picture_number(path), drawing.size, encoder.encoder_outputs
         picture = sample_picture(family, drawing.prompt, *settings)
         # another run with the same set may have been faster, and may be reading its picture

@@ -196,7 +196,7 @@ def plan_samples(
     validation.seed + i, as the run's own samples, and several instance or class prompts take turns,
     as in training."""
     data, first, n = config.data, config.validation.seed, options.num_images
-    wording = Wording.from_config(data)
+    wording = Wording.from_config(data, data.sets[0].trigger)
     subject = [wording.complete(prompt) for prompt in data.instance_prompts]
     others, class_prompts = config.validation.prompts, data.class_prompts
     if options.prompts is not None:

@@ -34,7 +34,7 @@ from trainers.data.imaging import write_grid
 from trainers.run import run
 from trainers.run_folder import WEIGHT_NAME
 
-NUM_PHOTOS, PHOTO_SEED = 12, 300
+NUM_PHOTOS, PHOTO_SEED = 5, 300
 LONG, SHORT, SIDE = 48, 32, 30  # of a photo, and of the square around the subject, in pixels
 CENTER = 11  # of the subject, from the end that it lies at
 # 40 pixels squared are about the pixels of 32 x 48

@@ -138,6 +138,7 @@ def test_an_override_equals_the_same_words_in_the_file(settings, written):
         ("optimizer.learning_rate=.inf", "finite"),
         ("lora.alpha=.nan", "lora.alpha"),
         ("data.instance_prompt=a {b: c", "data.instance_prompt"),
+        ("data.concepts[rex].repeats=2", "concepts has none named rex, there are none"),
         ("train=abc", "train: input should be"),
         ("train=[1]", "train: input should be"),
         ("seed=2020-13-45", "valid integer"),

@@ -4,7 +4,10 @@ import pytest
 
 from trainers.config import loading
 from trainers.config.trigger import fill_given, mentions
+from trainers.data.caption_variants import Wording
 from trainers.errors import UserError
+from trainers.evaluate import EvaluationOptions, of_concept, plan_samples
+from trainers.publishing.model_card import card_prompt
 
 PLACES = (
     "data.instance_prompt='a {trigger} dog'",
@@ -39,6 +42,26 @@ def test_each_place_without_a_trigger_is_named(settings):
         "validation.negative_prompt",
     }
     assert all("set it by data.trigger" in line for line in lines)
+
+
+def test_what_concepts_share_has_the_trigger_of_each(settings):
+    concepts = "[{name: a, instance_data_dir: ., trigger: zwx}, {name: b, instance_data_dir: .}]"
+    shared = ("data.caption_prefix='{trigger},'", "data.caption_suffix='by [trigger]'")
+    alone = ("data.instance_data_dir=null", "data.instance_prompt=null")
+    config = settings(*alone, *shared, f"data.concepts={concepts}", "data.trigger=sks")
+    for photos, trigger in zip(config.data.sets, ("zwx", "sks"), strict=True):
+        wording = Wording.from_config(config.data, photos.trigger)
+        assert wording.complete("a dog") == f"{trigger}, a dog by {trigger}"
+    with pytest.raises(UserError, match=r"^data\.caption_prefix: .*set it by data\.trigger"):
+        settings(*alone, *shared, f"data.concepts={concepts}")
+    each = concepts.replace("name: b", "name: b, trigger: ohwx, instance_prompt: 'a [trigger] dog'")
+    own = settings(*alone, *shared, f"data.concepts={each}")
+    assert own.data.trigger is None
+    # of the card, and of an evaluation of the concept
+    text = "ohwx, a ohwx dog by ohwx"
+    assert card_prompt(own) == text
+    options = EvaluationOptions(num_images=1)
+    assert plan_samples(of_concept(own, "b")[0], [], options)["subject"][0][0] == text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.shared.fake_pictures import Fake, fake, number
 from tests.shared.pictures import data
+from trainers.config import DreamBoothConfig
 from trainers.config.family_facts import family_facts, family_names
 from trainers.data.buckets import (
     MAX_ASPECT,
@@ -216,3 +217,10 @@ def test_class_pictures_are_drawn_in_proportion_to_the_sizes(total):
     assert sum(shares.values()) == total
     for size, weight in weights.items():
         assert abs(shares.get(size, 0) - total * weight / 9) < 1
+
+
+def test_a_square_that_the_model_cannot_take_is_an_error_of_the_config():
+    config = DreamBoothConfig(data={"resolution": [512, 1024]})
+    assert BucketRule.from_config(config, 1024).max_side == 1024
+    with pytest.raises(UserError, match=r"data\.resolution: 1024 is more than the 1000 pixels"):
+        BucketRule.from_config(config, 1000)

@@ -12,19 +12,19 @@ from trainers.data.buckets import (
     BucketRule,
     choose_factors,
     class_shares,
+    concept_shares,
     make_buckets,
     share_error,
     sizes_by_concept,
 )
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import Intake
-from trainers.data.photo_sets import (
-    concept_shares,
-    load_held_out_pictures,
-    load_instance_pictures,
-)
+from trainers.data.photo_checks import check_photos
+from trainers.data.photo_sets import load_held_out_pictures, load_instance_pictures
 from trainers.data.sampler import BatchSlice
 from trainers.errors import UserError
+
+SQUARES = BucketRule((8,), 8, enabled=False)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_what_is_said_names_the_concept_and_its_share(two, tmp_path):
     config = two(cat={"repeats": 2})
     (tmp_path / "tom/notes.psd").write_bytes(b"x")
     intake = Intake()
-    load_instance_pictures(config, intake)
+    check_photos(intake, load_instance_pictures(config, intake), [], SQUARES)
     texts = [note.text for note in intake.notes]
     assert "rex: 4 pictures in rex, captions: 4 by prompt" in texts
     assert any(text.startswith("tom: not used: 1 .psd") for text in texts)
@@ -130,9 +130,6 @@ def test_what_is_said_names_the_concept_and_its_share(two, tmp_path):
 
 
 # How often each is visited
-
-
-SQUARES = BucketRule((8,), 8, enabled=False)
 
 
 def visits(buckets, steps, size=4):
@@ -188,10 +185,21 @@ def test_class_rows_are_shared_as_the_instance_rows_are_in_each_size(counts, pho
         for name in wanted:
             share = found[name] / found.total()
             assert share == pytest.approx(wanted[name] / wanted.total(), rel=0.05)
-    assert class_shares(buckets) == pytest.approx(concept_shares(instance), rel=0.05)
+    assert class_shares(buckets) == pytest.approx(concept_shares(instance, RULE), rel=0.05)
     seen = visits(buckets, 4 * len(instance))
     drawn = {name: sum(n for key, n in seen.items() if f"class {name}" in key) for name in "ab"}
-    assert drawn["a"] / sum(drawn.values()) == pytest.approx(concept_shares(instance)["a"], rel=0.3)
+    assert drawn["a"] / sum(drawn.values()) == pytest.approx(
+        concept_shares(instance, RULE)["a"], rel=0.3
+    )
+
+
+def test_shares_count_each_photo_at_all_its_areas():
+    """A photo that is large enough for two is drawn twice as often."""
+    instance = [sized((64, 64), "large", "a"), sized((20, 20), "small", "b")]
+    rule = BucketRule((32, 64), 8)
+    assert concept_shares(instance, rule) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    found = visits(make_buckets([instance], rule), 12)
+    assert found == {"large": 32, "small": 16}
 
 
 def test_class_pictures_of_one_class_are_not_repeated():
@@ -250,6 +258,8 @@ def test_two_concepts_are_no_mistake(two):
         ("[{instance_data_dir: nowhere}]", "data.concepts[concept-1].instance_data_dir: no such"),
         ("[{name: a, instance_data_dir: .}, {name: A, instance_data_dir: .}]", "data.concepts[A]"),
         ("[{name: a/b, instance_data_dir: .}]", "data.concepts[a/b].name: must be letters"),
+        (f"[{{name: {'ä' * 101}, instance_data_dir: .}}]", "data.concepts[ä"),
+        (f"[{{name: {'猫' * 100}, instance_data_dir: .}}]", "data.concepts[猫"),
         ("[{name: a, repeats: 0}]", "data.concepts[a].repeats: input should be greater"),
         ("[{name: a, repaets: 2}]", "data.concepts[a].repaets: unknown key; did you mean"),
         ("[{instance_data_dir: ., class_prompt: c}]", "data.concepts[concept-1].num_class_images"),

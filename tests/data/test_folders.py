@@ -137,6 +137,13 @@ def test_a_year_is_no_number_of_repeats_and_zero_is_refused(put, tmp_path):
         load_instance_pictures(config)
 
 
+def test_what_is_deeper_in_a_kohya_folder_counts_as_it_does(put, tmp_path):
+    put("10_sks dog/outdoors/0.png"), put("other/4_cat/sub/1.png")
+    folder = tmp_path / "photos"
+    pictures = load_instance_pictures(DataConfig(instance_data_dir=folder))
+    assert [(p.repeats, p.caption) for p in pictures] == [(10, "sks dog"), (4, "cat")]
+
+
 # Small networks
 
 

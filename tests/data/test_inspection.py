@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from trainers.data.inspection import Box, find_unseen, read_caption
+from tests.shared.fake_pictures import fake
+from trainers.data.inspection import Box, describe_likeness, find_unseen, read_caption
 
 
 @pytest.mark.parametrize("num_views", [1, 4, 16])
@@ -45,3 +46,8 @@ class Encoders:
 def test_a_caption_is_cut_where_its_encoders_stop_whatever_their_spaces_and_cases(lengths, parts):
     reading = read_caption("A dog, on Grass", Encoders(**lengths) if lengths else None)
     assert reading.parts == parts
+
+
+def test_a_copy_names_the_concept_of_the_other():
+    photos = [fake("0.png", concept=name) for name in ("rex", "tom")]
+    assert describe_likeness(photos) == {photos[1]: ["the same as rex: 0.png"]}

@@ -11,6 +11,8 @@ from tests.shared.pictures import data, let_time_pass
 from trainers.data import decoding, known_values
 from trainers.data.intake import Intake
 from trainers.data.photo_sets import load_instance_pictures
+from trainers.data.picture_memory import PictureMemory
+from trainers.data.pictures import picture_from_file
 from trainers.errors import UserError
 
 
@@ -160,3 +162,14 @@ def test_rows_of_a_data_set_are_known_by_their_content(tmp_path, photos, decodin
         assert len(load_instance_pictures(config, intake)) == 6
         intake.memory.save()
         assert len(decodings) == number
+
+
+def test_a_photo_that_changes_after_it_was_examined_is_not_taken_for_what_it_was(tmp_path):
+    """Else the pixels of the new one would be cached as those of the old one, for good."""
+    path = tmp_path / "1.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    picture = PictureMemory().examine(picture_from_file(path))
+    assert picture.decode().getpixel((0, 0)) == (255, 0, 0)
+    Image.new("RGB", (8, 8), "blue").save(path)
+    with pytest.raises(UserError, match=r"1\.png has changed since the run began: start it again"):
+        picture.decode()

@@ -252,3 +252,31 @@ def test_masks_that_cannot_be_are_refused_by_their_key(settings, keys, path):
 
 def test_the_default_leaves_a_tenth():
     assert DataConfig().mask_floor == 0.1
+
+
+@pytest.mark.parametrize("name", ["1_MASK.png", "1-MaskLabel.png"])
+def test_the_case_of_an_ending_does_not_count(tmp_path, name):
+    save(tmp_path / "photos/1.jpg", colored())
+    save(tmp_path / "photos" / name)
+    (picture,) = load(tmp_path, mask_dir=tmp_path / "photos")
+    assert picture.mask.name.endswith(name)
+
+
+def test_a_mask_of_16_bits_whose_lowest_value_is_white_is_read_so(tmp_path):
+    save(tmp_path / "photos/1.png", colored())
+    deep = (257 * SPOT.astype(np.uint16)).astype(np.uint16)
+    (tmp_path / "masks").mkdir()
+    tags = {262: 0}  # photometric interpretation: white is zero
+    Image.fromarray(65535 - deep).save(tmp_path / "masks/1.tif", tiffinfo=tags)
+    (picture,) = load(tmp_path)
+    assert np.array_equal(np.asarray(decode_mask(picture)), SPOT)
+
+
+def test_a_mask_that_changes_after_its_digest_was_taken_is_an_error(tmp_path):
+    save(tmp_path / "photos/1.png", colored())
+    mask = save(tmp_path / "masks/1.png")
+    (picture,) = load(tmp_path)
+    decode_mask(picture)
+    save(mask, 255 - SPOT)
+    with pytest.raises(UserError, match=r"masks/1\.png has changed since the run began"):
+        decode_mask(picture)

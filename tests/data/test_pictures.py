@@ -112,7 +112,8 @@ def test_a_malformed_exif_tag_neither_crashes_nor_turns_the_picture_wrong(put):
 def test_a_folder_without_pictures_is_named(put, tmp_path, names):
     for name in names:
         put(name, b"")
-    with pytest.raises(UserError, match=f"{tmp_path} holds no pictures"):
+    reason = ": none of its 1 pictures can be read" if names else " holds no pictures"
+    with pytest.raises(UserError, match=f"{tmp_path}{reason}"):
         load_instance_pictures(data(tmp_path, skip_corrupt=True))
 
 

@@ -25,7 +25,9 @@ from trainers.evaluate import (
 from trainers.publishing.public import public_text
 from trainers.publishing.report import write_report
 from trainers.run import run
+from trainers.run_folder import CHECKPOINTS, list_checkpoints
 from trainers.training.facts import resume_facts
+from trainers.training.manifest import read_manifest
 
 PRIVATE = "private-place"
 
@@ -145,6 +147,28 @@ def test_the_folders_of_concepts_may_move(settings, concepts, tmp_path):
     moved = (tmp_path / PRIVATE / "tom").rename(tmp_path / "elsewhere")
     after = settings(*concepts(tom={"instance_data_dir": moved}))
     assert resume_facts(after, accelerator, {}) == before
+
+
+def test_the_order_of_concepts_is_a_fact(settings, concepts):
+    """Their pictures are drawn in it."""
+    nothing, listed = concepts()[:2], json.loads(concepts()[2].partition("=")[2])
+    run(settings(*concepts(), "train.max_train_steps=2"))
+    with pytest.raises(
+        UserError, match=r'data\.concepts: was \["rex", "tom"\], is \["tom", "rex"\]'
+    ):
+        run(settings(*nothing, f"data.concepts={json.dumps(listed[::-1])}"))
+
+
+def test_masks_may_be_named_from_here_and_from_the_root(settings, concepts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    masked = {"rex": {"mask_dir": f"{PRIVATE}/rex_masks"}}
+    masked["tom"] = {"mask_dir": tmp_path / PRIVATE / "tom_masks"}
+    config = settings(*concepts(**masked), "train.max_train_steps=1")
+    run(config)
+    (folder,) = list_checkpoints(config.output_dir / CHECKPOINTS)
+    described = read_manifest(folder)["facts"]["pictures"]["mask"]["files"]
+    names = [f"rex_masks/{i}.png" for i in range(3)] + [f"tom_masks/{i}.png" for i in range(2)]
+    assert [*described] == names
 
 
 def test_an_evaluation_is_of_one_concept_and_says_so(settings, concepts):

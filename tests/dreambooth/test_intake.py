@@ -96,8 +96,7 @@ def test_a_photo_smaller_than_the_resolution_is_a_warning(put, tmp_path):
 )
 def test_what_the_crop_leaves_out_is_said_as_a_share(put, tmp_path, size, level):
     put("0.png", size), put("1.png", (10, 10))
-    found, warnings = notes(tmp_path, buckets=False)
-    share = 1 - min(size) / max(size)
+    (found, warnings), share = notes(tmp_path, buckets=False), 1 - min(size) / max(size)
     text = f"lose {share / 2:.0%} on average and up to {share:.0%} (0.png)"
     assert (text in found) == bool(level)
     assert (text in warnings) == (level == "warning")
@@ -112,6 +111,8 @@ def test_what_no_bucket_can_hold_is_said_as_a_share(put, tmp_path):
     assert "up to 33% (0.png)" in found
     assert "lose" not in warnings
     assert "are learnt as 152 x 104 (1), 256 x 64 (1)" in found
+    put("0.png", (44, 64))
+    assert "of a shape between those of the sizes, pictures" in notes(tmp_path, resolution=32)[0]
 
 
 def test_a_photo_that_may_not_be_enlarged_so_far_is_a_warning(put, tmp_path):

@@ -149,5 +149,19 @@ def test_models_that_cannot_describe_pictures_are_refused_in_a_line(photos, base
 
 
 def test_a_folder_without_photos_is_refused_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
-        caption_folder(tmp_path, "someone/not-here", CaptionSettings())
+    for folder, reason in (
+        (tmp_path, "holds no pictures"),
+        (tmp_path / "no", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            caption_folder(folder, "someone/not-here", CaptionSettings())
+
+
+def test_masks_beside_their_photos_get_no_caption(photos, blip, monkeypatch, capsys):
+    """It would be the caption of no picture when they are masks."""
+    scene(0).save(photos / "0-masklabel.png")
+    assert script(monkeypatch, photos, "--model", blip) == 0
+    assert "0-masklabel.txt" not in texts(photos)
+    assert "1 are named like the masks of others, and get none" in capsys.readouterr().out
+    config = DataConfig(instance_data_dir=photos, mask_dir=photos)
+    assert load_instance_pictures(config)[0].mask is not None

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.shared.processes import launch
 from trainers.banners import end_banner
-from trainers.config import Config
+from trainers.config import Config, DreamBoothConfig
 from trainers.run import run
 from trainers.training.failures import resume_command, resume_hint, stop_advice
 
@@ -18,6 +18,15 @@ def banner(text):
     """The rows of the first block of indented lines, by their names."""
     block = re.search(r"^\w+, seed \d+\n((?:  .*\n)+)", text, re.MULTILINE)[1]
     return dict(re.findall(r"^  (\w[\w ]*?)  +(.*)$", block, re.MULTILINE))
+
+
+def test_a_run_that_has_no_prompt_suggests_none_that_is_empty(tmp_path):
+    def suggested(**data):
+        config = DreamBoothConfig(output_dir=tmp_path, data=data)
+        return re.search(r"--prompt (.*)", end_banner(config))[1]
+
+    assert suggested() == "'as in your captions'"
+    assert suggested(trigger="sks") == "sks"
 
 
 def test_a_run_says_what_it_will_do_and_how_its_result_is_used(settings, capsys):

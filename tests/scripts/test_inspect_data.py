@@ -77,7 +77,16 @@ def test_a_folder_without_any_usable_photo_has_a_page_too(inspect, tmp_path):
     (folder / "1.png").write_bytes(b"x")
     inspection, source = inspect(folder)
     assert len(inspection.texts("error")) == 2
+    assert "none of its 1 pictures can be read" in inspection.texts("error")[1]
     assert "not a readable picture" in outcomes(source)["1.png"]
+
+
+def test_photos_without_captions_are_missing_nothing_else(inspect, tmp_path):
+    inspection, source = inspect(one_photo(tmp_path), "data.instance_prompt=null")
+    (error,) = inspection.texts("error")
+    assert error.startswith("no caption for 1.png in photos: set data.instance_prompt")
+    assert "1 pictures in photos, captions: 1 missing" in inspection.texts("note")
+    assert "not used: no caption" in outcomes(source)["1.png"]
 
 
 def test_what_is_like_another_photo_or_blurred_is_said_of_it(messy, inspect):

@@ -16,7 +16,7 @@ from trainers.from_scratch.image_sets import load_images
 from trainers.run import run
 from trainers.run_folder import list_checkpoints
 from trainers.training.checkpoint import read_checkpoint
-from trainers.training.facts import check_facts, resume_facts
+from trainers.training.facts import check_facts, config_facts, resume_facts
 from trainers.training.picture_facts import MAX_LISTED_FILES, describe_pictures
 
 PRIOR = ("data.class_prompt=c", "data.num_class_images=2")
@@ -226,3 +226,12 @@ def test_a_run_cannot_end_before_what_was_trained(settings, tmp_path):
     run(settings("train.max_train_steps=2", f"checkpoint.resume_from_checkpoint={earlier}"))
     assert [path.name for path in list_checkpoints(earlier.parent)] == ["step-000002"]
     assert read_checkpoint(earlier.parent / "left-000003")
+
+
+def test_a_list_of_areas_counts_however_it_is_written():
+    def facts(resolution):
+        config = DreamBoothConfig(data={"resolution": resolution})
+        return config_facts(config)["data.resolution"]
+
+    assert facts([64, 32, 32]) == facts([32, 64]) == [32, 64]
+    assert facts([32]) == facts(32) == 32

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import Section
 from trainers.config.dreambooth_data import DataConfig
-from trainers.config.trigger import PROMPT_KEYS, has_placeholder
+from trainers.config.trigger import PROMPT_KEYS, SHARED_KEYS, has_placeholder
 
 
 def caption_errors(data: DataConfig) -> Errors:
@@ -38,12 +38,16 @@ def trigger_errors(trigger: str | None, path: str = "data.trigger") -> Errors:
         yield path, message
 
 
-def placeholder_errors(sections: dict[str, Section], trigger: str | None) -> Errors:
+def placeholder_errors(data: DataConfig, validation: Section) -> Errors:
     """Prompts with a place for the trigger, and no trigger."""
-    if trigger is not None:
+    if data.trigger is not None:
         return
+    all_have_own = all(photos.trigger for photos in data.sets)
+    sections = {"data": data, "validation": validation}
     for section, keys in PROMPT_KEYS.items():
         for key in keys:
+            if key in SHARED_KEYS and all_have_own:
+                continue
             texts = texts_of(getattr(sections[section], key))
             if found := next((text for text in texts if has_placeholder(text)), None):
                 message = f"{found!r} has a place for the trigger word: set it by data.trigger"

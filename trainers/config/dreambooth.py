@@ -172,8 +172,7 @@ class DreamBoothConfig(Config):
         yield from rules.base_errors(self.model)
         yield from photo_rules.picture_errors(self.data)
         yield from caption_errors(self.data)
-        texts = {"data": self.data, "validation": self.validation}
-        yield from placeholder_errors(texts, self.data.trigger)
+        yield from placeholder_errors(self.data, self.validation)
         yield from rules.family_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)

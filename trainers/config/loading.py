@@ -29,6 +29,7 @@ from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_
 from trainers.errors import UserError
 
 MAX_SHOWN = 120  # characters of a value in a message
+LISTED_SECTION = re.compile(r"(\w+)\[(.+)\]")  # data.concepts[rex].repeats, as messages write it
 
 
 def load_config(
@@ -89,7 +90,15 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
     if not equals or not key or len(sections) >= MAX_DEPTH:
         return f"{shown}: an override must have the form section.key=value"
     for section in sections:
+        if match := LISTED_SECTION.fullmatch(section):
+            tree, names = enter_list(tree, *match.groups())
+            if tree is None:
+                known = f"it has {', '.join(names)}" if names else "there are none"
+                return f"{shown}: {match[1]} has none named {match[2]}, {known}"
+            continue
         inner = {} if tree.get(section) is None else tree[section]
+        if isinstance(inner, list):
+            return f"{shown}: {section} is a list: name one of it, as {section}[NAME].{key}"
         if not isinstance(inner, dict):
             return f"{shown}: {section} is not a section"
         # a copy, because a YAML alias may have put the same section elsewhere too
@@ -100,6 +109,22 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
     except yaml.YAMLError as error:
         return f"{shown}: not a YAML value ({error}); quote it if it is text"
     return None
+
+
+def enter_list(
+    tree: dict[str, Any], key: str, name: str
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """A section of a list by its name, if it is there, and the names of all; it is a copy that the
+    list has from now on, see `apply_override`."""
+    listed = tree.get(key)
+    parts = listed if isinstance(listed, list) else []
+    sections = [dict(part) if isinstance(part, dict) else {} for part in parts]
+    names = [concept_name(section.get("name"), i) for i, section in enumerate(sections)]
+    if name not in names:
+        return None, names
+    place = names.index(name)
+    tree[key] = [*parts[:place], sections[place], *parts[place + 1 :]]
+    return sections[place], names
 
 
 def validate(tree: dict[str, Any], needs_pictures: bool = True) -> tuple[Config, list[str]]:

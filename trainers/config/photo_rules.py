@@ -37,9 +37,9 @@ def concept_errors(data: DataConfig) -> Errors:
     for photos in data.sets:
         path = f"data.concepts[{photos.name}]"
         # they name folders, and some disks know no case
-        if photos.name.lower() in names:
+        if photos.name.casefold() in names:
             yield f"{path}.name", "two concepts have this name: give each its own"
-        names.add(photos.name.lower())
+        names.add(photos.name.casefold())
         other = class_folders.setdefault(photos.class_data_dir, photos)
         if photos.class_data_dir and other.class_prompts != photos.class_prompts:
             message = (

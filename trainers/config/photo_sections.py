@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -12,12 +13,19 @@ from trainers.config.bounds import Name, NameOrPath, PathField, Prompt
 
 Prompts = Annotated[list[Prompt], Field(max_length=1000)]
 NAME = re.compile(r"\w+([ -]\w+)*")
+MAX_NAME_BYTES = 200  # disks take 255 for a folder
 
 
 def check_name(name: str) -> str:
-    """Raises: ValueError for what would be no name of a folder."""
-    if not NAME.fullmatch(name):
+    """The name with its accents in one encoding. Raises: ValueError for what would be no name of a
+    folder."""
+    name = unicodedata.normalize("NFC", name)
+    # many scripts write vowels as marks of letters
+    letters = "".join(sign for sign in name if not unicodedata.category(sign).startswith("M"))
+    if not NAME.fullmatch(letters):
         raise ValueError("must be letters and digits, with single spaces or dashes between them")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"must have at most {MAX_NAME_BYTES} bytes, for it names a folder")
     return name
 
 

@@ -14,6 +14,8 @@ PROMPT_KEYS = {
     "data": ("instance_prompt", "class_prompt", "caption_prefix", "caption_suffix"),
     "validation": ("prompts", "negative_prompt"),
 }
+# those of them that every concept shares, though each may have its own trigger
+SHARED_KEYS = ("caption_prefix", "caption_suffix")
 
 
 def has_placeholder(text: str) -> bool:
@@ -46,7 +48,10 @@ def mentions(text: str, trigger: str) -> bool:
 
 
 def fill_prompts(tree: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a config, not validated yet, with the trigger in place of placeholders."""
+    """The sections of a config, not validated yet, with the trigger in place of placeholders.
+
+    What concepts share keeps its placeholders: each concept has its trigger there.
+    """
     data = tree.get("data")
     trigger = data.get("trigger") if isinstance(data, dict) else None
     if not isinstance(trigger, str) or has_placeholder(trigger):
@@ -55,7 +60,9 @@ def fill_prompts(tree: dict[str, Any]) -> dict[str, Any]:
     for section, keys in PROMPT_KEYS.items():
         values = tree.get(section)
         if isinstance(values, dict):
-            texts = {key: fill_value(values[key], trigger) for key in keys if key in values}
+            kept = SHARED_KEYS if values.get("concepts") else ()
+            own = [key for key in keys if key in values and key not in kept]
+            texts = {key: fill_value(values[key], trigger) for key in own}
             filled[section] = values | texts
     return filled
 

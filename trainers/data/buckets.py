@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from pathlib import Path
 
 from trainers.config import DreamBoothConfig
 from trainers.data.pictures import Picture
@@ -87,8 +86,14 @@ class BucketRule:
 
     @classmethod
     def from_config(cls, config: DreamBoothConfig, max_side: int | None = None) -> BucketRule:
+        """Raises: UserError where the model cannot take the largest square."""
         data, multiple = config.data, config.facts.pixel_multiple
         resolutions = tuple(data.resolutions)
+        if max_side and resolutions[-1] > max_side:
+            raise UserError(
+                f"data.resolution: {resolutions[-1]} is more than the {max_side} pixels of the "
+                "longest side that this base can take: set it to that at most"
+            )
         return cls(resolutions, multiple, data.max_upscale, data.buckets, max_side)
 
     def sizes(self, picture: Picture) -> list[Size]:
@@ -103,6 +108,10 @@ class BucketRule:
         fitting = [size for size in fitting if enlargement(own, size) <= self.max_upscale]
         return fitting or [self.smaller_size(picture)]
 
+    def weight(self, picture: Picture) -> int:
+        """How often a picture counts among the others: at each of its sizes."""
+        return picture.repeats * len(self.sizes(picture))
+
     def best_size(self, picture: Size, resolution: int) -> Size:
         return bucket_size(picture, resolution, self.multiple, self.max_side)
 
@@ -115,7 +124,7 @@ class BucketRule:
             if enlargement(own, size) <= self.max_upscale:
                 return size
         raise UserError(
-            f"{Path(picture.name).name} has {own[0]} x {own[1]} pixels, too few for data.resolution"
+            f"{picture.short_name} has {own[0]} x {own[1]} pixels, too few for data.resolution"
             f"={smallest} even if it is made {self.max_upscale:g} times as large (data.max_upscale)"
             ": use a larger copy, remove it, or allow more"
         )
@@ -178,6 +187,14 @@ def balance_classes(
         groups.append(own or repeat_pictures([p for p in pool if p.concept == name]))
     factors = choose_factors([*wanted.values()], [len(group) for group in groups])
     return tuple(p for group, n in zip(groups, factors, strict=True) for p in group * n)
+
+
+def concept_shares(pictures: Sequence[Picture], rule: BucketRule) -> dict[str, float]:
+    """The share of each concept in the pictures that are drawn, by its name, in order."""
+    counts: Counter[str] = Counter()
+    for picture in pictures:
+        counts[picture.concept] += rule.weight(picture)
+    return {name: count / counts.total() for name, count in counts.items()}
 
 
 def class_shares(buckets: Sequence[Bucket]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from trainers.config import DreamBoothConfig
@@ -65,7 +64,7 @@ def check_captions(intake: Intake, pictures: Sequence[Picture], config: DreamBoo
         )
     if config.data.varies_tags:
         plain = [p for p in pictures if not any(SEPARATOR in caption for caption in p.captions)]
-        names = name_some([Path(picture.name).name for picture in plain])
+        names = name_some([picture.short_name for picture in plain])
         if len(plain) == len(pictures):
             intake.warn("no caption has a comma, so there are no tags to shuffle or drop")
         elif plain:
@@ -83,7 +82,7 @@ def check_trigger(
     lacking = []
     for picture in pictures:
         if not all(mentions(caption, trigger) for caption in picture.captions):
-            lacking.append(Path(picture.name).name)
+            lacking.append(picture.short_name)
     has_any = any(mentions(c, trigger) for picture in pictures for c in picture.captions)
     if not has_any:
         intake.warn(

@@ -47,10 +47,11 @@ class Wording:
     @classmethod
     def from_config(cls, data: DataConfig, trigger: str | None = None) -> Wording:
         """trigger: of a concept; None: that of all."""
+        trigger = trigger or data.trigger or ""
         return cls(
-            prefix=data.caption_prefix,
-            suffix=data.caption_suffix,
-            trigger=trigger or data.trigger or "",
+            prefix=fill_trigger(data.caption_prefix, trigger),
+            suffix=fill_trigger(data.caption_suffix, trigger),
+            trigger=trigger,
             shuffle=data.shuffle_tags,
             keep=data.keep_tags,
             dropout=data.tag_dropout,

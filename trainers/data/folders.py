@@ -122,16 +122,17 @@ def collect_image_files(paths: Sequence[Path]) -> list[Path]:
 def kohya_repeats(path: Path, root: Path) -> tuple[int, str | None]:
     """How often a picture counts by the name of its folder, and the caption that this gives.
 
-    A folder such as "10_sks dog" says both; others count once and give none. Raises: UserError for
-    0.
+    A folder such as "10_sks dog" says both, of all that is in it; others count once and give none.
+    Raises: UserError for 0.
     """
-    match = None if path.parent == root else KOHYA_FOLDER.fullmatch(path.parent.name)
+    folders = path.relative_to(root).parents
+    match = next(filter(None, (KOHYA_FOLDER.fullmatch(folder.name) for folder in folders)), None)
     if not match:
         return 1, None
     repeats, caption = int(match[1]), match[2].strip()
     if repeats == 0:
         raise UserError(
-            f"{path.parent}: the number before the underscore is how often each of its pictures "
+            f"{match[0]}: the number before the underscore is how often each of its pictures "
             "counts, and 0 leaves them out: rename the folder"
         )
     return repeats, caption or None

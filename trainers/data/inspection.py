@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from pathlib import Path
+
+from PIL import ImageStat
 
 from trainers.config import DataConfig
 from trainers.data.buckets import BucketRule, Size, enlargement
@@ -13,10 +14,12 @@ from trainers.data.crops import Crop, choose_crop
 from trainers.data.file_outcomes import FileOutcome
 from trainers.data.folders import relative_name
 from trainers.data.intake import Intake
+from trainers.data.masks import decode_mask
 from trainers.data.photo_checks import LARGE_CROP, ROUNDING, CountsTokens
 from trainers.data.photo_likeness import find_blurred, find_copies, find_near_copies
 from trainers.data.pictures import Picture
 from trainers.data.sharpness import SIDE
+from trainers.errors import UserError
 
 MAX_VIEWS = 16  # crops of a photo that are told apart
 
@@ -73,9 +76,9 @@ class PhotoReport:
     """One photo as a run sees it.
 
     views: its crops, without those that are alike; enlarged: by how much its sides grow, 1 where
-    they do not; cut_off: the share of it that no crop shows, at the least; readings: of its
-    captions, with their tags as they stand; visits: how often the run sees it, on average; remarks:
-    what its user may want to change.
+    they do not; cut_off: the share of it that no crop shows, at the least; masked_in: of its mask,
+    how much of it is learnt; readings: of its captions, with their tags as they stand; visits: how
+    often the run sees it, on average; remarks: what its user may want to change.
     """
 
     picture: Picture
@@ -83,6 +86,7 @@ class PhotoReport:
     views: Sequence[View]
     enlarged: float
     cut_off: float
+    masked_in: float | None
     readings: Sequence[CaptionReading]
     visits: float
     remarks: Sequence[str]
@@ -124,7 +128,7 @@ class Sight:
     ) -> list[PhotoReport]:
         """Those of `pictures` that are to be shown; num_visits: of all of them together."""
         shown = list(shown)
-        total = sum(map(self.weight, pictures))
+        total = sum(map(self.rule.weight, pictures))
         alike = describe_likeness(shown)
         reports = []
         for picture in shown:
@@ -135,14 +139,12 @@ class Sight:
             remarks = [*alike.get(picture, []), *self.remarks(picture, enlarged, cut_off)]
             if any(reading.parts[2].strip() for reading in readings):
                 remarks.append("no text encoder reads its caption to the end")
-            name, visits = short_name(picture, self.data), num_visits * self.weight(picture) / total
-            row = PhotoReport(picture, name, views, enlarged, cut_off, readings, visits, remarks)
+            name = short_name(picture, self.data)
+            visits = num_visits * self.rule.weight(picture) / total
+            extent = enlarged, cut_off, share_masked_in(picture)
+            row = PhotoReport(picture, name, views, *extent, readings, visits, remarks)
             reports.append(row)
         return reports
-
-    def weight(self, picture: Picture) -> int:
-        """In what proportion a picture is seen."""
-        return picture.repeats * len(self.rule.sizes(picture))
 
     def views(self, picture: Picture) -> list[View]:
         """The different crops of a picture, MAX_VIEWS at most."""
@@ -174,6 +176,17 @@ def short_name(picture: Picture, data: DataConfig) -> str:
     return f"{picture.concept}: {name}" if picture.concept else name
 
 
+def share_masked_in(picture: Picture) -> float | None:
+    """How much of a picture its mask leaves in, the mean of its grays; None without a mask."""
+    if picture.mask is None:
+        return None
+    try:
+        return ImageStat.Stat(decode_mask(picture)).mean[0] / 255
+    except UserError:
+        # it is told among the errors
+        return None
+
+
 def view_of(crop: Crop, picture: Size) -> View:
     """Where a crop lies in a picture of that size."""
     (width, height), (left, top) = crop.box(picture)
@@ -202,7 +215,7 @@ def describe_likeness(pictures: Sequence[Picture]) -> dict[Picture, list[str]]:
         ("nearly the same as", find_near_copies(pictures)),
     ):
         for picture, other in copies.items():
-            remarks.setdefault(picture, []).append(f"{text} {Path(other.name).name}")
+            remarks.setdefault(picture, []).append(f"{text} {other.short_name}")
     for picture in find_blurred(pictures):
         blur = (
             f"blurred: even its sharpest edges, by {picture.facts.edge_blur:.1f} of {SIDE} pixels"

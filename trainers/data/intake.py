@@ -131,11 +131,13 @@ class Intake:
         """Note the pictures of a folder, where their captions stand, and what is not used."""
         self.folders.append((contents, captions))
         sources: Counter[str] = Counter()
-        for path in contents.pictures:
+        for path, picture in zip(contents.pictures, pictures, strict=True):
             source = captions.sources.get(path)
-            is_metadata = source in contents.metadata
-            sources[(source.name if is_metadata else "text files") if source else "prompt"] += 1
-        counts = ", ".join(f"{count} by {name}" for name, count in sources.items())
+            if source is not None:
+                sources[f"by {source.name if source in contents.metadata else 'text files'}"] += 1
+            else:
+                sources["missing" if picture.caption is None else "by prompt"] += 1
+        counts = ", ".join(f"{count} {name}" for name, count in sources.items())
         found = f"{len(contents.pictures)} pictures in {contents.root.name}"
         self.note(f"{found}, captions: {counts}" if counts else found)
         for note in captions.notes:

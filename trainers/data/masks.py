@@ -104,26 +104,33 @@ def owners_of(stem: str, index: PictureIndex) -> list[Path]:
 
 
 def without_ending(stem: str) -> str:
-    ending = next((ending for ending in MASK_ENDINGS if stem.endswith(ending)), "")
-    return stem.removesuffix(ending)
+    """Names are compared without regard to case, and so is the ending."""
+    ending = next((ending for ending in MASK_ENDINGS if stem.lower().endswith(ending)), "")
+    return stem[: len(stem) - len(ending)]
 
 
 def has_mask_ending(path: Path) -> bool:
-    return path.stem.endswith(MASK_ENDINGS)
+    return path.stem.lower().endswith(MASK_ENDINGS)
 
 
 def warn_of_masks(contents: FolderContents, intake: Intake) -> None:
     """Name pictures that look like the masks of others, where no masks are asked for."""
-    index, alike = PictureIndex(contents), []
-    for path in filter(has_mask_ending, contents.pictures):
-        name = relative_name(path, contents.root)
-        if index.with_stem(without_ending(name[: len(name) - len(path.suffix)])):
-            alike.append(name)
+    alike = [relative_name(path, contents.root) for path in named_as_masks(contents)]
     if alike:
         intake.warn(
             f"named like the masks of other pictures, and learnt as pictures: {name_some(alike)}; "
             "name their folder by mask_dir, or rename them"
         )
+
+
+def named_as_masks(contents: FolderContents) -> list[Path]:
+    """Pictures that have the name of another one and an ending of masks."""
+    index, alike = PictureIndex(contents), []
+    for path in filter(has_mask_ending, contents.pictures):
+        name = relative_name(path, contents.root)
+        if index.with_stem(without_ending(name[: len(name) - len(path.suffix)])):
+            alike.append(path)
+    return alike
 
 
 def decode_mask(picture: Picture) -> Image.Image:
@@ -139,12 +146,14 @@ def decode_mask(picture: Picture) -> Image.Image:
 def read_mask(picture: Picture) -> Image.Image:
     """As `decode_mask`, in the size that the mask has."""
     file = picture.mask
-    with file.named_errors("mask"), open_image(file.read()) as opened:
-        is_deep = storage_of(opened).has_deep_gray
+    data = file.read_unchanged()
+    with file.named_errors("mask"), open_image(data) as opened:
+        storage = storage_of(opened)
         image = ImageOps.exif_transpose(opened)
         if file.name == picture.name:
             return alpha_channel(image)
-        image = to_8_bits(image, 16) if is_deep else image
+        if storage.has_deep_gray:
+            image = to_8_bits(image, 16, storage.lowest_is_white)
         gray = gray_channel(image)
     if gray is None:
         raise UserError(
@@ -238,7 +247,9 @@ def check_masks(intake: Intake, pictures: Sequence[Picture], floor: float) -> No
 
 
 def mask_name(picture: Picture) -> str:
-    return Path((picture.mask or picture).name).name
+    """Of a mask, or of a picture without one."""
+    name = Path((picture.mask or picture).name).name
+    return f"{picture.concept}: {name}" if picture.concept else name
 
 
 def mask_facts(picture: Picture) -> MaskFacts | UserError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from accelerate import Accelerator
@@ -14,6 +13,7 @@ from trainers.data.buckets import (
     MAX_ASPECT,
     BucketRule,
     Size,
+    concept_shares,
     enlargement,
     share_cut_off,
 )
@@ -92,7 +92,7 @@ def check_texts(
         check_tokens(intake, family, trigger)
     captions = {}
     for picture in pictures:
-        captions |= dict.fromkeys(picture.captions, Path(picture.name).name)
+        captions |= dict.fromkeys(picture.captions, picture.short_name)
     check_lengths(intake, family, "captions", captions)
     prompts = [*config.data.class_prompts, *config.validation.prompts]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}
@@ -115,10 +115,13 @@ def check_photos(
     if len(counts) > 1:
         learnt = [f"{name_size(size)} ({counts[size]})" for size in sorted(counts)]
     intake.note(f"pictures are {between}, and are learnt as {name_some(learnt, 8)}")
+    if pictures[0].concept:
+        parts = [f"{name} {share:.0%}" for name, share in concept_shares(pictures, rule).items()]
+        intake.note(f"of the pictures of a step: {name_some(parts, 20)}")
     if len(pictures) == 1:
         intake.warn("there is one picture: 5 to 30 teach a subject, one teaches a picture")
     check_small(intake, pictures, rule)
-    if moving := [short_name(p) for p in pictures if p.facts.storage.has_more_frames]:
+    if moving := [p.short_name for p in pictures if p.facts.storage.has_more_frames]:
         intake.warn(f"of several frames or pages the first is used: {name_some(moving)}")
     check_duplicates(intake, pictures, held_out)
     check_blur(intake, pictures)
@@ -145,7 +148,7 @@ def check_small(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -
     enlarged, smaller = [], []
     for picture in pictures:
         own, size = picture.facts.size, rule.sizes(picture)[0]
-        name = f"{short_name(picture)} ({name_size(own)})"
+        name = f"{picture.short_name} ({name_size(own)})"
         if enlargement(own, size) > 1 + ROUNDING:
             enlarged.append(name)
         smallest = rule.resolutions[0]
@@ -171,11 +174,11 @@ def check_duplicates(
     if copies := find_near_copies(pictures):
         text = "nearly the same picture more than once, so it counts more"
         intake.warn(f"{text}: {name_some(name_pairs(copies))}")
-    first = {picture.facts.fingerprint: Path(picture.name).name for picture in reversed(pictures)}
+    first = {picture.facts.fingerprint: picture.short_name for picture in reversed(pictures)}
     both = []
     for picture in held_out:
         if other := first.get(picture.facts.fingerprint):
-            both.append(f"{Path(picture.name).name} = {other}")
+            both.append(f"{picture.short_name} = {other}")
     if both:
         text = f"these photos are learnt from, so they measure nothing: {name_some(both)}"
         error = f"data.held_out_dir: {text}; remove them from one of the two folders"
@@ -183,13 +186,12 @@ def check_duplicates(
 
 
 def name_pairs(copies: Mapping[Picture, Picture]) -> list[str]:
-    pairs = [(Path(one.name).name, Path(other.name).name) for one, other in copies.items()]
-    return [f"{one} = {other}" for one, other in pairs]
+    return [f"{one.short_name} = {other.short_name}" for one, other in copies.items()]
 
 
 def check_blur(intake: Intake, pictures: Sequence[Picture]) -> None:
     """Name pictures in which nothing is sharp."""
-    if names := [Path(picture.name).name for picture in find_blurred(pictures)]:
+    if names := [picture.short_name for picture in find_blurred(pictures)]:
         intake.warn(
             f"blurred, and blur is learnt too: {name_some(names)}: leave them out, unless they "
             "are meant so"
@@ -201,13 +203,18 @@ def check_crops(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -
     losses = []
     for picture in pictures:
         own, sizes = picture.facts.size, rule.sizes(picture)
-        losses.append((max(share_cut_off(own, size) for size in sizes), short_name(picture)))
-    worst, name = max(losses)
+        aspect = max(own) / min(own)
+        cut_off = max(share_cut_off(own, size) for size in sizes)
+        losses.append((cut_off, picture.short_name, aspect))
+    worst, name, aspect = max(losses)
     if worst < NOTED_CROP:
         return
-    mean = sum(loss for loss, _ in losses) / len(losses)
+    mean = sum(loss for loss, _, _ in losses) / len(losses)
     remedy = "cut them around the subject yourself"
-    shape = f"more than {MAX_ASPECT} times as long as wide"
+    # of small pictures the sizes are few
+    shape = "of a shape between those of the sizes"
+    if aspect > MAX_ASPECT:
+        shape = f"more than {MAX_ASPECT} times as long as wide"
     if not rule.enabled:
         remedy, shape = "set data.buckets=true", "cut to squares"
     text = f"{shape}, pictures lose {mean:.0%} on average and up to {worst:.0%} ({name}): {remedy}"
@@ -246,10 +253,6 @@ def check_lengths(
     elif num_cut:
         parts = [f"{count} by {encoder}" for encoder, count in num_cut.items()]
         intake.note(f"{what} are cut, and read whole by another encoder: {', '.join(parts)}")
-
-
-def short_name(picture: Picture) -> str:
-    return Path(picture.name).name
 
 
 def name_size(size: Size) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
 from trainers.config import ConceptConfig, DataConfig
 from trainers.data.caption_variants import Wording
-from trainers.data.folders import scan_folder
+from trainers.data.folders import KOHYA_FOLDER, scan_folder
 from trainers.data.intake import Intake
 from trainers.data.pictures import (
     Picture,
@@ -15,7 +15,6 @@ from trainers.data.pictures import (
     pictures_from_dataset,
     pictures_from_folder,
 )
-from trainers.errors import name_some
 
 
 def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> list[Picture]:
@@ -26,9 +25,6 @@ def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> li
         with intake.about(photos.name):
             source = photos.dataset_name or str(photos.instance_data_dir)
             pictures += keep_readable(list_pictures(photos, data, intake), data, source, intake)
-    if data.concepts is not None:
-        shares = [f"{name} {share:.0%}" for name, share in concept_shares(pictures).items()]
-        intake.note(f"of the pictures of a step: {name_some(shares, 20)}")
     return pictures
 
 
@@ -46,6 +42,11 @@ def list_pictures(photos: ConceptConfig, data: DataConfig, intake: Intake) -> li
     if photos.dataset_name:
         return pictures_from_dataset(photos, data, intake)
     folder, column = photos.instance_data_dir, photos.caption_column
+    if photos.name and photos.repeats == 1 and KOHYA_FOLDER.fullmatch(folder.name):
+        intake.note(
+            f"the number of {folder.name} is not read, for only sub-folders count by their names: "
+            "set repeats of the concept"
+        )
     wording = Wording.from_config(data, photos.trigger)
     return pictures_from_folder(folder, photos, data, intake, column, wording)
 
@@ -95,12 +96,3 @@ def load_class_pictures(
                 f"of {len(pictures)} class pictures {len(used)} are used (data.num_class_images)"
             )
         return keep_readable(used, data, str(folder), intake)
-
-
-def concept_shares(pictures: Sequence[Picture]) -> dict[str, float]:
-    """The share of each concept in the pictures that are drawn, by its name, in order."""
-    counts: dict[str, int] = {}
-    for picture in pictures:
-        counts[picture.concept] = counts.get(picture.concept, 0) + picture.repeats
-    total = sum(counts.values())
-    return {name: count / total for name, count in counts.items()}

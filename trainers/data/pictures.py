@@ -79,9 +79,23 @@ class Picture:
             content.update(f"bit depth {self.bit_depth}".encode())
         return content.hexdigest()
 
+    @property
+    def short_name(self) -> str:
+        """For messages about several sets: files of two concepts may have one name."""
+        name = Path(self.name).name
+        return f"{self.concept}: {name}" if self.concept else name
+
     def read_named(self) -> bytes:
         with self.named_errors():
             return self.read()
+
+    def read_unchanged(self) -> bytes:
+        """Its bytes, which `digest` was made of. Raises: UserError where the file has changed
+        since: what it shows would be taken for what it showed."""
+        digest, data = self.digest, self.read_named()
+        if self.content_digest(data) != digest:
+            raise UserError(f"{self.name} has changed since the run began: start it again")
+        return data
 
     @property
     def is_grayscale(self) -> bool:
@@ -117,9 +131,10 @@ class Picture:
 
     def decode(self) -> Image.Image:
         """RGB, upright and in sRGB, see `decoding.decode`. Raises: UserError naming a broken
-        file."""
+        file, or one that is known and has changed."""
+        data = self.read_unchanged() if self.known else self.read_named()
         with self.named_errors():
-            return decoding.decode(self.read(), self.bit_depth)
+            return decoding.decode(data, self.bit_depth)
 
     @contextmanager
     def named_errors(self, kind: str = "picture") -> Iterator[None]:
@@ -177,17 +192,17 @@ def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder de
             mask = picture_from_file(masks[path])
         pictures.append(replace(picture, mask=mask))
     intake.describe_folder(contents, captions, pictures)
-    return check_captions(pictures, intake)
+    return check_captions(pictures, folder, intake)
 
 
-def check_captions(pictures: list[Picture], intake: Intake) -> list[Picture]:
-    """Those with a caption. Raises: UserError naming the others."""
+def check_captions(pictures: list[Picture], source: Path, intake: Intake) -> list[Picture]:
+    """All, those without a caption with an empty one. Raises: UserError naming these."""
     uncaptioned = [picture.name for picture in pictures if picture.caption is None]
     if uncaptioned:
         shown = name_some([Path(name).name for name in uncaptioned])
         advice = "set data.instance_prompt, or put a .txt beside each"
-        intake.fail(UserError(f"no caption for {shown}: {advice}"), uncaptioned)
-    return [picture for picture in pictures if picture.caption is not None]
+        intake.fail(UserError(f"no caption for {shown} in {source.name}: {advice}"), uncaptioned)
+    return [p if p.caption is not None else replace(p, caption="") for p in pictures]
 
 
 def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intake) -> list[Picture]:
@@ -212,7 +227,7 @@ def pictures_from_dataset(photos: ConceptConfig, data: DataConfig, intake: Intak
     intake.note(f"{len(pictures)} pictures of {Path(name).name}, split {photos.dataset_split}")
     if num_without and photos.caption_column:
         intake.warn(f"{num_without} rows have no caption: data.instance_prompt is used for them")
-    return check_captions(pictures, intake)
+    return check_captions(pictures, Path(name), intake)
 
 
 def keep_readable(
@@ -242,9 +257,11 @@ def keep_readable(
     num_skipped = len(examined) - len(result)
     if num_skipped and config.skip_corrupt:
         intake.warn(f"{num_skipped} unreadable pictures are left out (data.skip_corrupt)")
-    if not result:
+    if not examined:
         suffixes = ", ".join(sorted(decoding.IMAGE_SUFFIXES))
         intake.fail(UserError(f"{source} holds no pictures ({suffixes})"))
+    elif not result:
+        intake.fail(UserError(f"{source}: none of its {len(examined)} pictures can be read"))
     try:
         check_bit_depth(result, config.bit_depth)
     except UserError as error:

@@ -59,9 +59,13 @@ def embed_file(path: Path, side: int, alt: str, changed_at: int) -> EmbeddedPict
 
 def embed(picture: Picture, side: int, alt: str) -> EmbeddedPicture | None:
     try:
-        image = picture.decode()
+        return embed_image(picture.decode(), side, alt)
     except UserError:
         return None
+
+
+def embed_image(image: Image.Image, side: int, alt: str = "") -> EmbeddedPicture:
+    """A picture in memory, which is made at most `side` pixels wide and high."""
     image.thumbnail((side, side))
     is_small = max(image.size) <= SMALL_SIDE
     buffer = io.BytesIO()

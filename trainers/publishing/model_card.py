@@ -89,10 +89,15 @@ def write_dreambooth_card(
 
 
 def card_prompt(config: DreamBoothConfig) -> str:
-    """The prompt that shows what was learned; empty where neither captions nor samples have one."""
-    if config.data.instance_prompts:
-        return Wording.from_config(config.data).complete(config.data.instance_prompts[0])
-    return next(iter(config.validation.prompts), "")
+    """The prompt that shows what was learned; empty where nothing but captions of photos has one.
+
+    Of several subjects it shows the first that has a prompt.
+    """
+    for photos in config.data.sets:
+        if photos.instance_prompt:
+            wording = Wording.from_config(config.data, photos.trigger)
+            return wording.complete(photos.instance_prompt)
+    return next(iter([*config.validation.prompts, *config.data.triggers]), "")
 
 
 def lora_readers(config: DreamBoothConfig) -> str:

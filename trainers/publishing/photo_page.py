@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
+from PIL import Image
 
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.data.buckets import BucketRule
 from trainers.data.inspection import Inspection, PhotoReport, Sight
 from trainers.data.intake import Intake
+from trainers.data.masks import decode_mask
 from trainers.data.photo_sets import list_instance_pictures
 from trainers.data.pictures import Picture
 from trainers.data.rng import choose_rows
@@ -20,11 +22,13 @@ from trainers.errors import UserError
 from trainers.publishing.embedding import (
     MAX_TRAINING_PICTURES,
     EmbeddedPicture,
+    embed_image,
     embed_picture,
 )
 from trainers.publishing.html import environment, parts
 
 THUMBNAIL = 360  # pixels
+VEIL, VEIL_OPACITY = (190, 30, 90), 0.65
 MAX_CARDS = 300
 HEADINGS = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 
@@ -62,8 +66,7 @@ def photo_cards(reports: Sequence[PhotoReport]) -> Markup:
     chosen = sorted(range(len(reports)), key=lambda i: (not reports[i].remarks, i))[:MAX_CARDS]
     cards = []
     for i in sorted(chosen):
-        picture = embed_picture(reports[i].picture, THUMBNAIL)
-        cards.append(Card(reports[i], picture))
+        cards.append(Card(reports[i], embed_photo(reports[i].picture)))
     return parts.photo_cards(cards, len(reports))
 
 
@@ -76,8 +79,8 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     """
     data = config.data
     for photos in data.sets:
-        place = photos.instance_data_dir or Path(photos.dataset_name)
-        if not place.exists():
+        place = photos.instance_data_dir or Path(photos.dataset_name or "")
+        if not place.name or not place.exists():
             return Markup()
     intake = Intake(keeps_going=True)
     try:
@@ -91,8 +94,20 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     reports = Sight(data, rule).describe(shown, shown, num_visits * len(shown) / len(pictures))
     cards = []
     for report in reports:
-        cards.append(Card(report, embed_picture(report.picture, THUMBNAIL)))
+        cards.append(Card(report, embed_photo(report.picture)))
     return parts.photo_cards(cards, len(pictures))
+
+
+def embed_photo(picture: Picture) -> EmbeddedPicture | None:
+    """The photo, with a veil over what its mask leaves out; None where it cannot be read."""
+    if picture.mask is None:
+        return embed_picture(picture, THUMBNAIL)
+    try:
+        image, mask = picture.decode(), decode_mask(picture)
+    except UserError:
+        return embed_picture(picture, THUMBNAIL)
+    veiled = Image.blend(image, Image.new("RGB", image.size, VEIL), VEIL_OPACITY)
+    return embed_image(Image.composite(image, veiled, mask), THUMBNAIL)
 
 
 def is_usable(picture: Picture, rule: BucketRule) -> bool:
@@ -125,6 +140,8 @@ def photo_facts(report: PhotoReport) -> Iterator[str]:
     yield f"{report.name}: {stored} as {', '.join('{} x {}'.format(*size) for size in sizes)}"
     if report.cut_off >= 0.005:
         yield f"{report.cut_off:.0%} cut off"
+    if report.masked_in is not None:
+        yield f"{report.masked_in:.0%} within the mask"
     if report.visits:
         yield f"seen {report.visits:.3g} times"
     for reading in report.readings:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
-from trainers.config import DataConfig, DreamBoothConfig
-from trainers.data.photo_sets import concept_shares
+from trainers.config import DreamBoothConfig
+from trainers.data.buckets import BucketRule, concept_shares
 from trainers.data.pictures import Picture
 
 
@@ -15,11 +15,11 @@ def picture_facts(config: DreamBoothConfig, pictures: Sequence[Picture]) -> dict
     data = config.data
     facts = {}
     if pictures:
-        sides = ", ".join(str(side) for side in data.resolutions)
+        sides = " and ".join(str(side) for side in data.resolutions)
         digest = sha256("".join(p.digest for p in pictures).encode()).hexdigest()[:16]
         facts["Pictures"] = f"{len(pictures)}, {sides} pixels; sha256 {digest}"
     if data.concepts is not None:
-        facts |= concept_facts(data, pictures)
+        facts |= concept_facts(config, pictures)
     if data.has_masks:
         facts["Masks"] = f"what they leave out counts {data.mask_floor:g}"
     facts["Prior pictures"] = "none"
@@ -31,11 +31,11 @@ def picture_facts(config: DreamBoothConfig, pictures: Sequence[Picture]) -> dict
     return facts
 
 
-def concept_facts(data: DataConfig, pictures: Sequence[Picture]) -> dict[str, object]:
+def concept_facts(config: DreamBoothConfig, pictures: Sequence[Picture]) -> dict[str, object]:
     """The prompt of each concept and, where its pictures are at hand, their number and share."""
     facts = {}
-    shares = concept_shares(pictures)
-    for concept in data.sets:
+    shares = concept_shares(pictures, BucketRule.from_config(config))
+    for concept in config.data.sets:
         texts = ["prompted by captions"]
         if concept.instance_prompt:
             texts = [f"prompted by {concept.instance_prompt!r}"]

@@ -110,7 +110,11 @@ def config_facts(config: Config) -> Facts:
         paths = {f"{name}.{key}": item for key, item in keys} or {name: value}
         facts |= {path: item for path, item in paths.items() if path not in CHANGEABLE_KEYS}
     if facts.get("data.concepts"):
-        facts |= concept_facts(facts.pop("data.concepts"))
+        facts |= concept_facts(facts["data.concepts"])
+    if isinstance(config, DreamBoothConfig):
+        # however they are written
+        sides = config.data.resolutions
+        facts["data.resolution"] = sides if len(sides) > 1 else sides[0]
     if config.optimizer.lr_scheduler.startswith("constant"):
         # such a run may be made longer
         del facts[STEPS_KEY]
@@ -121,10 +125,11 @@ def config_facts(config: Config) -> Facts:
 
 
 def concept_facts(concepts: Sequence[Facts]) -> Facts:
-    """The values of each concept that decide the result, by path."""
-    facts = {}
-    for i, concept in enumerate(concepts):
-        name = concept_name(concept["name"], i)
+    """The values of each concept that decide the result, by path, and the names in their order, in
+    which their pictures are drawn."""
+    names = [concept_name(concept["name"], i) for i, concept in enumerate(concepts)]
+    facts = {"data.concepts": names}
+    for name, concept in zip(names, concepts, strict=True):
         for key, value in concept.items():
             if key != "name" and f"data.{key}" not in CHANGEABLE_KEYS:
                 facts[f"data.concepts[{name}].{key}"] = value

@@ -24,9 +24,11 @@ def describe_pictures(entries: Iterable[PictureEntry]) -> dict[str, Any]:
     digest = hashlib.sha256(contents.encode()).hexdigest()
     facts: dict[str, Any] = {"count": len(entries), "digest": digest}
     if 0 < len(entries) <= MAX_LISTED_FILES:
-        parent = os.path.commonpath([Path(name).parent for name, _, _ in entries])
+        # some may be named from here, others from the root
+        paths = [os.path.abspath(name) for name, _, _ in entries]
+        parent = os.path.commonpath([Path(path).parent for path in paths])
         facts["files"] = {}
-        for name, content, text in entries:
+        for name, (_, content, text) in zip(paths, entries, strict=True):
             text_digest = hashlib.sha256(text.encode()).hexdigest()
             facts["files"][os.path.relpath(name, parent)] = [content[:16], text_digest[:16]]
     return facts
