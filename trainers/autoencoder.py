@@ -16,6 +16,7 @@ from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
 from trainers.data.pictures import picture_from_file
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
+from trainers.data.transfer import send_numbers
 from trainers.distributed.accelerator import best_device
 from trainers.from_scratch.checks import warn_of_squashing
 from trainers.from_scratch.codes import anomaly_score, corrupt, plot_codes
@@ -114,7 +115,7 @@ class Autoencoder(FromScratchTask):
         x, _, output, codes = self.reconstruct(images, range(len(images)))
         has_labels = self.config.data.label_column is not None
         if has_labels:
-            rows = torch.tensor(self.choose_rows(images, NUM_PLOT_PICTURES), device=self.device)
+            rows = send_numbers(self.choose_rows(images, NUM_PLOT_PICTURES), self.device)
             path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
             plot_codes(codes[rows], images.labels[rows], images.class_names, path)
         if self.config.use == "anomaly" and has_labels:
@@ -140,7 +141,7 @@ class Autoencoder(FromScratchTask):
         from sklearn.preprocessing import StandardScaler
 
         rows = self.choose_rows(self.train_images, NUM_PROBE_PICTURES)
-        labels = self.train_images.labels[torch.tensor(rows, device=self.device)]
+        labels = self.train_images.take_labels(rows)
         if len(labels.unique()) < 2:
             return float("nan")
         train_codes = self.reconstruct(self.train_images, rows)[3]

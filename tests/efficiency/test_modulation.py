@@ -92,7 +92,9 @@ def test_exactly_the_adaptive_norms_leave(settings, family):
     gone = sizes.keys() - dict(cached.denoiser.named_parameters()).keys()
     assert gone == {name for name in sizes if "norm" in name and ".linear." in name}
     held = [
-        layer.cpu_weights for layer in cached.denoiser.modules() if isinstance(layer, CachedLinear)
+        layer.ring.cpu_weights[layer.number]
+        for layer in cached.denoiser.modules()
+        if isinstance(layer, CachedLinear)
     ]
     assert sum(tensor.numel() for away in held for tensor in away.values()) == sum(
         sizes[name] for name in gone

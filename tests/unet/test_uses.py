@@ -151,3 +151,8 @@ def test_a_perfect_model_measures_one_even_where_a_picture_lacks_a_class(setting
     task.predict = lambda images, rows: (None, *2 * [truth[rows[0]] // 255])
     assert min(int(y.max()) for y in truth) == 0
     assert task.evaluate() == {"dice_0": 1, "dice_1": 1, "iou_0": 1, "iou_1": 1, "pixel_error": 0}
+
+
+def test_lab_is_that_of_kornia():
+    rgb = pixels(2, 3, 20, 20)
+    assert torch.equal(rgb_pixels_to_lab(rgb), rgb_to_lab(rgb.float() / 255))

@@ -16,6 +16,7 @@ from trainers.data.crops import Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice, choose_bucket
+from trainers.data.transfer import send
 
 if TYPE_CHECKING:
     from trainers.data.encoder_cache import CachedEncoder
@@ -141,7 +142,7 @@ class DreamBoothBatches:
         return batch
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
-        return torch.stack([row.to(self.device, non_blocking=True) for row in rows])
+        return torch.stack([send(row, self.device) for row in rows])
 
     def crops(self) -> Iterator[tuple[Picture, Crop]]:
         """Every view of every picture that a step may ask for."""

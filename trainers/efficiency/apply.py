@@ -47,7 +47,7 @@ class DenoiserMemory:
         denoiser = base.denoiser
         modulation = None
         if self.model.modulation_cache:
-            modulation = ModulationCache(denoiser, base.facts.adaptive_norms)
+            modulation = ModulationCache(denoiser, base.facts.adaptive_norms, base.device)
         if self.shard:
             self.shard(denoiser)
         if self.model.quantization == "fp8":

@@ -16,6 +16,7 @@ from trainers.config import ObjectiveConfig
 from trainers.config.family_facts import FamilyFacts, family_facts, family_names
 from trainers.data.caption_checks import WordTokens
 from trainers.data.rng import SampleRng
+from trainers.data.transfer import send
 from trainers.families.long_prompts import join_chunks, split_chunks, tokenize_chunks
 from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
 from trainers.families.vocabulary import split_word
@@ -114,7 +115,7 @@ class Family(LoadedBase, ABC):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """`encode_image` of several pictures of one size, (B, 3, H, W) -> (B, 2C, h, w)."""
-        return self.pipe.vae.encode(pixels.to(self.device)).latent_dist.parameters
+        return self.pipe.vae.encode(send(pixels, self.device)).latent_dist.parameters
 
     def latents(self, moments: Tensor, rng: SampleRng) -> Tensor:
         """A new draw (B, C, h, w) from moments (B, 2C, h, w), in the denoiser's units."""
@@ -170,7 +171,7 @@ class Family(LoadedBase, ABC):
     @torch.no_grad()
     def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]:
         """`encode_ids` without gradients; the ids need not be on the device."""
-        return self.encode_ids(name, ids.to(self.device))
+        return self.encode_ids(name, send(ids, self.device))
 
 
 CLASSES: dict[str, type[Family]] = {}  # families whose modules have been imported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers import StableDiffusionPipeline
 
+from trainers.data.transfer import send
 from trainers.families.base import Family
 from trainers.families.objectives import DDPM
 
@@ -17,7 +18,7 @@ class SD15(Family):
         scheduler = self.pipe.scheduler
         options = config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
         return DDPM(
-            abar=scheduler.alphas_cumprod.to(self.device),
+            abar=send(scheduler.alphas_cumprod, self.device),
             # epsilon for the releases; some fine-tuned models predict v
             prediction_type=scheduler.config.prediction_type,
             stratified=config.stratified,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainers.config import ImagesConfig
 from trainers.data.rng import SampleRng
+from trainers.data.transfer import send_numbers
 
 
 def augment(
@@ -48,9 +49,8 @@ def elastic_deform(pixels: Tensor, sigma: float, rng: SampleRng, num_mask_channe
         list(pixels.shape),
         align_corners=False,
     )
-    grid = grid + 2 * sigma * field.permute(0, 2, 3, 1) / torch.tensor(
-        [width, height], device=pixels.device
-    )
+    size = send_numbers([width, height], pixels.device)
+    grid = grid + 2 * sigma * field.permute(0, 2, 3, 1) / size
     images, classes = pixels.float().split([channels - num_mask_channels, num_mask_channels], 1)
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).round()
     classes = F.grid_sample(

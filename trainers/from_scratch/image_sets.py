@@ -21,6 +21,7 @@ from trainers.data.masks import turn_alike
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice
+from trainers.data.transfer import send, send_numbers
 from trainers.errors import UserError
 from trainers.from_scratch.augment import augment
 from trainers.from_scratch.image_samples import ImageSample, choose_evenly, list_samples
@@ -60,17 +61,18 @@ class ImageSet:
         return len(self.samples)
 
     def __getitem__(self, row: int) -> Tensor:
-        return (
-            self.decode(self.samples[row]).to(self.device)
-            if self.pixels is None
-            else self.pixels[row]
-        )
+        """(C, H, W), where it is kept: on the device, or on the CPU if it is decoded now."""
+        return self.decode(self.samples[row]) if self.pixels is None else self.pixels[row]
 
     def take(self, rows: Sequence[int]) -> Tensor:
-        """(B, C, S, S) of pictures of one size."""
+        """(B, C, S, S) of pictures of one size, on the device."""
         if isinstance(self.pixels, Tensor):
-            return self.pixels[torch.tensor(rows, device=self.device)]
-        return torch.stack([self[row] for row in rows])
+            return self.pixels[send_numbers(rows, self.device)]
+        return send(torch.stack([self[row] for row in rows]), self.device)
+
+    def take_labels(self, rows: Sequence[int]) -> Tensor:
+        """(B,) on the device."""
+        return self.labels[send_numbers(rows, self.device)]
 
     def describe(self) -> Facts:
         """The pictures, with their targets and labels, as a resumed run compares them."""
@@ -168,9 +170,8 @@ class ImageBatches:
         for rows in self.batch_slice.micro_batches():
             indices = self.sample_indices(step, rows)
             if self.config.resize_to is None:
-                pixels = torch.stack(
-                    [self.random_crop(step, row, i) for row, i in zip(rows, indices, strict=True)]
-                )
+                crops = [self.random_crop(step, *pair) for pair in zip(rows, indices, strict=True)]
+                pixels = send(torch.stack(crops), self.images.device)
             else:
                 pixels = self.images.take(indices)
             rng = SampleRng(
@@ -180,11 +181,10 @@ class ImageBatches:
                 self.images.device,
                 self.batch_slice.global_batch_size,
             )
-            labels = self.images.labels[torch.tensor(indices, device=self.images.device)]
             yield (
                 {
                     "pixels": augment(pixels, self.config, rng, self.num_mask_channels),
-                    "label": labels,
+                    "label": self.images.take_labels(indices),
                 },
                 rng,
             )

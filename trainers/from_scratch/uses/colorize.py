@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainers.config import UNetConfig
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
+from trainers.data.transfer import send
 from trainers.errors import UserError
 from trainers.from_scratch.image_sets import ImageSet
 from trainers.from_scratch.uses.base import Use, resize
@@ -18,6 +19,13 @@ from trainers.metrics.image_quality import colorfulness, psnr, ssim
 
 MAX_LOOKED_AT = 200  # pictures, for whether they have colours
 AB_SCALE = 110.0  # half the range of Lab's a and b
+# linear RGB to CIE XYZ under the white D65, and that white's XYZ
+RGB_TO_XYZ = [
+    [0.412453, 0.357580, 0.180423],
+    [0.212671, 0.715160, 0.072169],
+    [0.019334, 0.119193, 0.950227],
+]
+WHITE = [0.95047, 1.0, 1.08883]
 
 
 class Colorize(Use):
@@ -122,10 +130,19 @@ def warn_of_gray(images: ImageSet, seed: int) -> None:
 
 
 def rgb_pixels_to_lab(pixels: Tensor) -> Tensor:
-    """CIE Lab (B, 3, H, W) of RGB uint8; L in 0..100."""
-    from kornia.color import rgb_to_lab
+    """CIE Lab (B, 3, H, W) of RGB uint8; L in 0..100.
 
-    return rgb_to_lab(pixels.float() / 255)
+    kornia's `rgb_to_lab` makes its constants on the device at each call, which waits for it.
+    """
+    from kornia.color import rgb_to_linear_rgb
+
+    matrix, white = (send(torch.tensor(part), pixels.device) for part in (RGB_TO_XYZ, WHITE))
+    linear = rgb_to_linear_rgb(pixels.float() / 255)
+    xyz = torch.einsum("oi, bihw -> bohw", matrix, linear) / white[:, None, None]
+    threshold = 0.008856
+    root = xyz.clamp(min=threshold).pow(1 / 3)
+    x, y, z = torch.where(xyz > threshold, root, 7.787 * xyz + 4 / 29).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
 @lru_cache(maxsize=1)
@@ -140,7 +157,6 @@ def ab_bins() -> Tensor:
 def nearest_bin(y: Tensor) -> Tensor:
     """(B, 2, H, W) to indices (B, H, W)."""
     flat = AB_SCALE * y.movedim(1, 3).reshape(-1, 2)
-    nearest = torch.cat(
-        [torch.cdist(part, ab_bins().to(part)).argmin(1) for part in flat.split(65536)]
-    )
+    bins = send(ab_bins(), flat.device).to(flat.dtype)
+    nearest = torch.cat([torch.cdist(part, bins).argmin(1) for part in flat.split(65536)])
     return nearest.view(y[:, 0].shape)
