@@ -137,9 +137,11 @@ def test_a_run_in_float32_gives_what_it_gives_on_the_cpu(settings, tmp_path, fam
     here = settings(*options, family=family)
     run(here)
     away = settings(*options, f"output_dir={tmp_path}/away", family=family)
-    with PretendCuda():
+    with PretendCuda() as gpu:
         run(away)
     assert_same(here, away)
+    # nor do frozen weights wait while it samples
+    assert not [wait for wait in gpu.memory.waits if wait.place.startswith("efficiency/")]
     for path in (here.output_dir / "samples").rglob("*.png"):
         other = away.output_dir / "samples" / path.relative_to(here.output_dir / "samples")
         assert path.read_bytes() == other.read_bytes()
