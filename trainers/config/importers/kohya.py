@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.config.family_facts import family_named
+from trainers.config.family_facts import families_with, family_named
 from trainers.config.importers.base import (
     OPTIMIZERS,
     SHARED_RULES,
@@ -133,7 +133,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     read_subsets(config, datasets(tree))
     note = "Theirs counts tags of the prefix too" if config.value("data.caption_prefix") else ""
     put_kept_tags(config, config.take("keep_tokens"), "keep_tokens", note)
-    if family == "sd15":
+    if family in families_with("model", "clip_chunks"):
         tokens = number(config.take("max_token_length", SHORT_PROMPT)) or SHORT_PROMPT
         chunks = tokens // SHORT_PROMPT
         config.put("model.clip_chunks", chunks if chunks > 1 else None, "max_token_length")
