@@ -4,7 +4,9 @@ python scripts/small_world/portraits.py [--out FOLDER] [--seeds 0 1 2] [section.
 
 Six portraits (2:3) and six landscapes (3:2) of the small world's subject, which lies in the upper
 third, or in the left one. The quickstart's recipe is trained on them with buckets and with
-squares out of their middle, and the gate of the small world judges both: see docs/small_world.md.
+squares out of their middle, and the gate of the small world judges both. Neither is learnt yet, see
+docs/small_world.md.
+
 Prints a table, and writes the photos, their squares, and samples of both as portraits.png.
 """
 
@@ -34,7 +36,7 @@ from trainers.data.imaging import write_grid
 from trainers.run import run
 from trainers.run_folder import WEIGHT_NAME
 
-NUM_PHOTOS, PHOTO_SEED = 5, 300
+NUM_PHOTOS, PHOTO_SEED = 12, 300
 LONG, SHORT, SIDE = 48, 32, 30  # of a photo, and of the square around the subject, in pixels
 CENTER = 11  # of the subject, from the end that it lies at
 # 40 pixels squared are about the pixels of 32 x 48
