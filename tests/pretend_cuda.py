@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import BuiltinFunctionType, ModuleType, SimpleNamespace
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -69,6 +69,16 @@ class Stream:
         return False
 
 
+def holders_of(name: str, value: object) -> list[ModuleType]:
+    """The modules outside of torch that have a function of torch under its name."""
+    found = []
+    for module in list(sys.modules.values()):
+        is_torch = getattr(module, "__name__", "torch").split(".")[0] == "torch"
+        if not is_torch and vars(module).get(name) is value:
+            found.append(module)
+    return found
+
+
 class PretendCuda(AbstractContextManager):
     """Inside, torch has one GPU. Import what looks for one while it is imported before.
 
@@ -79,6 +89,7 @@ class PretendCuda(AbstractContextManager):
         self.memory = PretendedMemory()
         self.check = OperationCheck(self.memory)
         self.stack = ExitStack()
+        self.functions: list[tuple[str, object, object]] = []
 
     def __enter__(self) -> PretendCuda:
         PretendedCalls(self.memory, self.check).install(self.replace)
@@ -99,9 +110,19 @@ class PretendCuda(AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
+        # a module that was imported inside has taken ours
+        for name, real, value in self.functions:
+            for module in holders_of(name, value):
+                setattr(module, name, real)
 
     def replace(self, owner: object, name: str, value: object) -> None:
+        real = getattr(owner, name, None)
         self.stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        if owner is torch and isinstance(real, BuiltinFunctionType):
+            self.functions.append((name, real, value))
+            # `from torch import tensor` in a library that was imported before
+            for module in holders_of(name, real):
+                self.stack.enter_context(mock.patch.object(module, name, value))
 
     def cuda_functions(self) -> dict[str, object]:
         memory = self.memory
