@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import sys
 import warnings
 from contextlib import contextmanager
@@ -59,7 +60,11 @@ def terminal(monkeypatch):
 
         def written():
             stream.flush()
-            return os.read(leader, 2**16).decode()
+            found = b""
+            # a terminal hands on what it has, which need not be all yet
+            while select.select([leader], [], [], 0.5)[0]:
+                found += os.read(leader, 2**16)
+            return found.decode()
 
         yield written
     os.close(leader)
