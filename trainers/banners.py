@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from trainers.config import ConceptConfig, Config, DreamBoothConfig, ScratchConfig
-from trainers.data.buckets import BucketRule, class_shares, concept_shares
+from trainers.data.buckets import BucketRule, class_shares, concept_shares, name_size
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import NOT_USED, read_notes
 from trainers.data.pictures import Picture
@@ -92,7 +92,6 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
 def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str, str]:
     """How many photos a set has and from where, and what captions they have."""
     names = {photo.name for photo in photos}
-    source = concept.instance_data_dir or Path(concept.dataset_name or "")
     prompt = concept.instance_prompt
     if prompt is not None:
         prompt = photos[0].wording.complete(prompt)
@@ -100,7 +99,7 @@ def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str
     texts = [f"{len(own)} of their own"] if own else []
     if len(own) < len(names):
         texts.append(f"{len(names) - len(own)} times {prompt!r}")
-    return f"{len(names)} of {source.name}", ", ".join(texts)
+    return f"{len(names)} of {concept.source.name}", ", ".join(texts)
 
 
 def describe_unused(config: Config) -> Rows:
@@ -121,7 +120,7 @@ def describe_views(config: Config, batches: Batches) -> str:
     """The sizes of the pictures as they are trained on, and how they are varied."""
     data = config.data
     if isinstance(config, DreamBoothConfig) and isinstance(batches, DreamBoothBatches):
-        sizes = [f"{width} x {height}" for width, height in (b.size for b in batches.buckets)]
+        sizes = [name_size(bucket.size) for bucket in batches.buckets]
         texts = [f"{len(sizes)} sizes: {name_some(sizes, 4)}" if len(sizes) > 1 else sizes[0]]
         texts.append("center crops" if data.center_crop else "random crops")
         if data.crop_jitter:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from trainers.class_pictures import class_folder, is_drawn
 from trainers.config import ConceptConfig, DataConfig, DreamBoothConfig, ModelConfig
-from trainers.data.buckets import BucketRule
+from trainers.data.buckets import BucketRule, name_size
 from trainers.data.file_outcomes import describe_files
 from trainers.data.inspection import Inspection, PhotoReport, Sight
 from trainers.data.intake import Intake
@@ -21,7 +21,6 @@ from trainers.data.photo_sets import (
     load_instance_pictures,
 )
 from trainers.data.pictures import Picture, list_image_files
-from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
 
 LEARNT, HELD_OUT, OF_CLASS = "learnt", "held out", "of the class"
@@ -36,9 +35,9 @@ def inspect_photos(config: DreamBoothConfig) -> Inspection:
         # pictures that are skipped stand in the list of files
         warnings.simplefilter("ignore")
         pools = {
-            LEARNT: attempt(intake, lambda: load_instance_pictures(data, intake)),
-            HELD_OUT: attempt(intake, lambda: load_held_out_pictures(data, intake)),
-            OF_CLASS: attempt(intake, lambda: load_own_class_pictures(config, intake)),
+            LEARNT: intake.attempt(lambda: load_instance_pictures(data, intake), []),
+            HELD_OUT: intake.attempt(lambda: load_held_out_pictures(data, intake), []),
+            OF_CLASS: intake.attempt(lambda: load_own_class_pictures(config, intake), []),
         }
     # what an error is about would not be learnt
     for name, pool in pools.items():
@@ -61,16 +60,6 @@ def inspect_photos(config: DreamBoothConfig) -> Inspection:
     photos = {name: sight.describe(pool, pool, visits[name]) for name, pool in pools.items()}
     files = describe_files(intake, describe_uses(photos))
     return Inspection(intake, photos, files, count_totals(config, photos))
-
-
-def attempt(intake: Intake, load: Callable[[], list[Picture]]) -> list[Picture]:
-    """What `load` gives; none, and a note, where it raises an error that it could not go on
-    after."""
-    try:
-        return load()
-    except UserError as error:
-        intake.fail(error)
-    return []
 
 
 def count_class_pictures(data: DataConfig) -> int:
@@ -102,11 +91,7 @@ def load_own_of_class(
 
 def has_size(picture: Picture, rule: BucketRule, intake: Intake) -> bool:
     """Whether there is a size that a picture can be trained at; a note where there is not."""
-    try:
-        return bool(rule.sizes(picture))
-    except UserError as error:
-        intake.fail(error, [picture.name])
-        return False
+    return bool(intake.attempt(lambda: rule.sizes(picture), [], [picture.name]))
 
 
 def open_tokenizers(model: ModelConfig, intake: Intake) -> Family | None:
@@ -175,5 +160,5 @@ def name_sizes(reports: Sequence[PhotoReport]) -> str:
     """The size that photos are trained at, or how many there are."""
     sizes = {view.size for report in reports for view in report.views}
     if len(sizes) == 1:
-        return "{} x {}".format(*sizes.pop())
+        return name_size(sizes.pop())
     return f"{len(sizes)} sizes"

@@ -154,3 +154,13 @@ def test_at_most_thirty_pictures_are_shown_and_none_twice(bare, tmp_path):
     assert len(contents(Page(write_report(bare)))) == 30
     shutil.rmtree(tmp_path / "many")
     assert not pictures(Page(write_report(bare)).source)
+
+
+def test_a_report_is_written_again_after_the_photos_are_gone(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["dreambooth"], run)
+    config = (run / "config.yaml").read_text()
+    folder = re.search(r"instance_data_dir: (.*)", config)[1]
+    (tmp_path / "empty").mkdir()
+    (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "empty")))
+    assert 'class="photos"' not in write_report(run).read_text()

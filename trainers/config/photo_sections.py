@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -76,6 +77,11 @@ class PhotoSet(Section):
     use_alpha_mask: bool = field(
         False, "The alpha channel of a picture without a file in mask_dir is its mask."
     )
+
+    @property
+    def source(self) -> Path:
+        """Where the pictures come from: a folder, or the name of a data set; empty for neither."""
+        return self.instance_data_dir or Path(self.dataset_name or "")
 
     @property
     def uses_prior(self) -> bool:

@@ -46,6 +46,10 @@ def bucket_sizes(resolution: int, multiple: int, max_side: int | None = None) ->
     return tuple(sorted(sizes))
 
 
+def name_size(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
 def enlargement(picture: Size, size: Size) -> float:
     """By what a picture's sides are multiplied so that it just covers `size`."""
     return max(size[0] / picture[0], size[1] / picture[1])
@@ -114,6 +118,11 @@ class BucketRule:
 
     def best_size(self, picture: Size, resolution: int) -> Size:
         return bucket_size(picture, resolution, self.multiple, self.max_side)
+
+    def is_reduced(self, picture: Picture) -> bool:
+        """Whether a picture is too small for each area, and so has a smaller one."""
+        first = self.resolutions[0]
+        return self.enabled and self.sizes(picture)[0] != self.best_size(picture.facts.size, first)
 
     def smaller_size(self, picture: Picture) -> Size:
         """The size of a picture that would be enlarged too far. Raises: UserError."""

@@ -157,9 +157,8 @@ class Sight:
 
     def remarks(self, picture: Picture, enlarged: float, cut_off: float) -> Iterator[str]:
         """What is said of a picture by itself."""
-        first = self.rule.resolutions[0]
-        best = self.rule.best_size(picture.facts.size, first)
-        if self.rule.enabled and self.rule.sizes(picture)[0] != best:
+        if self.rule.is_reduced(picture):
+            first = self.rule.resolutions[0]
             yield f"too small for data.resolution={first}, so learnt at a smaller size"
         if enlarged > 1 + ROUNDING:
             yield f"enlarged {enlarged:.2g} times"

@@ -74,12 +74,15 @@ class Intake:
         self.add(Note("error", str(error)))
         self.left_out |= dict.fromkeys(names, str(error))
 
-    def attempt(self, call: Callable[[], Value], fallback: Value, path: Path) -> Value:
-        """What `call` gives; the fallback where it raises an error about a file that is noted."""
+    def attempt(
+        self, call: Callable[[], Value], fallback: Value, names: Iterable[str] = ()
+    ) -> Value:
+        """What `call` gives; the fallback where it raises an error, about files of these names,
+        that is noted. Raises: UserError, as `fail`."""
         try:
             return call()
         except UserError as error:
-            self.fail(error, [str(path)])
+            self.fail(error, names)
         return fallback
 
     def add(self, note: Note) -> None:

@@ -12,9 +12,9 @@ from trainers.config import DreamBoothConfig
 from trainers.data.buckets import (
     MAX_ASPECT,
     BucketRule,
-    Size,
     concept_shares,
     enlargement,
+    name_size,
     share_cut_off,
 )
 from trainers.data.caption_checks import SplitsWords, check_captions, check_tokens
@@ -151,8 +151,7 @@ def check_small(intake: Intake, pictures: Sequence[Picture], rule: BucketRule) -
         name = f"{picture.short_name} ({name_size(own)})"
         if enlargement(own, size) > 1 + ROUNDING:
             enlarged.append(name)
-        smallest = rule.resolutions[0]
-        if rule.enabled and size != rule.best_size(own, smallest):
+        if rule.is_reduced(picture):
             smaller.append(f"{name} as {name_size(size)}")
     side = rule.resolutions[0]
     if enlarged:
@@ -253,10 +252,6 @@ def check_lengths(
     elif num_cut:
         parts = [f"{count} by {encoder}" for encoder, count in num_cut.items()]
         intake.note(f"{what} are cut, and read whole by another encoder: {', '.join(parts)}")
-
-
-def name_size(size: Size) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def shorten(text: str, most: int = 60) -> str:

@@ -23,8 +23,8 @@ def load_instance_pictures(data: DataConfig, intake: Intake | None = None) -> li
     intake, pictures = intake or Intake(), []
     for photos in data.sets:
         with intake.about(photos.name):
-            source = photos.dataset_name or str(photos.instance_data_dir)
-            pictures += keep_readable(list_pictures(photos, data, intake), data, source, intake)
+            found = list_pictures(photos, data, intake)
+            pictures += keep_readable(found, data, str(photos.source), intake)
     return pictures
 
 

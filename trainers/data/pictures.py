@@ -178,12 +178,12 @@ def pictures_from_folder(  # noqa: PLR0913 (all that the pictures of a folder de
     pictures = []
     for path in contents.pictures:
         number, folder_caption = intake.attempt(
-            partial(kohya_repeats, path, folder), (1, None), path
+            partial(kohya_repeats, path, folder), (1, None), [str(path)]
         )
         fallback = folder_caption if photos.instance_prompt is None else photos.instance_prompt
         own = captions.by_picture.get(path, (fallback,))
         complete = partial(wording.complete_all, own, path.name)
-        first, *others = intake.attempt(complete, own, path)
+        first, *others = intake.attempt(complete, own, [str(path)])
         texts = first, data.bit_depth, number * photos.repeats, tuple(others), wording
         read = partial(decoding.read_file, path)
         picture = Picture(str(path), read, *texts, file=path, concept=photos.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trainers.data.captions import FolderCaptions
@@ -43,10 +44,7 @@ def find_valid(files: Sequence[Path], read: ReadFiles, intake: Intake) -> list[P
     if not files or is_valid(files, read):
         return list(files)
     if len(files) == 1:
-        try:
-            read(files)
-        except UserError as error:
-            intake.fail(error, [str(files[0])])
+        intake.attempt(partial(read, files), None, [str(files[0])])
         return []
     middle = len(files) // 2
     first = find_valid(files[:middle], read, intake)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
-from trainers.data.buckets import BucketRule
+from trainers.data.buckets import BucketRule, name_size
 from trainers.data.inspection import Inspection, PhotoReport, Sight
 from trainers.data.intake import Intake
 from trainers.data.masks import decode_mask
@@ -43,8 +43,6 @@ class Card:
 
 def write_photo_page(inspection: Inspection, config: DreamBoothConfig, out: Path) -> Path:
     """Write one HTML file that needs nothing else, and return its path."""
-    data = config.data
-    sources = [photos.instance_data_dir or Path(photos.dataset_name) for photos in data.sets]
     sections: dict[str, Markup] = {"": parts.tiles(inspection.totals, "")}
     for level, heading in HEADINGS.items():
         sections[heading] = parts.messages(inspection.texts(level), level)
@@ -52,7 +50,7 @@ def write_photo_page(inspection: Inspection, config: DreamBoothConfig, out: Path
         sections[f"Photos {name}"] = photo_cards(reports)
     sections["Files"] = parts.file_table(inspection.files)
     page = environment.get_template("photos.html.jinja").render(
-        title=", ".join(source.name for source in sources),
+        title=", ".join(photos.source.name for photos in config.data.sets),
         kind="photos before the training",
         sections=sections,
     )
@@ -74,18 +72,15 @@ def training_photos(config: DreamBoothConfig, num_visits: float) -> Markup:
     """Photos of a run with their crops and captions, drawn at random where there are many.
 
     num_visits: how many photos its steps have seen; each of a part of them is said to have seen its
-    share. There are none where their folder or local data
-    set is gone, or where they are on the Hub.
+    share. There are none where their folder or local data set is gone or empty, or where they are
+    on the Hub.
     """
     data = config.data
-    for photos in data.sets:
-        place = photos.instance_data_dir or Path(photos.dataset_name or "")
-        if not place.name or not place.exists():
-            return Markup()
+    if not all(photos.source.name and photos.source.exists() for photos in data.sets):
+        return Markup()
     intake = Intake(keeps_going=True)
-    try:
-        pictures = list_instance_pictures(data, intake)
-    except UserError:
+    pictures = intake.attempt(lambda: list_instance_pictures(data, intake), [])
+    if not pictures:
         return Markup()
     chosen = choose_rows(0, len(pictures), MAX_TRAINING_PICTURES)
     rule = BucketRule.from_config(config)
@@ -136,8 +131,8 @@ def describe_photo(report: PhotoReport) -> str:
 
 def photo_facts(report: PhotoReport) -> Iterator[str]:
     sizes = {view.size: None for view in report.views}
-    stored = "{} x {}".format(*report.picture.facts.size)
-    yield f"{report.name}: {stored} as {', '.join('{} x {}'.format(*size) for size in sizes)}"
+    stored = name_size(report.picture.facts.size)
+    yield f"{report.name}: {stored} as {', '.join(map(name_size, sizes))}"
     if report.cut_off >= 0.005:
         yield f"{report.cut_off:.0%} cut off"
     if report.masked_in is not None:
