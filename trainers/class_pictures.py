@@ -6,7 +6,6 @@ and settings are a set, noted in a file beside them; a run uses its own set and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from trainers.data.buckets import Size, share_out
 from trainers.data.encoder_cache import CachedEncoder
 from trainers.data.imaging import write_picture
 from trainers.data.intake import Intake
+from trainers.data.known_values import values_checksum
 from trainers.data.photo_sets import load_class_pictures
 from trainers.data.pictures import Picture, list_image_files
 from trainers.distributed.collectives import own_items
@@ -162,7 +162,7 @@ def claim_names(folder: Path, facts: dict[str, Any]) -> str:
         create(set_file(folder, ""), text)
     if read_set(folder, "") == facts:
         return ""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = values_checksum(facts)
     ending = f"-{digest[:8]}"
     write_atomic(set_file(folder, ending), text)
     return ending

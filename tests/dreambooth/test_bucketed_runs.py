@@ -1,19 +1,24 @@
 """A run over photos of many shapes does not depend on how it is divided, in steps or in rows."""
 
-import json
-
 import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.shared.families import ALL
 from tests.shared.processes import launch
-from tests.shared.runs import PRIOR, assert_close, assert_same, losses
+from tests.shared.runs import (
+    PRIOR,
+    assert_close,
+    assert_same,
+    held_out_losses,
+    losses,
+    run_steps,
+)
 from trainers import dreambooth
 from trainers.config import loading
 from trainers.run import run
 from trainers.training.facts import config_facts, explain_config
 
-FAMILIES = ("sd15", "sd3", "flux")
 SIZES = {
     "sd15": [(24, 40), (32, 32), (40, 24)],
     "sd3": [(16, 48), (32, 32), (48, 16)],
@@ -45,18 +50,17 @@ def sizes(config):
     return [bucket.size for bucket in batches.buckets]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_three_steps_and_three_more_equal_six(mixed, family):
     straight, parts = mixed("straight", family=family), mixed("parts", family=family)
     run(straight)
-    half = parts.train.model_copy(update={"max_train_steps": 3})
-    run(parts.model_copy(update={"train": half}))
+    run_steps(parts, 3)
     run(parts)
     assert_same(straight, parts)
     assert sizes(straight) == SIZES[family]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_accumulation_equals_one_batch(mixed, family):
     one = mixed("one", "train.train_batch_size=4", family=family)
     run(one)
@@ -79,16 +83,9 @@ def test_two_processes_equal_one(mixed, tmp_path):
     log = tmp_path / "log"
     assert launch("train.py", tmp_path / "two.yaml", log=log, processes=2) == [0, 0]
     assert_close(one, two)
-    measured = [
-        [row["held_out_loss"] for row in read_rows(config) if "held_out_loss" in row]
-        for config in (one, two)
-    ]
+    measured = [held_out_losses(config) for config in (one, two)]
     assert measured[0] == pytest.approx(measured[1], rel=1e-4)
     assert len(measured[0]) == 2
-
-
-def read_rows(config):
-    return json.loads(f"[{','.join((config.output_dir / 'metrics.jsonl').open())}]")
 
 
 def test_square_photos_train_as_without_buckets(settings, tmp_path):

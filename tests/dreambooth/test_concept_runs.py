@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.shared.families import ALL
 from tests.shared.feature_networks import MEAN_COLOUR
-from tests.shared.runs import assert_close, assert_same
+from tests.shared.runs import assert_close, assert_same, run_steps
 from trainers.config import loading
 from trainers.data.intake import INTAKE_NAME
 from trainers.errors import UserError
@@ -73,7 +73,7 @@ def test_three_steps_and_three_more_equal_six(settings, concepts, tmp_path, fami
     whole = settings(*shared, f"output_dir={tmp_path}/whole", family=family)
     parts = settings(*shared, f"output_dir={tmp_path}/parts", family=family)
     run(whole)
-    run(parts.model_copy(update={"train": parts.train.model_copy(update={"max_train_steps": 3})}))
+    run_steps(parts, 3)
     run(parts)
     assert_same(whole, parts)
 

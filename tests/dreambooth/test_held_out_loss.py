@@ -6,14 +6,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 
-from tests.shared.runs import lora, losses, read_metrics
+from tests.shared.runs import held_out_losses, lora, losses
 from trainers import dreambooth
 from trainers.errors import UserError
 from trainers.run import run
-
-
-def held_out_losses(settings):
-    return [row["held_out_loss"] for row in read_metrics(settings) if "held_out_loss" in row]
 
 
 @pytest.fixture

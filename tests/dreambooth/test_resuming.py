@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.shared.runs import VARIED_CAPTIONS, lora, losses
+from tests.shared.runs import VARIED_CAPTIONS, lora, losses, run_steps
 from trainers import run_folder
 from trainers.errors import UserError
 from trainers.run import run
@@ -26,7 +26,7 @@ def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_phot
     whole = settings(*overrides, f"output_dir={tmp_path}/whole")
     parts = settings(*overrides, f"output_dir={tmp_path}/parts")
     run(whole)
-    run(parts.model_copy(update={"train": parts.train.model_copy(update={"max_train_steps": 3})}))
+    run_steps(parts, 3)
     run(parts)
     assert losses(whole) == losses(parts)
     assert lora(whole).keys() == lora(parts).keys()

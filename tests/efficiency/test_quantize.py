@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
-from tests.shared.runs import first_gradients, lora
+from tests.shared.runs import first_gradients, lora, run_steps
 from trainers import dreambooth
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import UserError
@@ -61,7 +61,7 @@ def test_a_run_samples_resumes_and_its_lora_loads_on_the_whole_base(
     one = quantised(settings, family, how, *overrides, f"output_dir={tmp_path}/one")
     two = quantised(settings, family, how, *overrides, f"output_dir={tmp_path}/two")
     run(one)
-    run(two.model_copy(update={"train": two.train.model_copy(update={"max_train_steps": 3})}))
+    run_steps(two, 3)
     run(two)
     assert all(torch.equal(lora(one)[name], lora(two)[name]) for name in lora(one))
     pipe = FAMILIES[family].pipeline.from_pretrained(bases[family])

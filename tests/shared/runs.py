@@ -13,6 +13,7 @@ from tests.shared.oracles import assert_trained_alike
 from trainers import dreambooth
 from trainers.config import loading
 from trainers.distributed.trained_weights import trainable_parameters
+from trainers.run import run
 
 PRIOR = ("data.class_prompt=c", "data.num_class_images=3", "data.prior_loss_weight=0.5")
 
@@ -37,6 +38,16 @@ def read_metrics(settings):
     """The lines of metrics.jsonl."""
     lines = (settings.output_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def held_out_losses(settings):
+    return [row["held_out_loss"] for row in read_metrics(settings) if "held_out_loss" in row]
+
+
+def run_steps(settings, steps):
+    """Run only the first steps; the run may go on from there."""
+    train = settings.train.model_copy(update={"max_train_steps": steps})
+    run(settings.model_copy(update={"train": train}))
 
 
 def losses(settings):

@@ -57,7 +57,8 @@ def read_store(path: Path) -> dict[str, Any]:
     return known if is_whole else {}
 
 
-def values_checksum(values: dict[str, Any]) -> str:
+def values_checksum(values: Any) -> str:
+    """The SHA-256 of JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

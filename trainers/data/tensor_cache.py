@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from contextlib import suppress
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainers.atomic import replacing_file
-from trainers.data.known_values import KnownValues, settled_state
+from trainers.data.known_values import KnownValues, settled_state, values_checksum
 from trainers.run_folder import ENTRIES_NAME
 
 MAX_BYTES = 2 * 2**30  # of the entries that are kept in memory, where there is enough of it
@@ -149,4 +148,4 @@ def entry_checksum(key: str, tensors: dict[str, Tensor]) -> str:
 
 def cache_key(**facts: object) -> str:
     """A SHA-256 of what an entry depends on; the facts must be JSON values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return values_checksum(facts)

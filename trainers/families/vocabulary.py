@@ -54,7 +54,8 @@ def read_embedding(folder: Path) -> Tensor | None:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                name = next((key for key in file.keys() if key.endswith(EMBEDDING)), None)  # noqa: SIM118
+                names = list(file.keys())
+                name = next((key for key in names if key.endswith(EMBEDDING)), None)
                 if name:
                     return file.get_tensor(name)
         except (OSError, SafetensorError):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from trainers.atomic import read_ordinary_file
+from trainers.data.known_values import values_checksum
 from trainers.run_folder import MANIFEST_NAME, list_checkpoints, parse_step
 
 Manifest = dict[str, Any]
@@ -78,7 +79,7 @@ MANIFEST_FORM = TypeAdapter(ManifestForm)
 def manifest_checksum(manifest: Manifest) -> str:
     """The SHA-256 of all else that the manifest holds."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return values_checksum(content)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

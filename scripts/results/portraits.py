@@ -1,6 +1,6 @@
 """Photos that are not square, their subject at one end: aspect buckets beside center squares.
 
-python scripts/small_world/portraits.py [--out FOLDER] [--seeds 0 1 2] [section.key=value ...]
+python scripts/results/portraits.py [--out FOLDER] [--seeds 0 1 2] [section.key=value ...]
 
 Six portraits (2:3) and six landscapes (3:2) of the small world's subject, which lies in the upper
 third, or in the left one. The quickstart's recipe is trained on them with buckets and with
@@ -11,24 +11,19 @@ Prints a table, and writes the photos, their squares, and samples of both as por
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from common import print_table
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from trainers.cli import make_parser, run_main, silence_libraries
-
-silence_libraries()  # before they are imported
-# ruff: noqa: E402
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from small_world import world
 from small_world.gate import LEARN, gate
 from small_world.judge import load_judge
 from small_world.measure import Measurement, load_pipeline, measure_samples
+from trainers.cli import make_parser, run_main, silence_libraries
 from trainers.config import DreamBoothConfig
 from trainers.config.loading import load_config
 from trainers.data.crops import Crop
@@ -73,7 +68,6 @@ def train_and_measure(
     if not (config.output_dir / WEIGHT_NAME).exists():
         run(config)
     measured = measure_samples(load_pipeline(config, lora=True), load_judge(), config, base)
-    (config.output_dir / "measured.json").write_text(json.dumps(measured.metrics))
     return measured.metrics, measured.pictures["subject"]
 
 
@@ -89,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    silence_libraries()
     out = arguments.out
     photos = draw_photos(out / "photos")
     sheet = [("photos", [pad(photo) for photo in photos[:SHOWN]])]
@@ -115,9 +110,7 @@ def main() -> None:
             rows.append([arm, seed, *(metrics[name] for name in COLUMNS), learnt])
             if seed == arguments.seeds[0]:
                 sheet.append((f"samples, {arm}", [pad(sample) for sample in samples[:SHOWN]]))
-    for row in (["photos cut by", "seed", *COLUMNS, "learnt"], *rows):
-        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
-        print("| " + " | ".join(cells) + " |")
+    print_table(["photos cut by", "seed", *COLUMNS, "learnt"], rows)
     write_grid(sheet, out / "portraits.png")
 
 
