@@ -87,7 +87,7 @@ class LoadedBase:
         self.text_encoder_names = sorted(encoders)
         for part in self.components:
             check_weight_files(self.folder / part, self.variant)
-        self.unload()
+        self.pipe = self.modulation = None
 
     def set_autocast(self, needed: bool) -> None:
         """Say whether autocast is needed, because some layer does not know its precision."""
@@ -125,8 +125,12 @@ class LoadedBase:
 
     def unload(self) -> None:
         """Free everything that is loaded."""
+        parts = self.pipe.components.values() if self.pipe else ()
+        has_weights = any(isinstance(part, nn.Module) for part in parts)
         self.pipe = self.modulation = None
-        clear_device_cache(garbage_collection=True)
+        # the collector takes a third of a second, which tokenizers alone are not worth
+        if has_weights:
+            clear_device_cache(garbage_collection=True)
 
     @property
     def denoiser(self) -> nn.Module:
