@@ -4,16 +4,18 @@ python scripts/results/portraits.py [--out FOLDER] [--seeds 0 1 2] [section.key=
 
 Six portraits (2:3) and six landscapes (3:2) of the small world's subject, which lies in the upper
 third, or in the left one. The quickstart's recipe is trained on them with buckets and with
-squares out of their middle, and the gate of the small world judges both. Neither is learnt yet, see
-docs/small_world.md.
+squares out of their middle, and the gate of the small world judges both. The quickstart's base has
+seen squares alone, so it first learns other shapes, of plain things only.
 
 Prints a table, and writes the photos, their squares, and samples of both as portraits.png.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 from common import print_table
 from PIL import Image
@@ -29,13 +31,16 @@ from trainers.config.loading import load_config
 from trainers.data.crops import Crop
 from trainers.data.imaging import write_grid
 from trainers.run import run
-from trainers.run_folder import WEIGHT_NAME
+from trainers.run_folder import PIPELINE, WEIGHT_NAME
 
 NUM_PHOTOS, PHOTO_SEED = 12, 300
 LONG, SHORT, SIDE = 48, 32, 30  # of a photo, and of the square around the subject, in pixels
 CENTER = 11  # of the subject, from the end that it lies at
 # 40 pixels squared are about the pixels of 32 x 48
 RESOLUTION = 40
+# of the pictures that the base learns shapes from
+BASE_SHAPES = (SHORT, SHORT), (RESOLUTION, RESOLUTION), (SHORT, LONG), (LONG, SHORT)
+NUM_PLAIN, BASE_STEPS = 4000, 2000
 ARMS = {"buckets": "data.buckets=true", "center squares": "data.buckets=false"}
 COLUMNS = ("loss_ratio", "cosine_gain", "attributes", "star", "face", "leak", "drift")
 SHOWN = 8
@@ -59,6 +64,41 @@ def draw_photos(folder: Path) -> list[Image.Image]:
             (folder / f"{i:02d}.txt").write_text(caption + "\n")
         photos.append(photo)
     return photos
+
+
+def make_base(folder: Path) -> Path:
+    """The base of the quickstart after some steps on plain things in pictures of four shapes."""
+    if not (folder / "run" / PIPELINE).exists():
+        draw_plain_things(folder / "pictures.parquet")
+        overrides = [
+            "model.pretrained_model_name_or_path=scripts/small_world/assets/sd15",
+            f"data.dataset_name={folder / 'pictures.parquet'}",
+            f"data.resolution=[{world.SIZE}, {RESOLUTION}]",
+            "train.train_text_encoder=false",
+            f"train.max_train_steps={BASE_STEPS}",
+            "optimizer.learning_rate=5e-4",
+            "validation.prompts=[]",
+            f"output_dir={folder / 'run'}",
+        ]
+        run(load_config("configs/small_world_base.yaml", overrides))
+    return folder / "run" / PIPELINE
+
+
+def draw_plain_things(file: Path) -> None:
+    """Write captioned drawings: squares, portraits and landscapes, the thing anywhere in each."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng(PHOTO_SEED), {"image": [], "text": []}
+    for i in range(NUM_PLAIN):
+        width, height = BASE_SHAPES[i % len(BASE_SHAPES)]
+        side = min(width, height) - 2
+        left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        thing, buffer = world.plain_thing(rng), io.BytesIO()
+        frame = world.Frame(width, height, left, top, side)
+        world.draw(thing, rng, frame=frame).save(buffer, "png")
+        rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+        rows["text"].append(world.caption(thing, rng))
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features).to_parquet(file)
 
 
 def train_and_measure(
@@ -85,7 +125,7 @@ def main() -> None:
     arguments = parse_arguments()
     silence_libraries()
     out = arguments.out
-    photos = draw_photos(out / "photos")
+    photos, base_folder = draw_photos(out / "photos"), make_base(out / "base")
     sheet = [("photos", [pad(photo) for photo in photos[:SHOWN]])]
     squares = [Crop.square(LONG).cut(photo) for photo in photos[:SHOWN]]
     sheet.append(("their center squares", squares))
@@ -93,6 +133,7 @@ def main() -> None:
     for arm, override in ARMS.items():
         for seed in arguments.seeds:
             overrides = [
+                f"model.pretrained_model_name_or_path={base_folder}",
                 f"data.instance_data_dir={out / 'photos'}",
                 f"data.resolution={RESOLUTION}",
                 f"data.cache_dir={out / 'cache'}",
