@@ -2,11 +2,16 @@
 
 python scripts/benchmark [--family sd15 sd3 flux] [--size tiny mid true]
     [--peer DIFFUSERS/examples/dreambooth]
+python scripts/benchmark --inside [--size tiny mid true] [CELL ...]
 
 Every arm is a process of its own, started by `accelerate launch` as users do, on the same random
 weights and photos, with the same rank, layers, AdamW, precision, picture size, batch, tokens and
 seed. First our loss and gradients must equal an independent step's: without that there are no
 figures. Without --peer there are only ours. See docs/performance.md.
+
+With --inside all is in one process and nothing on a disk: cells of a family, a size, a batch and an
+option of ours, each beside the step of the example scripts, in turns; a line of JSON for each. All
+cells of true size should take 6 to 8 minutes on an H100 or H200 (estimated, docs/performance.md).
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.arms import RATE, SCRIPTS, Arm, patch_flux_script, peer_arms
 from benchmark.bases import make_photos
+from benchmark.cells import CELLS
+from benchmark.inside import run_inside
 from benchmark.launch import HERE, ROOT, Launcher, Metrics
 from benchmark.report import machine, plot, results_table
 from benchmark.sizes import PROMPT, RANK, SIZES, TARGETS
@@ -34,14 +41,19 @@ from trainers.distributed.accelerator import best_device
 from trainers.errors import RunFailedError, UserError
 
 STEPS = {"tiny": 100, "mid": 16, "true": 40}
+SIZE_NAMES = ", ".join(STEPS)
 
 
 def parse_arguments() -> Namespace:
     """Raises: UserError when --peer is no checkout of diffusers, or of another version."""
     parser = make_parser(__doc__)
     parser.add_argument("--family", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    help = "The true size has the released configs, for a GPU."
-    parser.add_argument("--size", nargs="+", choices=STEPS, default=["tiny"], help=help)
+    help = "The true size has the released configs, for a GPU. By default tiny; true with --inside."
+    parser.add_argument("--size", nargs="+", help=help, metavar=f"{{{','.join(STEPS)}}}")
+    help = "Time steps in one process, ours and those of the scripts."
+    parser.add_argument("--inside", action="store_true", help=help)
+    help = f"With --inside: what is timed, by default all of {', '.join(CELLS)}."
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=help)
     help = "Options of ours, each an arm of its own."
     parser.add_argument("--ours", nargs="+", default=[], metavar="KEY=VALUE", help=help)
     help = "The folder examples/dreambooth of a diffusers checkout."
@@ -54,27 +66,48 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--photos", type=Path, help=help)
     help = "How often each arm runs; with 0 only the parity is checked."
     parser.add_argument("--rounds", type=int, default=3, help=help)
-    parser.add_argument("--steps", type=positive_int, help=f"By default {STEPS}.")
+    help = f"By default {STEPS}; with --inside 4 of each of three turns."
+    parser.add_argument("--steps", type=positive_int, help=help)
     parser.add_argument("--batch", type=positive_int, default=1, help="Photos per step.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best_device().type)
     help = "By default bf16 on cuda, and no elsewhere."
-    parser.add_argument("--precision", choices=["no", "bf16"], help=help)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help=help)
     help = "What MFU is a share of. By default the rate of a matrix product, measured here."
     parser.add_argument("--peak-tflops", type=float, help=help)
     help = "The folder for the results."
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help=help)
     arguments = parser.parse_args()
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: Namespace) -> None:
+    """Fill in what depends on other arguments. Raises: UserError for what cannot be."""
+    # cells that stand behind --size
+    sizes = arguments.size or ["true" if arguments.inside else "tiny"]
+    arguments.size = [word for word in sizes if word in STEPS]
+    arguments.cells += [word for word in sizes if word not in STEPS]
+    if arguments.cells and not arguments.inside:
+        raise UserError(f"{arguments.cells[0]}: a cell needs --inside, and a size is {SIZE_NAMES}")
+    if arguments.inside and not arguments.size:
+        arguments.size = ["true"]
+    if arguments.precision == "fp16" and arguments.device == "cpu" and not arguments.inside:
+        raise UserError(
+            "--precision fp16: on a CPU `accelerate launch` leaves out autocast and GradScaler, "
+            "without a word: use no or bf16, or --inside, which puts them in"
+        )
     arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "no")
     if arguments.peer and not (arguments.peer / "train_dreambooth_lora.py").exists():
         expected = "the folder examples/dreambooth of a diffusers checkout"
         raise UserError(f"--peer {arguments.peer}: not {expected}")
     if arguments.peer and "flux" in arguments.family:
         patch_flux_script(arguments.peer)
-    return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.inside:
+        return run_inside(arguments)
     cases = {}
     results = {
         "machine": machine(arguments.device),

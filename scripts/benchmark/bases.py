@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from torch import nn
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from benchmark.sizes import CLIP_TOKENS, SIZES, Size, latent_shape
@@ -54,9 +55,31 @@ def make_parts(family: str, size: Size) -> dict[str, Any]:
 
 
 def make_sd15(size: Size) -> dict[str, Any]:
+    vae = make_vae("sd15", size, scale=0.18215)
+    return sd15_parts(new_denoiser("sd15", size), vae, text_parts(sized_clip(size, size.clip)))
+
+
+def make_sd3(size: Size) -> dict[str, Any]:
+    vae = make_vae("sd3", size, scale=1.5305, shift=0.0609)
+    clips = sized_clip(size, size.clip, True), sized_clip(size, size.clip_2, True)
+    return flow_parts(new_denoiser("sd3", size), vae, text_parts(*clips, sized_t5(size)))
+
+
+def make_flux(size: Size) -> dict[str, Any]:
+    vae = make_vae("flux", size, scale=0.3611, shift=0.1159)
+    texts = text_parts(sized_clip(size, size.clip), sized_t5(size))
+    return flow_parts(new_denoiser("flux", size), vae, texts)
+
+
+def new_denoiser(family: str, size: Size) -> nn.Module:
+    """The family's denoiser with random weights, on torch's default device and of its dtype."""
+    return {"sd15": new_unet, "sd3": new_sd3, "flux": new_flux}[family](size)
+
+
+def new_unet(size: Size) -> UNet2DConditionModel:
     shape = size.denoiser
     num_levels = len(shape["block_out_channels"])
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=size.resolution // 8,
         block_out_channels=shape["block_out_channels"],
         down_block_types=("CrossAttnDownBlock2D",) * (num_levels - 1) + ("DownBlock2D",),
@@ -65,13 +88,11 @@ def make_sd15(size: Size) -> dict[str, Any]:
         cross_attention_dim=shape["cross_attention_dim"],
         attention_head_dim=shape["heads"],
     )
-    vae = make_vae("sd15", size, scale=0.18215)
-    return sd15_parts(unet, vae, text_parts(sized_clip(size, size.clip)))
 
 
-def make_sd3(size: Size) -> dict[str, Any]:
+def new_sd3(size: Size) -> SD3Transformer2DModel:
     shape = size.denoiser
-    transformer = SD3Transformer2DModel(
+    return SD3Transformer2DModel(
         sample_size=size.resolution // 8,
         in_channels=16,
         out_channels=16,
@@ -85,17 +106,14 @@ def make_sd3(size: Size) -> dict[str, Any]:
         dual_attention_layers=tuple(range(shape["dual"])),
         qk_norm="rms_norm",
     )
-    vae = make_vae("sd3", size, scale=1.5305, shift=0.0609)
-    clips = sized_clip(size, size.clip, True), sized_clip(size, size.clip_2, True)
-    return flow_parts(transformer, vae, text_parts(*clips, sized_t5(size)))
 
 
-def make_flux(size: Size) -> dict[str, Any]:
+def new_flux(size: Size) -> FluxTransformer2DModel:
     shape = size.denoiser
     width = shape["width"]
     # the axes add up to the width; those of the tiny heads cannot keep the proportions
     axes = (width // 8, 7 * width // 16, 7 * width // 16) if width > 16 else (4, 6, 6)
-    transformer = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         in_channels=64,
         num_layers=shape["layers"],
         num_single_layers=shape["single"],
@@ -106,9 +124,6 @@ def make_flux(size: Size) -> dict[str, Any]:
         guidance_embeds=True,
         axes_dims_rope=axes,
     )
-    vae = make_vae("flux", size, scale=0.3611, shift=0.1159)
-    texts = text_parts(sized_clip(size, size.clip), sized_t5(size))
-    return flow_parts(transformer, vae, texts)
 
 
 def make_vae(family: str, size: Size, scale: float, shift: float | None = None) -> AutoencoderKL:

@@ -19,7 +19,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from benchmark import bases
 from benchmark.flops import costs
-from benchmark.parity import parity
+from benchmark.parity import ALPHA, DTYPES, parity
 from benchmark.sizes import SIZES
 from trainers import dreambooth
 from trainers.cli import silence_libraries
@@ -45,15 +45,16 @@ def main() -> None:
     base = Path(loading.read_tree(Path(path))["model"]["pretrained_model_name_or_path"])
     if not base.exists():
         bases.make_base(family, size, base, best_device())
-    settings = loading.load_config(path, overrides)
+    settings = loading.load_config(path, [f"lora.alpha={ALPHA}", *overrides])
     accelerator, _ = make_accelerator(settings)
     clear_device_cache(garbage_collection=True)
     accelerator.init_trackers(settings.tracking.project_name)
     task, batches, _ = dreambooth.build(settings, accelerator)
-    result = parity(settings, task, batches, accelerator)
+    # of true size its weights in float32 do not fit beside ours
+    result = parity(settings, task, batches, accelerator, has_float32=size != "true")
     if result["equal"] and not overrides:
         result["flops"] = costs(family, SIZES[family][size])
-        dtype = torch.float32 if accelerator.mixed_precision == "no" else torch.bfloat16
+        dtype = DTYPES[accelerator.mixed_precision]
         result["matmul_tflops"] = matmul_rate(accelerator.device, dtype) / 1e12
         if size == "tiny":
             result["overhead_ms"] = overhead(settings, task, batches, accelerator)

@@ -21,7 +21,21 @@ def costs(family: str, size: Size) -> dict[str, float]:
     pixels = (1, 3, size.resolution, size.resolution)
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
         parts = bases.make_parts(family, size)
-        denoiser = parts.get("unet") or parts["transformer"]
+        text_flops = 0
+        for name, length in text_lengths(family, size).items():
+            ids = torch.zeros(1, length, dtype=torch.long)
+            text_flops += count_flops(parts[name], ids)
+        return {
+            "denoiser": step_flops(family, size),
+            "vae": count_flops(parts["vae"].encode, torch.zeros(pixels)),
+            "text": text_flops,
+        }
+
+
+def step_flops(family: str, size: Size) -> float:
+    """FLOPs of the forward and backward pass of the LoRA step, for one picture."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+        denoiser = bases.new_denoiser(family, size)
         denoiser.requires_grad_(False)
         add_lora(denoiser, RANK, TARGETS[family])
         x_t = torch.zeros(1, *latent_shape(family, size))
@@ -30,15 +44,7 @@ def costs(family: str, size: Size) -> dict[str, float]:
         def train_step() -> None:
             call_denoiser(family, denoiser, x_t, torch.zeros(1), text).sum().backward()
 
-        text_flops = 0
-        for name, length in text_lengths(family, size).items():
-            ids = torch.zeros(1, length, dtype=torch.long)
-            text_flops += count_flops(parts[name], ids)
-        return {
-            "denoiser": count_flops(train_step),
-            "vae": count_flops(parts["vae"].encode, torch.zeros(pixels)),
-            "text": text_flops,
-        }
+        return count_flops(train_step)
 
 
 def text_lengths(family: str, size: Size) -> dict[str, int]:

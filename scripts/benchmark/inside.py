@@ -1,270 +1,259 @@
-"""Time steps of true size in one process, ours and a plain PEFT step.
+"""Time cells in one process: our step and that of diffusers' example scripts, in turns.
 
-python scripts/benchmark/inside.py [--size true] [--steps 15] [CELL ...]
+Weights are drawn on the device, latents and prompts are random numbers, and nothing of it is on a
+disk. First the parity gate, at a size at which there is room for float32; then a line of JSON for
+each cell as soon as it is done, so that a run that is cut off keeps the others.
 
-The weights are drawn on the device, and nothing is written. It prints a line of JSON for each cell.
+Both arms of a cell are in memory together and take turns, round after round; where they do not fit,
+each is made anew for each of its turns. The peak of an arm is that of its first steps, without what
+was held before it was made.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmark import bases
-from benchmark.sizes import RANK, SIZES, TARGETS, Size, condition_shapes, latent_shape
-from reference import step
-from trainers.cli import make_parser, positive_int, run_main, silence_libraries
-from trainers.config import loading
-from trainers.data.rng import SampleRng
-from trainers.data.sampler import BatchSlice
-from trainers.dreambooth import DreamBooth
-from trainers.efficiency.apply import open_family
+from benchmark.cells import CELLS, CHECKPOINTED, Cell
+from benchmark.flops import step_flops
+from benchmark.in_memory import Place, gate, make_place, make_task
+from benchmark.report import machine
+from benchmark.sizes import RANK, SIZES, TARGETS, Size
+from reference.script_step import ScriptStep
+from trainers.cli import silence_libraries
+from trainers.errors import UserError
+from trainers.memory_plan import matmul_rate
 from trainers.training.loop import train
 
-WARM_UP = 5
-CHECKPOINTED = "train.gradient_checkpointing=true"
-MODULATION_CACHE = "model.modulation_cache=true"
-
-
-@dataclass(frozen=True)
-class Cell:
-    family: str
-    rows: int = 1  # pictures in a batch
-    options: tuple[str, ...] = ()  # of ours
-    has_plain: bool = True  # whether the plain step is timed too
-    pixels: int | None = None  # instead of those of the true size
-
-
-CELLS = {
-    "sd15-512-bs1": Cell("sd15"),
-    "sd15-512-bs4": Cell("sd15", rows=4),
-    "sd3-1024-bs1": Cell("sd3"),
-    "flux-512-bs1": Cell("flux", pixels=512),
-    "flux-1024-bs1-checkpointing": Cell("flux", options=(CHECKPOINTED,)),
-    "flux-1024-bs1-selective": Cell(
-        "flux", options=("train.gradient_checkpointing=selective",), has_plain=False
-    ),
-    "flux-1024-bs1": Cell("flux"),
-    "sd3-1024-bs1-modulation_cache": Cell("sd3", options=(MODULATION_CACHE,), has_plain=False),
-    "flux-1024-bs1-checkpointing-modulation_cache": Cell(
-        "flux", options=(CHECKPOINTED, MODULATION_CACHE), has_plain=False
-    ),
-    "sd3-1024-bs4": Cell("sd3", rows=4),
-    "sd3-1024-bs1-compile": Cell("sd3", options=("train.compile=true",), has_plain=False),
-    "flux-512-bs1-compile": Cell(
-        "flux", options=("train.compile=true",), has_plain=False, pixels=512
-    ),
-}
-
-
-def make_denoiser(family: str, size: Size, device: torch.device) -> nn.Module:
-    """The family's denoiser with random weights in bfloat16."""
-    with torch.device("meta"):
-        parts = bases.make_parts(family, size)
-    meta_model, default = parts.get("unet") or parts["transformer"], torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return type(meta_model).from_config(meta_model.config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def make_condition(family: str, size: Size, rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Random numbers in place of what the text encoders give."""
-    shapes = condition_shapes(family, size, rows).items()
-    return {name: torch.randn(shape, device=device, dtype=torch.bfloat16) for name, shape in shapes}
-
-
-class OneBatch:
-    """The same micro-batch at each step, with the draws of that step."""
-
-    encoder = SimpleNamespace(trained_encoders=())
-
-    def __init__(self, batch: dict, batch_slice: BatchSlice, device: torch.device) -> None:
-        self.batch, self.batch_slice, self.device = batch, batch_slice, device
-
-    def __call__(self, step: int) -> Iterator[tuple[dict, SampleRng]]:
-        (rows,) = self.batch_slice.micro_batches()
-        size = self.batch_slice.global_batch_size
-        yield self.batch, SampleRng(self.batch_slice.seed, step, rows, self.device, size)
+WARM_UP = 3  # steps
+ROUNDS = 3
 
 
 class StepTimer:
-    """Milliseconds between calls, by the device's own clock where it has one."""
+    """Marks the ends of steps, by the device's own clock where it has one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.marks = device, []
+        self.is_cuda, self.marks = device.type == "cuda", []
 
     def __call__(self, *_: object) -> None:
-        if self.device.type == "cuda":
+        if self.is_cuda:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
             self.marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """The length of each step after the first ones."""
-        pairs = pairwise(self.marks[WARM_UP:])
-        if self.device.type == "cuda":
+        """From the end of each step to that of the next."""
+        if self.is_cuda:
             torch.cuda.synchronize()
-            return [before.elapsed_time(after) for before, after in pairs]
-        return [1000 * (after - before) for before, after in pairs]
+            return [before.elapsed_time(after) for before, after in pairwise(self.marks)]
+        return [1000 * (after - before) for before, after in pairwise(self.marks)]
 
 
-def time_ours(cell: Cell, size: Size, base: Path, steps: int) -> list[float]:
-    """Milliseconds of each step of DreamBooth's task in the loop."""
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    name, device = cell.family, accelerator.device
-    options = [
-        f"model.family={name}",
-        f"model.pretrained_model_name_or_path={base}",
-        "data.class_prompt=null",
-        "data.num_class_images=0",
-        f"data.resolution={size.resolution}",
-        f"train.train_batch_size={cell.rows}",
-        f"lora.rank={RANK}",
-        f"train.max_train_steps={WARM_UP + steps}",
-        f"lora.target_modules={json.dumps(TARGETS[name])}",
-        "optimizer.lr_warmup_steps=0",
-        "optimizer.lr_scheduler=constant",
-        *cell.options,
-    ]
-    settings = loading.load_config("configs/quickstart.yaml", options)
-    family = open_family(settings.model, device, torch.bfloat16)
-    family.load()
-    denoiser = make_denoiser(name, size, device)
-    family.pipe.register_modules(**{family.denoiser_name: denoiser})
-    family.condition = lambda text: text
-    channels, height, width = latent_shape(name, size)
-    batch = {
-        "moments": torch.randn(cell.rows, 2 * channels, height, width, device=device),
-        "text": make_condition(name, size, cell.rows, device),
-        "weight": torch.full((cell.rows,), 1 / cell.rows, device=device),
-    }
-    batches = OneBatch(batch, BatchSlice(0, cell.rows), device)
-    task = DreamBooth(family, batches, None, settings, accelerator)
-    timer = StepTimer(device)
-    train(task, batches, settings.train, 0, accelerator, lambda step: 1.0, [timer])
-    return timer.milliseconds()
+class Arm(Protocol):
+    def run(self, steps: int, mark: Callable[..., None]) -> None:
+        """Train some steps more, with a mark after each."""
 
 
-def time_plain(cell: Cell, size: Size, base: Path, steps: int) -> list[float]:
-    """Milliseconds of each step as the scripts of diffusers do it, without the encoders' work.
+class Ours:
+    """DreamBooth's task in the product's loop, without its log."""
 
-    That is PEFT's layers, autocast and PyTorch's AdamW.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, rows = cell.family, cell.rows
-    denoiser = make_denoiser(name, size, device).train()
-    step.add_lora(denoiser, RANK, TARGETS[name])
-    trained = [p for p in denoiser.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    if CHECKPOINTED in cell.options:
-        denoiser.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    text = list(make_condition(name, size, rows, device).values())
-    x0 = torch.randn(rows, *latent_shape(name, size), device=device)
-    scheduler = DDPMScheduler.load_config(base, subfolder="scheduler")
-    timer = StepTimer(device)
-    for _ in range(WARM_UP + steps):
-        eps = torch.randn_like(x0)
-        t = torch.rand(rows, device=device)
-        if name == "sd15":
-            t = (1000 * t).long()
-        x_t, target = step.corrupt(name, scheduler, x0, eps, t)
-        with torch.autocast(device.type, torch.bfloat16):
-            output = step.call_denoiser(name, denoiser, x_t.bfloat16(), t, text)
-        F.mse_loss(output.float(), target).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        timer()
-    return timer.milliseconds()
+    def __init__(self, cell: Cell, size: Size, place: Place) -> None:
+        self.task, self.batches = make_task(cell, size, place, place.accelerator())
+        self.done = 0
+
+    def run(self, steps: int, mark: Callable[..., None]) -> None:
+        config = self.task.config.train.model_copy(update={"max_train_steps": self.done + steps})
+        accelerator, start = self.task.accelerator, self.done
+        train(self.task, self.batches, config, 0, accelerator, lambda _: 1.0, [mark], start)
+        self.done += steps
 
 
-ARMS: dict[str, Callable[[Cell, Size, Path, int], list[float]]] = {
-    "ours": time_ours,
-    "plain": time_plain,
-}
+class Scripts:
+    """The step of the example scripts of diffusers, with the layers and the rank of ours."""
+
+    def __init__(self, cell: Cell, size: Size, place: Place) -> None:
+        batch = place.batch(cell, size)
+        self.step = ScriptStep(
+            cell.family,
+            place.denoiser(cell.family, size),
+            (RANK, TARGETS[cell.family]),
+            batch["moments"].chunk(2, dim=1)[0],
+            list(batch["text"].values()),
+            place.scheduler(cell.family),
+            place.accelerator(),
+            has_checkpointing=CHECKPOINTED in cell.options,
+        )
+
+    def run(self, steps: int, mark: Callable[..., None]) -> None:
+        # as their --allow_tf32
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            for _ in range(steps):
+                self.step()
+                mark()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def measure(arm: str, cell: Cell, size: Size, base: Path, steps: int) -> tuple[dict, bool]:
-    """The row of an arm in a cell, and whether it failed for want of anything but memory."""
-    clear_device_cache(garbage_collection=True)
-    row, has_failed = {"who": arm}, False
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        # what an earlier cell did not let go would count as this one's
-        row["held_before_gib"] = round(torch.cuda.memory_allocated() / 2**30, 2)
-    # one cell, such as one that does not fit, must not end the others
-    try:
-        lengths = ARMS[arm](cell, size, base, steps)
+ARMS: dict[str, Callable[[Cell, Size, Place], Arm]] = {"ours": Ours, "scripts": Scripts}
+
+
+@dataclass
+class Measured:
+    """What the turns of an arm have shown: milliseconds of steps, bytes at the peak."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    peak: int = 0
+    held_before: int = 0
+
+    def row(self, rows: int, flops: float, rate: float) -> dict[str, Any]:
+        """Medians over all steps. flops: of one picture; rate: FLOP/s that MFU is a share of."""
+        lengths = list(chain(*self.rounds))
         milliseconds = statistics.median(lengths)
-        row["ms"] = round(milliseconds, 1)
-        row["least"] = round(min(lengths), 1)
-        row["most"] = round(max(lengths), 1)
-        row["images_per_s"] = round(1000 * cell.rows / milliseconds, 2)
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:300]
-        has_failed = not isinstance(error, torch.OutOfMemoryError)
-    if torch.cuda.is_available():
-        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return row, has_failed
+        found = {
+            "ms": round(milliseconds, 2),
+            "least": round(min(lengths), 2),
+            "most": round(max(lengths), 2),
+            "rounds": [round(statistics.median(lengths), 2) for lengths in self.rounds],
+            "images_per_s": round(1000 * rows / milliseconds, 2),
+            "mfu_percent": round(100 * rows * flops / (milliseconds / 1000) / rate, 2),
+        }
+        if self.peak:
+            found["peak_gib"] = round(self.peak / 2**30, 2)
+            found["held_before_gib"] = round(self.held_before / 2**30, 2)
+        return found
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    help = f"By default all of {', '.join(CELLS)}."
-    parser.add_argument("cells", nargs="*", metavar="CELL", help=help)
-    parser.add_argument("--size", choices=("tiny", "mid", "true"), default="true")
-    help = f"Steps that are timed, after {WARM_UP} others."
-    parser.add_argument("--steps", type=positive_int, default=15, help=help)
-    arguments = parser.parse_args()
+@dataclass
+class Bench:
+    """How cells are timed: the place, the steps of a turn, and the rate of a matrix product."""
+
+    place: Place
+    steps: int
+    rate: float
+
+    def make(self, name: str, cell: Cell, size: Size, found: Measured) -> Arm:
+        """An arm that has done its first steps, in which its peak is seen."""
+        clear_device_cache(garbage_collection=True)
+        is_cuda = self.place.device.type == "cuda"
+        if is_cuda:
+            found.held_before = torch.cuda.memory_allocated()
+        arm = ARMS[name](cell, size, self.place)
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.turn(arm, WARM_UP)
+        if is_cuda:
+            found.peak = torch.cuda.max_memory_allocated() - found.held_before
+        return arm
+
+    def turn(self, arm: Arm, steps: int) -> list[float]:
+        """The milliseconds of all steps but the first."""
+        timer = StepTimer(self.place.device)
+        arm.run(steps, timer)
+        return timer.milliseconds()
+
+    def together(self, names: Sequence[str], cell: Cell, size: Size) -> dict[str, Measured]:
+        """All arms in memory, in turns. Raises: torch.OutOfMemoryError."""
+        found = {name: Measured() for name in names}
+        arms = {name: self.make(name, cell, size, found[name]) for name in names}
+        for _ in range(ROUNDS):
+            for name, arm in arms.items():
+                found[name].rounds.append(self.turn(arm, self.steps + 1))
+        return found
+
+    def apart(self, names: Sequence[str], cell: Cell, size: Size) -> dict[str, Measured | str]:
+        """Each arm made anew for its turn; what an arm failed by, where it does not fit alone."""
+        found: dict[str, Measured | str] = {name: Measured() for name in names}
+        for _ in range(ROUNDS):
+            for name, measured in found.items():
+                if isinstance(measured, str):
+                    continue
+                try:
+                    arm = self.make(name, cell, size, measured)
+                    measured.rounds.append(self.turn(arm, self.steps + 1))
+                except torch.OutOfMemoryError as error:
+                    found[name] = describe(error)
+                arm = None
+        return found
+
+    def cell(self, name: str, size_name: str) -> tuple[dict[str, Any], bool]:
+        """The line of a cell, and whether it failed for want of anything but memory."""
+        cell = CELLS[name]
+        size, names = cell.size(size_name), list(ARMS) if cell.has_scripts else ["ours"]
+        line = {"cell": name, "size": size_name, "precision": self.place.precision}
+        flops = step_flops(cell.family, size)
+        line |= {"gflop_per_image": round(flops / 1e9, 2), "matmul_tflops": self.rate / 1e12}
+        # one cell that fails must not end the others
+        try:
+            found, line["turns"] = self.measure(names, cell, size)
+        except Exception as error:
+            return line | {"error": describe(error)}, True
+        for arm, measured in found.items():
+            failed = isinstance(measured, str)
+            row = {"error": measured} if failed else measured.row(cell.rows, flops, self.rate)
+            line[arm] = row
+        if all("ms" in line.get(arm, ()) for arm in ARMS):
+            line["scripts / ours"] = round(line["scripts"]["ms"] / line["ours"]["ms"], 3)
+        return line, False
+
+    def measure(
+        self, names: Sequence[str], cell: Cell, size: Size
+    ) -> tuple[dict[str, Measured | str], str]:
+        try:
+            return self.together(names, cell, size), "together"
+        except torch.OutOfMemoryError:
+            pass
+        # only now nothing holds what the failed ones had made
+        gc.collect()
+        return self.apart(names, cell, size), "apart"
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def print_line(values: dict[str, Any]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def run_inside(arguments: Namespace) -> int:
+    """Time the cells that were asked for. Returns 1 where a gate or a cell failed."""
     if unknown := [name for name in arguments.cells if name not in CELLS]:
-        parser.error(f"there is no cell {unknown[0]}")
-    return arguments
-
-
-def main() -> int:
-    arguments = parse_arguments()
+        raise UserError(f"there is no cell {unknown[0]}; there are {', '.join(CELLS)}")
     silence_libraries()
+    names = [name for name in arguments.cells or CELLS if CELLS[name].family in arguments.family]
     any_failed = False
     with TemporaryDirectory() as folder:
-        for name in arguments.cells or CELLS:
-            cell = CELLS[name]
-            size = SIZES[cell.family][arguments.size]
-            if cell.pixels and arguments.size == "true":
-                size = replace(size, resolution=cell.pixels)
-            base = Path(folder) / cell.family
-            if not base.exists():
-                bases.make_base(cell.family, "tiny", base, torch.device("cpu"))
-            for arm in ("ours", "plain") if cell.has_plain else ("ours",):
-                row, has_failed = measure(arm, cell, size, base, arguments.steps)
+        place = make_place(arguments.precision, arguments.device, Path(folder))
+        rate = matmul_rate(place.device, place.dtype)
+        known = {"precision": place.precision, "matmul_tflops": rate / 1e12}
+        print_line(machine(arguments.device) | known)
+        bench = Bench(place, arguments.steps or 4, rate)
+        for size in arguments.size:
+            equal = {}
+            for family in dict.fromkeys(CELLS[name].family for name in names):
+                # of true size there is no room for float32
+                gated = "mid" if size == "true" else size
+                found = gate(family, SIZES[family][gated], place)
+                print_line({"gate": family, "size": gated} | found)
+                equal[family] = found["equal"]
+            for name in (name for name in names if equal[CELLS[name].family]):
+                line, has_failed = bench.cell(name, size)
                 any_failed = any_failed or has_failed
-                print(json.dumps({"cell": name} | row), flush=True)
+                print_line(line)
+            any_failed = any_failed or not all(equal.values())
     return int(any_failed)
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -107,8 +107,15 @@ def metric_headings(results: dict) -> dict[str, str]:
 
 
 def note(check: dict) -> str:
+    if "names" in check:
+        return f"LoRA is on other layers: {', '.join(check['names'][:4])}"
     difference, cosine = check["loss_difference"], check["gradient_cosine"]
     text = f"the loss differs by {difference:.1e}, the gradients' cosine is {cosine:.7f}"
+    if far := check.get("ours_from_float32"):
+        allowed = check["theirs_from_float32"]
+        text += f"; from float32 ours differs by {far['loss']:.1e} in the loss and"
+        text += f" {far['gradient']:.1e} in the gradients, theirs by {allowed['loss']:.1e} and"
+        text += f" {allowed['gradient']:.1e}"
     if not check["equal"]:
         return f"{text}: not equal, so there are no figures"
     if "flops" in check:

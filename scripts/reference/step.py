@@ -5,10 +5,12 @@ Times t (B,) are the index 0..999 of a DDPM step for SD1.5, and 0..1 with 1 as n
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -32,6 +34,19 @@ def encode(
         max_sequence_length=max_sequence_length,
     )
     return [tokens, pooled]
+
+
+def draw_times(family: str, scheduler: dict[str, Any], u: Tensor, side: int) -> Tensor:
+    """Times (B,) from uniform u (B,): even ones of a DDPM, or logit-normal ones of a flow.
+
+    A flow's are shifted as its pipeline's own sampler shifts latents of that side (Esser et al.
+    2024, section 5.3.2). scheduler: its config.
+    """
+    if family == "sd15":
+        return (scheduler["num_train_timesteps"] * u).long()
+    t = torch.sigmoid(torch.special.ndtri(u))
+    shift = math.exp(calculate_shift((side // 2) ** 2)) if family == "flux" else scheduler["shift"]
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def corrupt(
@@ -73,9 +88,14 @@ def call_denoiser(
     return FluxPipeline._unpack_latents(output, 8 * h, 8 * w, 8)
 
 
-def add_lora(denoiser: nn.Module, rank: int, target_modules: list[str]) -> None:
-    """Put PEFT's LoRA layers of alpha = rank into the denoiser."""
+def add_lora(
+    denoiser: nn.Module, rank: int, target_modules: list[str], alpha: float | None = None
+) -> None:
+    """Put PEFT's LoRA layers into the denoiser; alpha is the rank by default."""
     config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=target_modules
+        r=rank,
+        lora_alpha=alpha or rank,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
     )
     denoiser.add_adapter(config)
