@@ -3,7 +3,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: install quickstart test slow lint guides schema docs docs-pages docs-check
+.PHONY: install quickstart test test-oldest slow lint guides schema docs docs-pages docs-check
 
 install: .venv/installed
 
@@ -18,6 +18,16 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the oldest versions that pyproject.toml allows, in an environment of their own
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[test]'
+	touch $@
 
 slow: install
 	$(BIN)/python -m pytest -m slow -s

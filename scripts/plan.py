@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import psutil
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add_config_arguments(parser)
     help = "GiB that the run must fit in. By default, what is free on this machine."
     parser.add_argument("--memory", type=float, help=help)
-    help = "As accelerate's --mixed_precision. By default bf16, and no on a CPU."
+    help = "As accelerate's --mixed_precision. By default what the run would take."
     parser.add_argument("--precision", choices=DTYPES, help=help)
     help = "What the accelerator reaches. By default it is measured on this machine."
     parser.add_argument("--tflops", type=float, help=help)
@@ -69,7 +70,8 @@ def main() -> None:
 
     device = best_device()
     has_gpu = device.type != "cpu" or arguments.memory is not None
-    dtype = getattr(torch, DTYPES[arguments.precision or ("bf16" if has_gpu else "no")])
+    precision = arguments.precision or choose_precision(configs, arguments.memory is not None)
+    dtype = getattr(torch, DTYPES[precision])
     available_gib = arguments.memory or free_gib(device)
     rate = arguments.tflops * 1e12 if arguments.tflops else matmul_rate(device, dtype)
     print(f"{available_gib:.1f} GiB, {dtype}, {rate / 1e12:.2f} TFLOP/s")
@@ -90,8 +92,25 @@ def main() -> None:
     print(f"train.memory={fitting}" if fitting else fits_none)
     if arguments.memory is None:
         # for cards, whatever this machine has
-        planner = Planner(getattr(torch, DTYPES[arguments.precision or "bf16"]), True, PlanCache())
+        precision = arguments.precision or choose_precision(configs, on_card=True)
+        planner = Planner(getattr(torch, DTYPES[precision]), True, PlanCache())
         print_advice(planner, arguments.config, arguments.overrides)
+
+
+def choose_precision(configs: Mapping[str, DreamBoothConfig], on_card: bool) -> str:
+    """As accelerate will call it: the launcher's, the config's, or the best of the device.
+
+    on_card: whether the plan is for a card that need not be here, which is taken to have bf16.
+    """
+    from trainers.distributed.accelerator import choose_mixed_precision
+
+    # a preset sets no precision
+    config = next(iter(configs.values()))
+    if on_card and config.train.mixed_precision == "auto":
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"mixed_precision": "bf16"})}
+        )
+    return choose_mixed_precision(config, os.environ)
 
 
 def print_advice(planner: Planner, path: str, overrides: list[str]) -> None:

@@ -26,11 +26,12 @@ SECONDS_ALLOWED = 3600
 
 @dataclass
 class Launcher:
-    """How arms are started; their logs are written to `folder`."""
+    """How arms are started; their logs are written to `folder`, and run folders removed there."""
 
     folder: Path
     device: str
     precision: str
+    keeps_run: bool = False  # the last one's folder
 
     def run(self, arm: Arm) -> dict:
         """The record of `clock.py`, when the process was launched and ended, and its peak memory.
@@ -52,7 +53,8 @@ class Launcher:
             )
             peak = watch(process, launched + SECONDS_ALLOWED)
         ended = time.time()
-        shutil.rmtree(run, ignore_errors=True)
+        if not self.keeps_run:
+            shutil.rmtree(run, ignore_errors=True)
         if process.returncode or not clock.exists():
             end = log.read_text()[-1500:]
             raise RunFailedError(

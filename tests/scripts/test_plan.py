@@ -1,8 +1,10 @@
 """scripts/plan.py takes every config as it is shipped, with every preset and without photos."""
 
 import pytest
+import torch
 
 from tests.shared.processes import ROOT, call
+from trainers import memory_advice
 from trainers.config.dreambooth import MEMORY_PRESETS
 from trainers.config.loading import load_config
 from trainers.errors import UserError
@@ -62,6 +64,32 @@ def test_a_shipped_config_is_planned_without_photos(bases, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "balanced, low, lowest: no different here" in printed
     assert printed.splitlines()[-1] == "train.memory=fast"
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        ("no", [], "float32"),
+        ("no", ["train.mixed_precision=bf16"], "bfloat16"),
+        ("no", ["--memory", "24"], "bfloat16"),
+        ("no", ["--memory", "24", "train.mixed_precision=fp16"], "float16"),
+        ("fp16", ["train.mixed_precision=bf16"], "float16"),
+        ("fp16", ["--precision", "no"], "float32"),
+    ],
+)
+def test_a_plan_has_the_precision_that_the_run_will_have(
+    bases, monkeypatch, capsys, environment, options, expected
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    planned = []
+    monkeypatch.setattr(memory_advice.Planner, "plan", lambda self, _: planned.append(self.dtype))
+    base = f"model.pretrained_model_name_or_path={bases['flux']}"
+    # the first plan ends it
+    with pytest.raises(AttributeError):
+        call("plan.py", "configs/flux_dreambooth.yaml", base, "--tflops", "1", *options)
+    assert f"torch.{expected}, 1.00 TFLOP/s" in capsys.readouterr().out
+    assert planned == [getattr(torch, expected)]
 
 
 def test_settings_are_recommended_for_cards(bases, monkeypatch, capsys):
