@@ -47,6 +47,7 @@ def scripts(rate: str) -> Recipe:
 
 
 OURS = (
+    "optimizer.lr_warmup_steps=0",
     "lora.target_modules=attention+mlp",
     "optimizer.lr_scheduler=constant",
     "data.class_prompt=a photo of a star",
