@@ -23,8 +23,8 @@ from common import print_table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quality_recipes import CONFIGS, RECIPES, Recipe
 
-from small_world.gate import LEARN, OTHERS, PRIOR
-from small_world.probe import Prober, passes
+from small_world.gate import LEVELS
+from small_world.probe import Prober, Streaks
 from trainers import dreambooth
 from trainers.cli import make_parser, positive_int, run_main, silence_libraries
 from trainers.config import DreamBoothConfig
@@ -35,8 +35,6 @@ from trainers.training.optimizers import make_lr_schedule
 
 # a quarter to an eighth apart, the same for all recipes
 PROBES = [*range(25, 200, 25), *range(200, 400, 50), *range(400, 800, 100), *range(800, 4001, 200)]
-IN_A_ROW = 3
-GATES = {"learnt": LEARN, "kept": LEARN | PRIOR, "whole": LEARN | PRIOR | OTHERS}
 
 
 class Probes:
@@ -44,8 +42,7 @@ class Probes:
 
     def __init__(self, prober: Prober, task: dreambooth.DreamBooth, run: Mapping, log: Path):
         self.prober, self.task, self.run, self.log = prober, task, run, log
-        self.seconds, self.streaks = 0.0, dict.fromkeys(GATES, 0)
-        self.first: dict[str, dict] = {}
+        self.streaks, self.seconds = Streaks(), 0.0
         self.mark = time.process_time()
 
     def __call__(self, step: int, _: StepMetrics) -> StopReason | None:
@@ -53,26 +50,17 @@ class Probes:
             return None
         self.seconds += time.process_time() - self.mark
         metrics = self.prober(self.task)
-        for name, limits in GATES.items():
-            if passes(metrics, limits):
-                self.first.setdefault(name, {"step": step, "seconds": round(self.seconds, 1)})
-                self.streaks[name] += 1
-            elif self.streaks[name] < IN_A_ROW:
-                self.first.pop(name, None)
-                self.streaks[name] = 0
+        when = {"step": step, "seconds": round(self.seconds, 1)}
+        self.streaks.add(metrics, when)
         rounded = {name: round(value, 3) for name, value in metrics.items()}
-        self.write({"step": step, "seconds": round(self.seconds, 1), **rounded})
+        self.write({**when, **rounded})
         shown = "  ".join(f"{name} {value:.2f}" for name, value in rounded.items())
         print(f"{self.run['recipe']}, seed {self.run['seed']}, step {step}: {shown}", flush=True)
         self.mark = time.process_time()
-        if self.streaks["whole"] >= IN_A_ROW:
-            return StopReason("it is good", step)
-        return None
+        return StopReason("it is good", step) if self.streaks.is_good("whole") else None
 
     def end(self, step: int) -> None:
-        """Note from when on each gate was passed; what was not confirmed has not passed."""
-        good = {name: self.first[name] for name, n in self.streaks.items() if n >= IN_A_ROW}
-        self.write({"end": step, "seconds": round(self.seconds, 1), "good": good})
+        self.write({"end": step, "seconds": round(self.seconds, 1), "good": self.streaks.good})
 
     def write(self, line: Mapping) -> None:
         with self.log.open("a") as file:
@@ -162,7 +150,7 @@ def print_results(rows: list[tuple[Mapping, dict]]) -> None:
     for run, end in rows:
         key = run["family"], run["recipe"]
         row = [*key, run["seed"]]
-        for name in GATES:
+        for name in LEVELS:
             good = end["good"].get(name)
             row.append(f"{good['step']}" if good else f"> {end['end']}")
         good = end["good"].get("whole")
@@ -170,7 +158,7 @@ def print_results(rows: list[tuple[Mapping, dict]]) -> None:
         table.append(row)
         whole = good or {"step": end["end"], "seconds": end["seconds"]}
         groups.setdefault(key, []).append((whole["step"], whole["seconds"]))
-    print_table(["family", "recipe", "seed", *GATES, "CPU-s"], table)
+    print_table(["family", "recipe", "seed", *LEVELS, "CPU-s"], table)
     print()
     medians = []
     for key, group in groups.items():

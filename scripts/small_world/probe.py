@@ -13,7 +13,7 @@ from trainers.config import DreamBoothConfig
 from trainers.dreambooth import DreamBooth
 from trainers.training.loop import averaged_weights
 
-from .gate import LEARN, OTHERS, PRIOR
+from .gate import LEVELS
 from .judge import load_judge
 from .measure import (
     NUM_HELD_OUT,
@@ -36,7 +36,7 @@ from .world import (
 )
 
 NUM_SAMPLES = 24
-LIMITS = LEARN | PRIOR | OTHERS
+IN_A_ROW = 3  # probes that must pass for a run to be good
 Metrics = dict[str, float]
 
 
@@ -45,6 +45,34 @@ def passes(metrics: Mapping[str, float], limits: Mapping[str, tuple[float, float
     return all(
         name in metrics and low <= metrics[name] <= high for name, (low, high) in limits.items()
     )
+
+
+class Streaks:
+    """Since when a run has passed each level of the gate without a break."""
+
+    def __init__(self) -> None:
+        self.since: dict[str, dict[str, float]] = {}
+        self.lengths = dict.fromkeys(LEVELS, 0)
+
+    def add(self, metrics: Mapping[str, float], when: dict[str, float]) -> None:
+        """The next probe; when: what is kept of the first one of a streak, such as its step."""
+        for name, limits in LEVELS.items():
+            if self.is_good(name):
+                continue
+            if passes(metrics, limits):
+                self.since.setdefault(name, when)
+                self.lengths[name] += 1
+            else:
+                self.since.pop(name, None)
+                self.lengths[name] = 0
+
+    def is_good(self, name: str) -> bool:
+        return self.lengths[name] >= IN_A_ROW
+
+    @property
+    def good(self) -> dict[str, dict[str, float]]:
+        """When the levels were passed that `IN_A_ROW` probes have confirmed."""
+        return {name: when for name, when in self.since.items() if self.is_good(name)}
 
 
 class Prober:
@@ -75,7 +103,8 @@ class Prober:
             for measure in self.stages():
                 found, _ = measure()
                 metrics |= found
-                if not passes(found, {k: v for k, v in LIMITS.items() if k in found}):
+                limits = LEVELS["whole"]
+                if not passes(found, {name: limits[name] for name in found if name in limits}):
                     break
         task.module.train()
         return metrics
