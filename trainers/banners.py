@@ -89,6 +89,8 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
         parts = class_shares(batches.buckets)
         named = [f"{name} {share:.0%}" for name, share in parts.items() if len(parts) > 1]
         yield "class", "\n".join([text, *([", ".join(named)] if named else [])])
+    elif data.kept_prompts:
+        yield "class", "not kept (data.prior=none)"
 
 
 def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str, str]:

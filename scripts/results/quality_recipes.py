@@ -64,6 +64,11 @@ OTHER_THINGS = (
 RECIPES = {
     "op 4e-3": Recipe((*OURS, "optimizer.learning_rate=4e-3")),
     "op+others 4e-3": Recipe((*OURS, "optimizer.learning_rate=4e-3", OTHER_THINGS)),
+    "op+others 8e-3": Recipe((*OURS, "optimizer.learning_rate=8e-3", OTHER_THINGS)),
+    "op 8e-3": Recipe((*OURS, "optimizer.learning_rate=8e-3")),
+    "op+others 4e-3 w2": Recipe(
+        (*OURS, "optimizer.learning_rate=4e-3", OTHER_THINGS, "data.prior_loss_weight=2")
+    ),
     "diffusers 5e-4": scripts("5e-4"),
     "diffusers 2e-3": scripts("2e-3"),
     "diffusers 4e-3": scripts("4e-3"),

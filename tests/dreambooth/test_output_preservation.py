@@ -19,6 +19,7 @@ from tests.shared.runs import (
     run_steps,
 )
 from trainers import dreambooth
+from trainers.banners import start_banner
 from trainers.config import loading
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import UserError
@@ -169,6 +170,18 @@ def test_banner_and_card_say_it_and_no_picture_is_drawn(settings, capsys):
     card = (config.output_dir / "README.md").read_text()
     assert "none; the base's own outputs on the pictures for 'c', 'a b', 'b', weight 0.5" in card
     assert not [*config.output_dir.rglob("class-*.png")]
+
+
+def test_without_a_prior_the_rows_are_the_photos_alone(settings):
+    pictures = ("data.num_class_images=3", "data.prior=class_images")
+    for asked in (KEPT, (*KEPT, OTHERS), (*KEPT, *pictures)):
+        task, batches, _ = dreambooth.build(
+            settings(*asked, "data.prior=none"), Accelerator(cpu=True)
+        )
+        ((batch, _),) = batches(0)
+        assert batch["weight"].tolist() == [0.5, 0.5]
+    banner = start_banner(task.config, task, batches, Accelerator(cpu=True), 0)
+    assert "  class       not kept (data.prior=none)\n" in banner
 
 
 def test_each_concept_keeps_its_own_class_and_masks_none_of_it(settings, photos, tmp_path):

@@ -58,10 +58,11 @@ class DataConfig(PhotoSet):
         ge=1,
         le=10_000,
     )
-    prior: Literal["class_images", "output_preservation"] = field(
+    prior: Literal["class_images", "output_preservation", "none"] = field(
         "class_images",
         "How class_prompt is kept as the base has it: class_images trains on pictures of it, "
-        "output_preservation on the base's own predictions for the photos and needs no pictures.",
+        "output_preservation on the base's own predictions for the photos and needs no pictures; "
+        "none trains on the photos alone.",
     )
     preserve_prompts: Prompts = field(
         [],
@@ -175,7 +176,7 @@ class DataConfig(PhotoSet):
         """
         shared: dict[tuple, list[ConceptConfig]] = {}
         for photos in self.sets:
-            if photos.num_class_images:
+            if photos.num_class_images and self.prior == "class_images":
                 key = (photos.class_data_dir, *photos.class_prompts)
                 shared.setdefault(key, []).append(photos)
         found = []

@@ -20,9 +20,11 @@ def picture_errors(data: DataConfig) -> Errors:
         # not for the keys beside data.concepts, which are refused as such
         path = f"data.concepts[{photos.name}]" if photos.name else "data"
         yield from set_errors(path, photos)
-        check_class = preservation_errors if data.preserves_outputs else class_errors
-        yield from check_class(path, photos)
-    if data.preserve_prompts and not data.preserves_outputs:
+        if data.preserves_outputs:
+            yield from preservation_errors(path, photos)
+        elif data.prior == "class_images":
+            yield from class_errors(path, photos)
+    if data.preserve_prompts and data.prior == "class_images":
         message = "has no effect without data.prior=output_preservation: set it, or remove this"
         yield "data.preserve_prompts", message
     if not data.has_masks and data.mask_floor != DataConfig.model_fields["mask_floor"].default:
