@@ -80,13 +80,17 @@ def describe_photos(config: DreamBoothConfig, batches: DreamBoothBatches) -> Row
             yield concept.name, f"{photos_text}, {share}\ncaptions: {captions}"
     if num_masked := sum(photo.mask is not None for photo in photos):
         yield "masks", f"of {num_masked} photos; what they leave out counts {data.mask_floor:g}"
-    if data.uses_prior:
+    weight = f"weight {data.prior_loss_weight:g}"
+    if data.preserves_outputs:
+        yield "kept", f"the base's outputs for {name_some(data.kept_prompts, 3)}, {weight}"
+    elif data.class_sets:
         number, prompts = len(batches.pools[1]), len(data.class_prompts)
-        weight = f"weight {data.prior_loss_weight:g}"
         text = f"{number} pictures of {count(prompts, 'prompt')}, {weight}"
         parts = class_shares(batches.buckets)
         named = [f"{name} {share:.0%}" for name, share in parts.items() if len(parts) > 1]
         yield "class", "\n".join([text, *([", ".join(named)] if named else [])])
+    elif data.kept_prompts:
+        yield "class", "not kept (data.prior=none)"
 
 
 def describe_set(concept: ConceptConfig, photos: Sequence[Picture]) -> tuple[str, str]:

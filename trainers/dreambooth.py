@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainers.config import DreamBoothConfig
-from trainers.data.dreambooth_batches import DreamBoothBatches
+from trainers.data.dreambooth_batches import DreamBoothBatches, passes
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.distributed import deepspeed
 from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
@@ -23,6 +23,7 @@ from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser
 from trainers.lora import export, initial, proof
+from trainers.lora.layers import predict_base
 from trainers.publishing import model_card
 from trainers.run_folder import FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import INITIAL_LORA, Facts
@@ -71,14 +72,20 @@ class DreamBooth:
         x0, eps, t = self.draw_inputs(batch, rng)
         objective = self.objective(x0.shape[-2:])
         x_t = objective.corrupt(x0, eps, t)
-        if self.family.modulation and self.module.training:
-            key, upcoming = (rng.step, rng.rows[0]), self.upcoming_inputs(rng.step)
-            with self.accelerator.autocast():
-                self.family.modulation.use(key, self.module, upcoming)
-        prediction = self.players["denoiser"].module(x_t, t, batch["text"])
+        own, *kept = passes(batch, rng, x_t, t)
+        base = [self.predict(*last, is_base=True) for last in kept]  # of the last rows, if any
+        prediction = self.predict(*own)
         # (B,); a named target would stay in memory until the backward pass is over
-        error = mean_square(prediction, objective.target(x0, eps, t), batch.get("mask"))
+        error = mean_square(prediction, objective.target(x0, eps, t), batch.get("mask"), *base)
         yield "denoiser", (batch["weight"] * objective.weight(t) * error).sum()
+
+    def predict(self, key: Hashable, inputs: tuple, is_base: bool = False) -> Tensor:
+        """(B, C, h, w), of one of the `passes`; is_base: without LoRA and gradients."""
+        if self.family.modulation and self.module.training:
+            with self.accelerator.autocast():
+                self.family.modulation.use(key, self.module, self.upcoming_inputs(key[0]))
+        module = self.players["denoiser"].module
+        return predict_base(module, inputs) if is_base else module(*inputs)
 
     def draw_inputs(self, batch: dict, rng: SampleRng) -> tuple[Tensor, Tensor, Tensor]:
         """Draw x0 and eps (B, C, h, w), and t (B,)."""
@@ -92,7 +99,7 @@ class DreamBooth:
             for batch, rng in self.batches(step):
                 x0, _, t = self.draw_inputs(batch, rng)
                 # the modulation depends on times and prompts alone, so x0 stands for x_t
-                yield (step, rng.rows[0]), (x0, t, batch["text"])
+                yield from passes(batch, rng, x0, t)
 
     @torch.no_grad()
     def log_held_out_loss(self, step: int, metrics: StepMetrics) -> None:

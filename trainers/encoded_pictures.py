@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from accelerate import Accelerator
 
 from trainers.class_pictures import prepare_class_pictures
-from trainers.config import DreamBoothConfig
+from trainers.config import ConceptConfig, DataConfig, DreamBoothConfig
 from trainers.data import photo_checks
 from trainers.data.buckets import BucketRule, make_buckets, sizes_by_concept
 from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
@@ -14,6 +16,8 @@ from trainers.data.sampler import BatchSlice
 from trainers.families import Family
 from trainers.families.trainable import trained_encoders
 from trainers.run_folder import CACHE
+
+OTHERS_EVERY = 3  # of the rows that keep the base's outputs, the share that is not of the class
 
 
 def prepare_batches(
@@ -33,14 +37,30 @@ def prepare_batches(
     family.digests(folder)
     trained = trained_encoders(family, config)
     encoder = CachedEncoder(family, folder, data.cache, trained, data.encode_batch_size)
-    if data.uses_prior:
+    if data.class_sets:
         sizes = sizes_by_concept(pools[0], rule)
         pools.append(prepare_class_pictures(encoder, sizes, config, accelerator, intake))
     batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
     class_sets = {name: photos.name for photos, names in data.class_sets for name in names}
     buckets = make_buckets(pools, rule, class_sets)
-    batches = DreamBoothBatches(pools, encoder, data, batch_slice, buckets, device)
+    kept = {photos.name: told_prompts(photos, data) for photos in data.sets}
+    kept = kept if data.preserves_outputs else {}
+    batches = DreamBoothBatches(pools, encoder, data, batch_slice, buckets, device, kept)
     held_out_parts = held_out_batches(make_buckets([held_out], rule), encoder, config, device)
     if data.cache:
         fill_cache(encoder, [batches, *held_out_parts], config, accelerator)
     return batches, held_out_parts
+
+
+def told_prompts(photos: ConceptConfig, data: DataConfig) -> list[str]:
+    """What the rows that keep the base's outputs are told in turn: the class of their set, and
+    every `OTHERS_EVERY`-th time another thing."""
+    others, classes = data.preserve_prompts, photos.class_prompts
+    if not others:
+        return classes
+    turns = []
+    for i in range(math.lcm(len(others) * (OTHERS_EVERY - 1), len(classes))):
+        turns.append(classes[i % len(classes)])
+        if (i + 1) % (OTHERS_EVERY - 1) == 0:
+            turns.append(others[i // (OTHERS_EVERY - 1) % len(others)])
+    return turns

@@ -143,7 +143,7 @@ def count_totals(
     }
     if photos[HELD_OUT]:
         totals["held out"] = len(photos[HELD_OUT])
-    if config.data.uses_prior:
+    if config.data.class_sets:
         own, number = len(photos[OF_CLASS]), count_class_pictures(config.data)
         totals["class pictures"] = f"{number}, {own} of your own"
     return totals

@@ -74,6 +74,8 @@ def measure(
         [
             *(f"data.{key}=null" for key in nothing),
             "data.num_class_images=0",
+            "data.prior=class_images",
+            "data.preserve_prompts=[]",
             f"data.concepts={json.dumps(concepts)}",
             f"train.max_train_steps={arguments.steps * len(shapes) // len(WORDS)}",
             f"seed={seed}",

@@ -11,7 +11,10 @@ from .world import CLASS_PROMPT, INSTANCE_PROMPT, SIZE, TRAINING_SEED, subject_i
 # one trained without it must meet CONTRAST, which shows that it is the prior that preserves.
 LEARN = {"loss_ratio": (0.0, 0.75), "cosine_gain": (0.60, 2.0), "attributes": (0.75, 1.0)}
 PRIOR = {"leak": (0.0, 0.25), "class_star": (0.75, 1.0), "drift": (0.0, 0.60)}
+OTHERS = {f"other_{name}": (0.8, 1.0) for name in ("shape", "colour", "background")}
 CONTRAST = {"leak": (0.75, 1.0), "drift": (0.80, 2.0)}
+# each has the lines of those before it
+LEVELS = {"learnt": LEARN, "kept": LEARN | PRIOR, "whole": LEARN | PRIOR | OTHERS}
 
 # of the sheet, in pixels
 GAP, MARGIN = 4, 230

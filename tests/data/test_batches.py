@@ -4,6 +4,7 @@ from collections import Counter
 from zlib import crc32
 
 import pytest
+import torch
 
 from tests.shared.fake_pictures import Fake, fake
 from tests.shared.pictures import data
@@ -40,10 +41,15 @@ WORDED = [
 VARIED = data(center_crop=False, random_flip=True, caption_dropout=0.3, prior_loss_weight=0.5)
 
 
-def batches(size=2, accumulation=1, rank=0, world=1, settings=VARIED, pools=POOLS, seed=0):
+KEPT = {"": ["p" * i for i in range(20, 23)]}
+
+
+def batches(
+    size=2, accumulation=1, rank=0, world=1, settings=VARIED, pools=POOLS, seed=0, kept=None
+):
     batch_slice = BatchSlice(seed, size, accumulation, rank, world)
     buckets = [Bucket((512, 512), pools)]
-    return DreamBoothBatches(pools, Fake(), settings, batch_slice, buckets)
+    return DreamBoothBatches(pools, Fake(), settings, batch_slice, buckets, kept_prompts=kept or {})
 
 
 def samples(source, step):
@@ -90,6 +96,30 @@ def test_a_global_batch_does_not_depend_on_how_it_is_shared(pools, size, accumul
         shared = [sample for rank in ranks for sample in samples(rank, step)]
         assert sorted(map(str, shared)) == sorted(map(str, whole))
         assert sorted(row for row, *_ in whole) == list(range(8 * len(pools)))
+
+
+@pytest.mark.parametrize(("size", "accumulation", "world"), [(2, 2, 2), (4, 1, 2), (1, 8, 1)])
+def test_prompts_to_keep_do_not_depend_on_how_a_batch_is_shared(size, accumulation, world):
+    shared = {"pools": [WORDED], "kept": KEPT}
+    for step in (0, 7):
+        whole = samples(batches(8, **shared), step)
+        ranks = [batches(size, accumulation, rank, world, **shared) for rank in range(world)]
+        parts = [sample for rank in ranks for sample in samples(rank, step)]
+        assert sorted(map(str, parts)) == sorted(map(str, whole))
+        told = [text[0] for _, _, text, _ in whole[8:]]
+        assert told == [20 + (8 * step + row) % 3 for row in range(8)]
+
+
+def test_a_row_that_keeps_a_prompt_has_the_view_and_the_draws_of_its_photo():
+    source = batches(4, pools=[WORDED], kept=KEPT)
+    for step in range(20):
+        ((batch, rng),) = source(step)
+        assert batch["num_kept"] == 4
+        assert torch.equal(batch["moments"][:4], batch["moments"][4:])
+        assert torch.equal(*rng.normal((8, 5)).chunk(2))
+        assert torch.equal(*rng.uniform(stratified=True).chunk(2))
+        assert batch["weight"].tolist() == [0.25] * 4 + [0.125] * 4
+    assert source.sample_names(0) == batches(4, pools=[WORDED]).sample_names(0)
 
 
 @pytest.mark.parametrize("pools", [POOLS, [WORDED]], ids=["plain", "captions that vary"])

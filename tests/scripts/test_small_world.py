@@ -111,7 +111,7 @@ def test_the_quickstart_learns_and_preserves(tmp_path, family, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_without_the_prior_the_class_is_lost(tmp_path, family):
-    passed = figures_of(family, tmp_path, "data.num_class_images=0", "data.class_prompt=null")
+    passed = figures_of(family, tmp_path, "data.prior=none")
     assert all(passed[name] for name in ("attributes", "cosine_gain", "leak", "drift"))
 
 

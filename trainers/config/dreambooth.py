@@ -171,6 +171,7 @@ class DreamBoothConfig(Config):
         yield from super().errors()
         yield from rules.base_errors(self.model)
         yield from photo_rules.picture_errors(self.data)
+        yield from rules.prior_errors(self.data, self.lora)
         yield from caption_errors(self.data)
         yield from placeholder_errors(self.data, self.validation)
         yield from rules.family_errors(self)

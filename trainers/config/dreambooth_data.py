@@ -13,6 +13,7 @@ from trainers.config.photo_sections import (
     ConceptConfig,
     Concepts,
     PhotoSet,
+    Prompts,
     Trigger,
     concept_name,
 )
@@ -56,6 +57,17 @@ class DataConfig(PhotoSet):
         "How many texts with shuffled or dropped tags are drawn and cached for each caption.",
         ge=1,
         le=10_000,
+    )
+    prior: Literal["class_images", "output_preservation", "none"] = field(
+        "class_images",
+        "How class_prompt is kept as the base has it: class_images trains on pictures of it, "
+        "output_preservation on the base's own predictions for the photos and needs no pictures; "
+        "none trains on the photos alone.",
+    )
+    preserve_prompts: Prompts = field(
+        [],
+        "Other things that output_preservation keeps as the base has them, unlike the class: "
+        "'a photo of a red house'.",
     )
     prior_loss_weight: LossWeight = field(1.0, "Weight of the prior-preservation loss.")
     mask_floor: Probability = field(
@@ -164,7 +176,7 @@ class DataConfig(PhotoSet):
         """
         shared: dict[tuple, list[ConceptConfig]] = {}
         for photos in self.sets:
-            if photos.uses_prior:
+            if photos.num_class_images and self.prior == "class_images":
                 key = (photos.class_data_dir, *photos.class_prompts)
                 shared.setdefault(key, []).append(photos)
         found = []
@@ -195,8 +207,18 @@ class DataConfig(PhotoSet):
         return list(dict.fromkeys(prompts))
 
     @property
+    def preserves_outputs(self) -> bool:
+        return self.prior == "output_preservation"
+
+    @property
+    def kept_prompts(self) -> list[str]:
+        """Those of the classes, and the others that the base must not forget."""
+        return list(dict.fromkeys([*self.class_prompts, *self.preserve_prompts]))
+
+    @property
     def uses_prior(self) -> bool:
-        return any(photos.uses_prior for photos in self.sets)
+        """Whether as many rows as there are of photos keep what the base knows."""
+        return self.preserves_outputs or bool(self.class_sets)
 
     @property
     def has_masks(self) -> bool:

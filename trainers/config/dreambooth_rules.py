@@ -9,6 +9,7 @@ from pathlib import Path
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors, SpecialKeys, irrelevant_keys
 from trainers.config.base_sections import OptimizerConfig
+from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
     LoraConfig,
@@ -82,6 +83,16 @@ def special_keys() -> list[tuple[str, str]]:
         for section, keys in family_facts(name).config_keys.items():
             found |= {(section, key): None for key in keys}
     return list(found)
+
+
+def prior_errors(data: DataConfig, lora: LoraConfig | None) -> Errors:
+    """What the base's own predictions require: a base that stays as it is."""
+    if data.preserves_outputs and lora is None:
+        message = (
+            "output_preservation asks the base for its predictions while the LoRA is off, and "
+            "lora: null changes the base itself: set lora, or data.prior=class_images"
+        )
+        yield "data.prior", message
 
 
 def memory_errors(

@@ -20,6 +20,13 @@ def picture_errors(data: DataConfig) -> Errors:
         # not for the keys beside data.concepts, which are refused as such
         path = f"data.concepts[{photos.name}]" if photos.name else "data"
         yield from set_errors(path, photos)
+        if data.preserves_outputs:
+            yield from preservation_errors(path, photos)
+        elif data.prior == "class_images":
+            yield from class_errors(path, photos)
+    if data.preserve_prompts and data.prior == "class_images":
+        message = "has no effect without data.prior=output_preservation: set it, or remove this"
+        yield "data.preserve_prompts", message
     if not data.has_masks and data.mask_floor != DataConfig.model_fields["mask_floor"].default:
         message = (
             "has no effect without masks: set data.mask_dir or data.use_alpha_mask, or remove it"
@@ -62,7 +69,6 @@ def set_errors(path: str, photos: ConceptConfig) -> Errors:
         yield f"{path}.dataset_name", message
     for key in FOLDER_KEYS:
         yield from folder_errors(f"{path}.{key}", getattr(photos, key))
-    yield from class_errors(path, photos)
     if photos.name:
         yield from trigger_errors(photos.trigger, f"{path}.trigger")
         prompts = [photos.instance_prompt or "", *photos.class_prompts]
@@ -78,18 +84,39 @@ def set_errors(path: str, photos: ConceptConfig) -> Errors:
         yield f"{path}.mask_dir", message
 
 
+def preservation_errors(path: str, photos: ConceptConfig) -> Errors:
+    """Of a set whose class is kept without pictures of it."""
+    if not photos.class_prompt:
+        message = (
+            "data.prior=output_preservation requires a class prompt, such as 'a photo of a dog': "
+            "set it, or data.prior=class_images"
+        )
+        yield f"{path}.class_prompt", message
+    for key in ("num_class_images", "class_data_dir"):
+        if value := getattr(photos, key):
+            message = (
+                f"{value}, but data.prior=output_preservation uses no class pictures: remove it, "
+                "or set data.prior=class_images"
+            )
+            yield f"{path}.{key}", message
+
+
 def class_errors(path: str, photos: ConceptConfig) -> Errors:
-    if photos.class_data_dir is not None and not photos.uses_prior:
+    uses_pictures = photos.num_class_images > 0
+    if photos.class_data_dir is not None and not uses_pictures:
         message = (
             f"{path}.num_class_images is 0, so these class pictures would not be used: set how "
             "many to use"
         )
         yield f"{path}.class_data_dir", message
-    if photos.uses_prior and not photos.class_prompt:
+    if uses_pictures and not photos.class_prompt:
         message = f"prior preservation ({path}.num_class_images > 0) requires a class prompt"
         yield f"{path}.class_prompt", message
-    if photos.class_prompt and not photos.uses_prior:
-        message = "a class prompt requires class pictures: set how many to use, for example 100"
+    if photos.class_prompt and not uses_pictures:
+        message = (
+            "a class prompt requires class pictures: set how many to use, for example 100, or "
+            "data.prior=output_preservation, which needs none"
+        )
         yield f"{path}.num_class_images", message
 
 

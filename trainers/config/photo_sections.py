@@ -61,7 +61,7 @@ class PhotoSet(Section):
     class_prompt: Prompt | Prompts | None = field(
         None,
         "What prior preservation protects: 'a photo of a dog', or several prompts that the class "
-        "pictures take in turn.",
+        "pictures, or the photos with data.prior=output_preservation, take in turn.",
     )
     num_class_images: int = field(
         0,
@@ -82,10 +82,6 @@ class PhotoSet(Section):
     def source(self) -> Path:
         """Where the pictures come from: a folder, or the name of a data set; empty for neither."""
         return self.instance_data_dir or Path(self.dataset_name or "")
-
-    @property
-    def uses_prior(self) -> bool:
-        return self.num_class_images > 0
 
     @property
     def class_prompts(self) -> list[str]:

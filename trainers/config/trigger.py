@@ -11,7 +11,13 @@ from trainers.errors import UserError
 PLACEHOLDERS = ("{trigger}", "[trigger]")
 # the keys whose texts may hold a placeholder
 PROMPT_KEYS = {
-    "data": ("instance_prompt", "class_prompt", "caption_prefix", "caption_suffix"),
+    "data": (
+        "instance_prompt",
+        "class_prompt",
+        "preserve_prompts",
+        "caption_prefix",
+        "caption_suffix",
+    ),
     "validation": ("prompts", "negative_prompt"),
 }
 # those of them that every concept shares, though each may have its own trigger

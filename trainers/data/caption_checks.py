@@ -94,11 +94,12 @@ def check_trigger(
             f"{len(lacking)} of {len(pictures)} pictures have a caption without the trigger "
             f"{trigger!r}: {name_some(lacking)}"
         )
-    if any(mentions(prompt, trigger) for prompt in config.data.class_prompts):
-        intake.warn(
-            f"data.class_prompt has the trigger {trigger!r}: prior preservation would keep it from "
-            "being learnt; write the class alone"
-        )
+    for key in ("class_prompts", "preserve_prompts"):
+        if any(mentions(prompt, trigger) for prompt in getattr(config.data, key)):
+            intake.warn(
+                f"data.{key.replace('class_prompts', 'class_prompt')} has the trigger {trigger!r}: "
+                "prior preservation would keep it from being learnt; write the class alone"
+            )
     prompts = config.validation.prompts
     if prompts and not any(mentions(prompt, trigger) for prompt in prompts):
         intake.note(f"no prompt of validation.prompts has the trigger {trigger!r}")

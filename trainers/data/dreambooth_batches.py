@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +24,27 @@ if TYPE_CHECKING:
 HELD_OUT_DRAWS = 4  # draws of time and noise for each held-out picture
 
 
+class Row(NamedTuple):
+    """A sample of a global batch: a row of a pool of pictures; is_told: that row again, told a
+    prompt whose output is to be kept instead of its caption."""
+
+    pool: int
+    row: int
+    is_told: bool = False
+
+
 @dataclass
 class DreamBoothBatches:
     """The micro-batches of each step for one process, a pure function of (seed, step).
 
     A global batch is of one bucket, so that its pictures have one size. A micro-batch has
-    `batch_slice.batch_size` instance pictures and, with prior preservation (two pools), as many
-    class pictures. Sample weights are 1/n for n instance pictures and prior_loss_weight/m for m
-    class pictures: their weighted sum is the instance mean plus the weighted prior mean (Ruiz et
-    al. 2023).
+    `batch_slice.batch_size` instance pictures and, with prior preservation, as many class pictures
+    (two pools) or the instance pictures again with prompts to keep (`kept_prompts`). Sample weights
+    are 1/n for n instance pictures and prior_loss_weight/m for m others: their weighted sum is the
+    instance mean plus the weighted prior mean (Ruiz et al. 2023).
+
+    kept_prompts: by concept those that are told in turn; a row that is told one has the picture,
+    the crop and the random draws, and so the noisy latents, of its instance row.
     """
 
     pools: Sequence[Sequence[Picture]]
@@ -41,6 +53,7 @@ class DreamBoothBatches:
     batch_slice: BatchSlice
     buckets: Sequence[Bucket]
     device: torch.device | str = "cpu"
+    kept_prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counts = [len(bucket.pools[0]) for bucket in self.buckets]
@@ -49,17 +62,16 @@ class DreamBoothBatches:
     @property
     def sample_weights(self) -> Tensor:
         """(B,)"""
-        rows, weights = (
-            self.batch_slice.batch_size,
-            [1.0, self.config.prior_loss_weight][: len(self.pools)],
-        )
+        rows, weights = self.batch_slice.batch_size, [1.0]
+        if self.kept_prompts or len(self.pools) > 1:
+            weights.append(self.config.prior_loss_weight)
         return torch.cat(
             [torch.full((rows,), weight / rows, device=self.device) for weight in weights]
         )
 
     def __call__(self, step: int) -> Iterator[tuple[dict, SampleRng]]:
         for rows in self.micro_batch_rows():
-            global_rows = [self.batch_slice.global_batch_size * pool + row for pool, row in rows]
+            global_rows = [self.stream(row) for row in rows]
             yield (
                 self.collate(step, rows),
                 SampleRng(
@@ -75,18 +87,24 @@ class DreamBoothBatches:
         """From now on take more and smaller micro-batches for each step."""
         self.batch_slice = self.batch_slice.split_micro_batches()
 
-    def micro_batch_rows(self) -> list[list[tuple[int, int]]]:
-        """Pool and row of each sample of each micro-batch."""
-        pools = range(len(self.pools))
+    def micro_batch_rows(self) -> list[list[Row]]:
+        """The samples of each micro-batch; those that are told a prompt come last."""
+        kinds = [(pool, False) for pool in range(len(self.pools))]
+        if self.kept_prompts:
+            kinds.append((0, True))
         return [
-            [(pool, row) for pool in pools for row in rows]
+            [Row(pool, row, is_told) for pool, is_told in kinds for row in rows]
             for rows in self.batch_slice.micro_batches()
         ]
+
+    def stream(self, row: Row) -> int:
+        """The row of the global batch whose random draws a sample has."""
+        return self.batch_slice.global_batch_size * row.pool + row.row
 
     def sample_names(self, step: int) -> list[list[str]]:
         """Of the pictures in each micro-batch."""
         return [
-            [self.picture(step, pool, row).name for pool, row in rows]
+            [self.picture(step, row).name for row in rows if not row.is_told]
             for rows in self.micro_batch_rows()
         ]
 
@@ -103,37 +121,51 @@ class DreamBoothBatches:
         index, previous = choose_bucket(self.batch_slice.seed, step, self.counts)
         return self.buckets[index], previous
 
-    def picture(self, step: int, pool: int, row: int) -> Picture:
+    def picture(self, step: int, row: Row) -> Picture:
         bucket, previous = self.bucket(step)
-        pictures = bucket.pools[pool]
-        return pictures[self.batch_slice.sample_index(previous, row, len(pictures), pool)]
+        pictures = bucket.pools[row.pool]
+        index = self.batch_slice.sample_index(previous, row.row, len(pictures), row.pool)
+        return pictures[index]
 
-    def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
+    def text(self, step: int, row: Row, picture: Picture) -> str:
+        """The caption of a visit, or the prompt whose turn it is."""
+        if row.is_told:
+            prompts = self.kept_prompts[picture.concept]
+            turn = step * self.batch_slice.global_batch_size + row.row
+            return prompts[turn % len(prompts)]
+        key = self.batch_slice.seed, step, self.stream(row)
+        if derive_seed(*key, "caption") < self.config.caption_dropout * 2**63:
+            return ""
+        return draw_text(picture.captions, picture.wording, key)
+
+    def collate(self, step: int, rows: list[Row]) -> dict:
         """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device; on the CPU
-        geometry (B, 6), see `Crop.geometry`.
+        geometry (B, 6), see `Crop.geometry`, and num_kept, how many rows at the end are told a
+        prompt whose output is to be kept.
 
         A run with masks has the weight of each latent in mask (B, 1, h, w) too.
         """
         moments, texts, masks, geometry = [], [], [], []
         size = self.bucket(step)[0].size
-        for pool, row in rows:
-            picture = self.picture(step, pool, row)
-            key = self.batch_slice.seed, step, self.batch_slice.global_batch_size * pool + row
+        for row in rows:
+            picture = self.picture(step, row)
+            key = self.batch_slice.seed, step, self.stream(row)
             variant = derive_seed(*key, "variant") % self.config.num_variants
-            is_dropped = derive_seed(*key, "caption") < self.config.caption_dropout * 2**63
             crop = choose_crop(picture, variant, size, self.config)
             moments.append(self.encoder.moments(picture, crop))
             if self.has_masks:
-                masks.append(self.encoder.mask(picture, crop, moments[-1].shape[-2:]))
+                mask = self.encoder.mask(picture, crop, moments[-1].shape[-2:])
+                # what the base knows is kept everywhere
+                masks.append(torch.ones_like(mask) if row.is_told else mask)
             geometry.append(crop.geometry(picture.facts.size))
-            text = "" if is_dropped else draw_text(picture.captions, picture.wording, key)
-            texts.append(self.encoder.text_inputs(text))
+            texts.append(self.encoder.text_inputs(self.text(step, row, picture)))
         text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
         batch = {
             "moments": self.stack_on_device(moments),
             "text": text,
             "weight": self.sample_weights,
             "geometry": torch.tensor(geometry),
+            "num_kept": sum(row.is_told for row in rows),
         }
         if masks:
             # exact for 0 and 1, so that a white mask changes nothing
@@ -150,6 +182,16 @@ class DreamBoothBatches:
             for picture in dict.fromkeys(picture for pool in bucket.pools for picture in pool):
                 for variant in range(self.config.num_variants):
                     yield picture, choose_crop(picture, variant, bucket.size, self.config)
+
+
+def passes(batch: dict, rng: SampleRng, x_t: Tensor, t: Tensor) -> Iterator[tuple[Hashable, tuple]]:
+    """A key and the denoiser's inputs, x_t, t and text (B, ...) each: of the whole micro-batch
+    and, if there are any, of its last rows alone, for which the base's output is kept."""
+    key, text = (rng.step, rng.rows[0]), batch["text"]
+    yield key, (x_t, t, text)
+    if num_kept := batch["num_kept"]:
+        last = {name: rows[-num_kept:] for name, rows in text.items()}
+        yield (*key, "base"), (x_t[-num_kept:], t[-num_kept:], last)
 
 
 def held_out_batches(

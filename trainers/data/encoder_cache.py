@@ -217,5 +217,7 @@ def fill_cache(
     crops = [*chain(*(part.crops() for part in batches))]
     # the empty prompt stands for captions that are dropped
     prompts = [*config.validation.prompts, config.validation.negative_prompt, ""]
+    if config.data.preserves_outputs:
+        prompts += config.data.kept_prompts
     texts = distinct_texts((picture for picture, _ in crops), config.seed)
     encoder.fill(crops, texts | dict.fromkeys(prompts), accelerator)

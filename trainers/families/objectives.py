@@ -16,12 +16,18 @@ from trainers.data.rng import SampleRng
 from trainers.errors import UserError
 
 
-def mean_square(prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def mean_square(
+    prediction: Tensor, target: Tensor, weight: Tensor | None, last: Tensor | None = None
+) -> Tensor:
     """The squared error of each sample, (B, C, h, w) to (B,).
+
+    last: (b, C, h, w), the target of the last samples instead.
 
     weight: (B, 1, h, w), by which the mean is taken: so the loss has the same scale whatever part
     of a picture its mask shows. A sample of which nothing counts gives 0. None: a plain mean.
     """
+    if last is not None:
+        target = torch.cat([target[: -len(last)], last.float()])
     error = (prediction.float() - target).square()
     if weight is None:
         return error.mean((1, 2, 3))

@@ -115,6 +115,19 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
     ]
 
 
+@torch.no_grad()
+def predict_base(module: nn.Module, inputs: Sequence[Tensor | dict[str, Tensor]]) -> Tensor:
+    """What a module with LoRA computes while all its LoRA is off, without a graph for gradients."""
+    adapted = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in adapted:
+        layer.enable_adapters(False)
+    try:
+        return module(*inputs)
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
+
+
 def ends_with(name: str, endings: Sequence[str]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 

@@ -23,7 +23,11 @@ def picture_facts(config: DreamBoothConfig, pictures: Sequence[Picture]) -> dict
     if data.has_masks:
         facts["Masks"] = f"what they leave out counts {data.mask_floor:g}"
     facts["Prior pictures"] = "none"
-    if data.uses_prior:
+    if data.preserves_outputs:
+        prompts = ", ".join(repr(prompt) for prompt in data.kept_prompts)
+        kept = f"the base's own outputs on the pictures for {prompts}"
+        facts["Prior pictures"] = f"none; {kept}, weight {data.prior_loss_weight}"
+    elif data.class_sets:
         number = sum(photos.num_class_images for photos, _ in data.class_sets)
         prompts = ", ".join(repr(prompt) for prompt in data.class_prompts)
         prior = f"{number} of {prompts}, weight {data.prior_loss_weight}"

@@ -118,7 +118,7 @@ def config_facts(config: Config) -> Facts:
     if config.optimizer.lr_scheduler.startswith("constant"):
         # such a run may be made longer
         del facts[STEPS_KEY]
-    if isinstance(config, DreamBoothConfig) and config.data.uses_prior:
+    if isinstance(config, DreamBoothConfig) and config.data.class_sets:
         for key in CLASS_PICTURE_KEYS:
             facts[f"validation.{key}"] = getattr(config.validation, key)
     return facts
