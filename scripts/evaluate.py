@@ -3,8 +3,8 @@
 python scripts/evaluate.py RUN [--photos HELD_OUT_FOLDER] [--checkpoints] [--prompts "..." "..."]
 
 It prints a table. RUN/evaluation.json holds the metrics, RUN/evaluation the pictures, RUN/best the
-best checkpoint's LoRA. The card and the report show the metrics too. Of RUN@STEP, or a run that was
-stopped, RUN/evaluation-step-STEP has all of it.
+best checkpoint's LoRA. The card and the report show the metrics too. Of RUN@STEP, RUN@best, or a
+run that was stopped, RUN/evaluation-step-STEP has all of it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ OPTIONS = "photos prompts class_prompts checkpoints strengths num_images concept
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="A DreamBooth run folder, or RUN@STEP.")
+    parser.add_argument("run", type=Path, help="A DreamBooth run folder, RUN@STEP or RUN@best.")
     help = "A folder with photos of the subject that were not trained on."
     parser.add_argument("--photos", type=Path, help=help)
     help = "Prompts to sample and to measure. By default the run's validation prompts."
@@ -55,7 +55,7 @@ def main() -> None:
     networks = find_networks(arguments.dino, arguments.clip, best_device())
     values = {name: getattr(arguments, name) for name in OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
-    options = EvaluationOptions(**given, step=found.step)
+    options = EvaluationOptions(**given, step=found.step, is_best=found.is_best)
     result = evaluate(found.config, found.run, networks, options)
     print(format_evaluation(result))
     # the card and the report are of the finished run

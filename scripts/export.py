@@ -1,7 +1,7 @@
 """Write a LoRA in another program's format, at a lower rank, or into the weights of its base.
 
 python scripts/export.py RUN --format kohya
-    for ComfyUI, A1111 and sd-scripts; RUN@STEP is the LoRA of a step
+    for ComfyUI, A1111 and sd-scripts; RUN@STEP is the LoRA of a step, RUN@best the best
 python scripts/export.py LORA.safetensors --base MODEL --rank 4 [--format diffusers]
 python scripts/export.py RUN --format merged --out FOLDER
     a whole pipeline, which needs no LoRA reader
@@ -37,7 +37,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    help = "A run folder, RUN@STEP, a LoRA file, a PEFT folder or a tuned pipeline."
+    help = "A run folder, RUN@STEP, RUN@best, a LoRA file, a PEFT folder or a tuned pipeline."
     parser.add_argument("source", type=Path, help=help)
     parser.add_argument("--format", choices=[*FORMATS, "merged"], default="diffusers")
     help = "Write the nearest LoRA of this rank, by SVD."

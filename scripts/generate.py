@@ -2,6 +2,7 @@
 
 python scripts/generate.py RUN --prompt "a photo of a sks dog on the beach" [--num-images 4]
 python scripts/generate.py RUN@STEP --prompt "a photo of a sks dog"
+python scripts/generate.py RUN@best --prompt "a photo of a sks dog"
 python scripts/generate.py LORA.safetensors --base MODEL --prompt "a photo of a sks dog"
 """
 
@@ -19,7 +20,7 @@ VALIDATION_KEYS = ("prompts", "num_images", "seed", "num_inference_steps", "guid
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    help = "A run folder, RUN@STEP or a LoRA .safetensors file."
+    help = "A run folder, RUN@STEP, RUN@best or a LoRA .safetensors file."
     parser.add_argument("weights", type=Path, help=help)
     help = "What the pictures shall show; it may be given several times."
     parser.add_argument("--prompt", action="append", required=True, dest="prompts", help=help)

@@ -2,7 +2,7 @@
 
 python scripts/push.py RUN [--repo USER/NAME] [--private] [--revision BRANCH | --create-pr]
 python scripts/push.py RUN@STEP --repo USER/NAME
-    the LoRA of a step, with a card of its own
+    the LoRA of a step, with a card of its own; RUN@best: the weights in RUN/best
 """
 
 import argparse
@@ -17,7 +17,7 @@ from trainers.run_folder import PUBLIC_REPORT_NAME
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("run", type=Path, help="A run folder, or RUN@STEP.")
+    parser.add_argument("run", type=Path, help="A run folder, RUN@STEP or RUN@best.")
     parser.add_argument("--repo", dest="hub_model_id", help="USER/NAME of the repository.")
     help = "Create the repository as private."
     parser.add_argument("--private", action="store_true", default=None, help=help)
@@ -34,7 +34,7 @@ def main() -> None:
     found = find_run(arguments.run)
 
     from trainers.lora.tensor_file import check_weights
-    from trainers.publishing.hub import check_access, push_run
+    from trainers.publishing.hub import check_access, push_result, push_run
     from trainers.publishing.report import write_report
     from trainers.publishing.step_release import step_release
 
@@ -49,9 +49,11 @@ def main() -> None:
     with ExitStack() as stack:
         if found.step is not None:
             config = stack.enter_context(step_release(replace(found, config=config)))
-        elif not (found.run / PUBLIC_REPORT_NAME).is_file():
+            print(push_run(config, repo, found.name))
+            return
+        if not (found.run / PUBLIC_REPORT_NAME).is_file():
             write_report(found.run, pictures=False)
-        print(push_run(config, repo, found.name))
+        print(push_result(config, repo))
 
 
 if __name__ == "__main__":

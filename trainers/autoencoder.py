@@ -107,29 +107,38 @@ class Autoencoder(FromScratchTask):
             f"model.decode(codes) gives pictures"
         )
 
+    @property
+    def has_labels(self) -> bool:
+        return self.config.data.label_column is not None
+
+    def measure(self, rows: Sequence[int]) -> dict[str, float | str]:
+        x, _, output, _ = self.reconstruct(self.test_images, rows)
+        return self.compare(x, output, self.test_images.take_labels(rows))
+
+    def compare(self, x: Tensor, output: Tensor, labels: Tensor) -> dict[str, float | str]:
+        """psnr (dB) and ssim of what comes out; for anomalies auroc too: of their score, the learnt
+        class against all others, and the other two of the learnt class alone."""
+        if self.config.use != "anomaly" or not self.has_labels:
+            return {"psnr": psnr(output, x), "ssim": ssim(output, x)}
+        is_normal = labels == self.train_images.labels[0]
+        score = torch.cat([anomaly_score(self.model, part, self.config) for part in x.split(1000)])
+        return {
+            "auroc": auroc(~is_normal, score),
+            "psnr": psnr(output[is_normal], x[is_normal]),
+            "ssim": ssim(output[is_normal], x[is_normal]),
+        }
+
     def evaluate(self) -> dict[str, float | str]:
-        """psnr (dB) and ssim of what comes out; linear_probe: accuracy of a linear reader of the
-        codes; for anomalies
-        auroc: of their score, the learnt class against all others."""
+        """As `compare`; linear_probe: accuracy of a linear reader of the codes."""
         images = self.test_images
         x, _, output, codes = self.reconstruct(images, range(len(images)))
-        has_labels = self.config.data.label_column is not None
-        if has_labels:
-            rows = send_numbers(self.choose_rows(images, NUM_PLOT_PICTURES), self.device)
-            path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
-            plot_codes(codes[rows], images.labels[rows], images.class_names, path)
-        if self.config.use == "anomaly" and has_labels:
-            is_normal = images.labels == self.train_images.labels[0]
-            score = torch.cat(
-                [anomaly_score(self.model, part, self.config) for part in x.split(1000)]
-            )
-            return {
-                "auroc": auroc(~is_normal, score),
-                "psnr": psnr(output[is_normal], x[is_normal]),
-                "ssim": ssim(output[is_normal], x[is_normal]),
-            }
-        metrics = {"psnr": psnr(output, x), "ssim": ssim(output, x)}
-        if has_labels:
+        metrics = self.compare(x, output, images.labels)
+        if not self.has_labels:
+            return metrics
+        rows = send_numbers(self.choose_rows(images, NUM_PLOT_PICTURES), self.device)
+        path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
+        plot_codes(codes[rows], images.labels[rows], images.class_names, path)
+        if self.config.use != "anomaly":
             metrics["linear_probe"] = self.linear_probe(codes, images.labels)
         return metrics
 

@@ -18,9 +18,10 @@ from trainers.data.pictures import Picture
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import name_some
 from trainers.from_scratch.image_sets import ImageBatches
+from trainers.publishing.best import describe_best
 from trainers.publishing.markdown import plain_text
 from trainers.publishing.model_card import card_prompt, lora_readers
-from trainers.run_folder import CARD_NAME, MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
+from trainers.run_folder import BEST, CARD_NAME, MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
 from trainers.training.loop import Batches, Task
 
 DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -195,8 +196,8 @@ def count(number: int, name: str, plural: str = "s") -> str:
     return f"{number:,} {name}{'' if number == 1 else plural}"
 
 
-def end_banner(config: Config) -> str:
-    """Where the result is, how it is used, and what to do next."""
+def end_banner(config: Config, steps: int) -> str:
+    """Where the result of so many steps is, how it is used, and what to do next."""
     run, quoted = config.output_dir, shlex.quote(str(config.output_dir))
     rows: list[tuple[str, str]] = []
     if isinstance(config, DreamBoothConfig):
@@ -207,6 +208,8 @@ def end_banner(config: Config) -> str:
         rows.append(("model", f"{run / MODEL} (its code stands in {run / CARD_NAME})"))
         if script := NEXT_SCRIPTS.get(config.kind):
             rows.append(("next", f"python scripts/{script.format(run=quoted)}"))
+    if best := describe_best(run, steps):
+        rows.append(("best", f"{best}\n{run / BEST} has its weights, {quoted}@{BEST} names them"))
     rows += [("share", f"python scripts/push.py {quoted}"), ("report", f"{run / REPORT_NAME}")]
     return format_rows(f"done: {run}", rows)
 

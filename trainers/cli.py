@@ -92,8 +92,8 @@ def report(message: str, status: int) -> int:
 
 
 def find_weights(weights: Path, base: str | None) -> tuple[DreamBoothConfig, Path]:
-    """The config of RUN or RUN@STEP, or the defaults for a LoRA file, a PEFT folder or a tuned
-    pipeline on `base`; and where the weights lie."""
+    """The config of RUN, RUN@STEP or RUN@best, or the defaults for a LoRA file, a PEFT folder or a
+    tuned pipeline on `base`; and where the weights lie."""
     from trainers.config import DreamBoothConfig, ModelConfig
     from trainers.run_folder import PIPELINE
     from trainers.training.run_weights import is_run
@@ -122,7 +122,8 @@ def find_weights(weights: Path, base: str | None) -> tuple[DreamBoothConfig, Pat
 
 
 def find_run(argument: Path, kind: str = "") -> RunWeights:
-    """The weights of RUN or RUN@STEP; which those of a run that was stopped are is told."""
+    """The weights of RUN, RUN@STEP or RUN@best; which those of a run that was stopped are, or the
+    best, is told."""
     from trainers.training.run_weights import find_run_weights
 
     found = find_run_weights(argument, kind)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.encoded_pictures import prepare_batches
 from trainers.families import Family
+from trainers.families.held_out_loss import HeldOutLoss
 from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser
@@ -27,7 +27,7 @@ from trainers.lora.layers import predict_base
 from trainers.publishing import model_card
 from trainers.run_folder import FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import INITIAL_LORA, Facts
-from trainers.training.loop import StepMetrics, averaged_weights, make_player
+from trainers.training.loop import Callback, averaged_weights, make_player
 from trainers.training.picture_facts import describe_pools
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once
@@ -40,14 +40,14 @@ class DreamBooth:
         self,
         family: Family,
         batches: DreamBoothBatches,
-        held_out: Sequence[DreamBoothBatches],
+        held_out: HeldOutLoss,
         config: DreamBoothConfig,
         accelerator: Accelerator,
     ) -> None:
         """The family must hold its denoiser, and the text encoders if they train."""
         self.family = family
         self.encoder = encoder = batches.encoder
-        self.batches, self.held_out_batches = batches, held_out
+        self.batches, self.held_out = batches, held_out
         self.config, self.accelerator = config, accelerator
         self.attention = config.train.attention
         # of one shape of latents: the shift of a flow depends on it
@@ -65,7 +65,7 @@ class DreamBooth:
         ema_decay = config.train.ema_decay
         player = make_player(self.module, groups, config.optimizer, ema_decay, accelerator)
         self.players = {"denoiser": player}
-        self.callbacks = [self.log_held_out_loss]
+        self.callbacks: list[Callback] = []
 
     def losses(self, batch: dict, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """Yield the weighted squared error; `DreamBoothBatches` gives the shapes in `batch`."""
@@ -102,17 +102,12 @@ class DreamBooth:
                 yield from passes(batch, rng, x0, t)
 
     @torch.no_grad()
-    def log_held_out_loss(self, step: int, metrics: StepMetrics) -> None:
-        """Add the loss on the held-out photos, always by the same times and noise."""
-        if not self.held_out_batches or step % self.config.validation.validation_steps:
-            return
-        losses = []
+    def validate(self) -> dict[str, float]:
         self.module.eval()
-        with averaged_weights(self):
-            for batch, rng in chain(*(part(0) for part in self.held_out_batches)):
-                losses += [loss for _, loss in self.losses(batch, rng)]
-        self.module.train()
-        metrics["held_out_loss"] = torch.stack(losses).mean()
+        try:
+            return self.held_out.measure(self.losses, self.draw_inputs, self.objective)
+        finally:
+            self.module.train()
 
     @property
     def needs_all_processes(self) -> bool:
@@ -192,7 +187,10 @@ def build(
     if config.validation.prompts or not config.data.cache:
         names.append("vae")
     family.load(*names, *batches.encoder.loaded_encoders)
-    task = DreamBooth(family, batches, held_out, config, accelerator)
+    task = DreamBooth(family, batches, HeldOutLoss(held_out), config, accelerator)
     base = family.digests(batches.encoder.cache.folder)
     facts = {"base": base, "pictures": describe_pools(batches.pools)}
+    if config.train.early_stop:
+        # they decide where the run ends
+        facts["pictures"] |= describe_pools([task.held_out.pictures], ("held out",))
     return task, batches, facts | {INITIAL_LORA: task.initial_lora}

@@ -8,10 +8,12 @@ from accelerate import Accelerator
 
 from trainers.class_pictures import prepare_class_pictures
 from trainers.config import ConceptConfig, DataConfig, DreamBoothConfig
+from trainers.config.validation_metrics import held_out_count
 from trainers.data import photo_checks
 from trainers.data.buckets import BucketRule, make_buckets, sizes_by_concept
 from trainers.data.dreambooth_batches import DreamBoothBatches, held_out_batches
 from trainers.data.encoder_cache import CachedEncoder, fill_cache
+from trainers.data.rng import choose_rows, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.families import Family
 from trainers.families.trainable import trained_encoders
@@ -46,6 +48,9 @@ def prepare_batches(
     kept = {photos.name: told_prompts(photos, data) for photos in data.sets}
     kept = kept if data.preserves_outputs else {}
     batches = DreamBoothBatches(pools, encoder, data, batch_slice, buckets, device, kept)
+    limit = held_out_count(config, batch_slice.global_batch_size)
+    measured = choose_rows(derive_seed(config.seed, "validation"), len(held_out), limit)
+    held_out = [held_out[row] for row in measured]
     held_out_parts = held_out_batches(make_buckets([held_out], rule), encoder, config, device)
     if data.cache:
         fill_cache(encoder, [batches, *held_out_parts], config, accelerator)

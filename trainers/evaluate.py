@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from trainers.atomic import replacing_file, write_atomic
+from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.config.trigger import fill_given
 from trainers.data.caption_variants import Wording
@@ -27,16 +27,24 @@ from trainers.lora.low_rank import energy_by_rank, smallest_rank
 from trainers.lora.peft_format import from_peft
 from trainers.lora.sampler import LoraSampler, PromptSeeds, save_pictures
 from trainers.metrics.feature_networks import FeatureNetwork
-from trainers.metrics.lora_quality import MetricsRow, best_row, find_memorization, lora_metrics
+from trainers.metrics.lora_quality import (
+    SUBJECT_LESS_DRIFT,
+    MetricsRow,
+    best_row,
+    find_memorization,
+    lora_metrics,
+    subject_less_drift,
+)
 from trainers.run_folder import (
-    BEST,
     EVALUATION,
     EVALUATION_NAME,
     FINAL,
+    LORA_NAMES,
     WEIGHT_NAME,
     parse_step,
     step_name,
 )
+from trainers.training.best_weights import write_best
 from trainers.training.run_weights import RunWeights
 
 
@@ -44,8 +52,8 @@ from trainers.training.run_weights import RunWeights
 class EvaluationOptions:
     """photos: a folder of held-out ones; prompts and class_prompts. None: the run's own.
 
-    step: of the LoRA; None: the finished run's. concept: which of several is measured; None: the
-    first.
+    step: of the LoRA; None: the finished run's. is_best: it is the one in RUN/best. concept: which
+    of several is measured; None: the first.
     """
 
     photos: Path | None = None
@@ -55,6 +63,7 @@ class EvaluationOptions:
     strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     num_images: int = 8
     step: int | None = None
+    is_best: bool = False
     concept: str | None = None
 
 
@@ -69,7 +78,7 @@ def evaluate(
     RUN/evaluation-step-NNNNNN has both of the LoRA of a step. networks: from `find_networks`.
     Raises: UserError where there is no LoRA.
     """
-    check_evaluable(weights := RunWeights(run, config, options.step))
+    check_evaluable(weights := RunWeights(run, config, options.step, is_best=options.is_best))
     config, concept = of_concept(config, options.concept)
     training, out = load_instance_pictures(config.data), evaluation_folder(weights)
     photo_folder = options.photos or config.data.sets[0].held_out_dir
@@ -158,11 +167,16 @@ def check_evaluable(weights: RunWeights) -> None:
 
 
 def keep_best(run: Path, rows: Sequence[MetricsRow], folders: dict[str, Path]) -> str:
-    """Copy the best checkpoint's LoRA to RUN/best; its name is returned."""
-    name = best_row(rows)["checkpoint"]
-    (run / BEST).mkdir(exist_ok=True)
-    with replacing_file(run / BEST / WEIGHT_NAME) as temporary:
-        shutil.copyfile(folders[name] / WEIGHT_NAME, temporary)
+    """Put the best checkpoint's LoRA in place of what is in RUN/best; its name is returned."""
+    best = best_row(rows)
+    name = best["checkpoint"]
+
+    def copy(folder: Path) -> None:
+        for file in LORA_NAMES:
+            if (folders[name] / file).is_file():
+                shutil.copyfile(folders[name] / file, folder / file)
+
+    write_best(run, copy, best["step"], SUBJECT_LESS_DRIFT, subject_less_drift(best))
     return name
 
 

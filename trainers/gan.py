@@ -3,7 +3,8 @@ failures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from trainers.from_scratch.augment import differentiable_augment
 from trainers.from_scratch.balance import WatchBalance, class_balance
 from trainers.from_scratch.checks import check_gan_measurable
 from trainers.from_scratch.classifier import classifier_features, train_classifier
-from trainers.from_scratch.networks import Discriminator, Generator
+from trainers.from_scratch.networks import Classifier, Discriminator, Generator
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
-from trainers.metrics.feature_networks import FEATURE_NETWORKS, dino_features
+from trainers.metrics.feature_networks import FEATURE_NETWORKS, NamedFeatures, dino_features
 from trainers.metrics.image_quality import distribution_metrics
 from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
 from trainers.training.loop import StepMetrics, averaged_weights
@@ -164,19 +165,25 @@ class Gan(FromScratchTask):
             f"{describe_input(self.config)}{legend}"
         )
 
+    @cached_property
+    def feature_network(self) -> tuple[NamedFeatures, Classifier | None]:
+        """What pictures are compared in, and the classifier that it is made of, if it is."""
+        kind = self.config.validation.features
+        if kind != "classifier":
+            return FEATURE_NETWORKS[kind](self.device), None
+        classifier = train_classifier(self.train_images, self.config.data)
+        return classifier_features(classifier, self.test_images), classifier
+
     def evaluate(self) -> dict[str, float | str]:
+        seed = derive_seed(self.config.seed, "measured")
+        return self.measure(choose_rows(seed, len(self.test_images), NUM_METRIC_PICTURES))
+
+    def measure(self, rows: Sequence[int]) -> dict[str, float | str]:
         """Compare generated pictures with as many test pictures, see `distribution_metrics`.
 
         With a classifier, also how the classes are balanced, see `class_balance`.
         """
-        kind, classifier = self.config.validation.features, None
-        if kind == "classifier":
-            classifier = train_classifier(self.train_images, self.config.data)
-            name, features = classifier_features(classifier, self.test_images)
-        else:
-            name, features = FEATURE_NETWORKS[kind](self.device)
-        seed = derive_seed(self.config.seed, "measured")
-        rows = choose_rows(seed, len(self.test_images), NUM_METRIC_PICTURES)
+        (name, features), classifier = self.feature_network
         starts = range(0, len(rows), 500)
         generated = torch.cat([self.generate(range(i, min(i + 500, len(rows)))) for i in starts])
         metrics = {

@@ -26,14 +26,16 @@ from trainers.publishing.report import write_report
 from trainers.run_folder import CONFIG_NAME, lock_run_folder
 from trainers.training.auto_batch import find_executable_batch_size
 from trainers.training.callbacks import LogMetrics, SamplePictures, SaveCheckpoints
-from trainers.training.checkpoint import RunState, resume, save_checkpoint
+from trainers.training.checkpoint import resume, save_checkpoint
 from trainers.training.facts import Facts, resume_facts
 from trainers.training.failures import friendly_errors, stop_advice
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
 from trainers.training.optimizers import make_lr_schedule
 from trainers.training.process_state import restored_process
+from trainers.training.run_state import RunState
 from trainers.training.status import recorded_warnings
+from trainers.training.validation import Validate
 from trainers.unet import UNetTask
 
 TASKS = {
@@ -91,7 +93,7 @@ def train_and_export(
     if accelerator.is_main_process:
         if repo:
             write_report(settings.output_dir, pictures=False, config=settings)
-        accelerator.print(end_banner(settings), flush=True)
+        accelerator.print(end_banner(settings, steps), flush=True)
     accelerator.wait_for_everyone()
     with warn_on_error("the tracker"):
         accelerator.end_training()
@@ -161,10 +163,12 @@ class Training:
                 samples.sample(0)
             self.live.start(state.step)
             log = LogMetrics(settings, accelerator, rate, state.step)
+            validate = Validate(task, settings, self.processes, state.best)
             checkpoints = SaveCheckpoints(task, settings, self.processes, state)
             callbacks = [
                 *task.callbacks,
                 NonfiniteGuard(task, self.batches, settings, accelerator),
+                validate,
                 log,
                 samples,
                 self.live,
@@ -173,7 +177,8 @@ class Training:
             ]
             loop = settings.train, settings.seed, accelerator, rate, callbacks, state.step
             with closing(log.progress):
-                reason = train(task, self.batches, *loop)
+                # a run may have been killed between the validation that ends it and its end
+                reason = validate.stop_reason(state.step) or train(task, self.batches, *loop)
         if not reason.signal_number and reason.step < settings.train.max_train_steps:
             accelerator.print(f"the training is over after step {reason.step}: {reason.message}")
             reason = checkpoints.save_end(reason)

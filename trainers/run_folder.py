@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainers.atomic import remove_leftovers, write_atomic
+from trainers.atomic import read_ordinary_file, remove_leftovers, write_atomic
 from trainers.config import Config
 from trainers.config.loading import parse_tree, read_tree
 from trainers.errors import UserError, warn_on_error
@@ -52,9 +52,14 @@ FINAL = "final"
 GRID_NAME = "grid.png"
 MANIFEST_NAME = "manifest.json"
 OPTIMIZER_SUFFIX = ".optimizer.pt"
+BEST_NAME = "best.json"
 BASE_DIGESTS_NAME = "base_files.json"
 PICTURES_NAME = "pictures.json"
 ENTRIES_NAME = "entries.json"
+
+
+# in a line of metrics.jsonl with a validation: what it took
+VALIDATION_SECONDS = "validation_seconds"
 
 
 def step_name(step: int) -> str:
@@ -188,6 +193,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             f"{path}: {len(damaged)} damaged lines are left out (line {some})", stacklevel=2
         )
     return rows
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """Step, metric and value of the weights in a folder `best`; empty where it has none."""
+    try:
+        record = parse_json_line(read_ordinary_file(folder / BEST_NAME))
+    except OSError:
+        return {}
+    is_whole = type(record.get("step")) is int and isinstance(record.get("metric"), str)
+    return record if is_whole and isinstance(record.get("value"), (int, float)) else {}
 
 
 def parse_json_line(text: str | bytes) -> dict[str, Any]:

@@ -3,7 +3,7 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ class UNetTask(FromScratchTask):
         return x[:, : x.shape[1] - self.use.num_noise_channels]
 
     @torch.no_grad()
-    def predict(self, images: ImageSet, rows: range) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, images: ImageSet, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """What is shown, what is made of it, what is wanted; a row's noise is always the same."""
         x, y = self.use.pair(images.take(rows), SampleRng(self.config.seed, -1, rows, self.device))
         return x, self.use.postprocess(predict_tiled(self.model, x, self.config.data.resolution)), y
@@ -103,13 +103,15 @@ class UNetTask(FromScratchTask):
             f"scripts/translate.py RUN PICTURES"
         )
 
-    def evaluate(self) -> dict[str, float | str]:
+    def curves(self, figures: dict[str, float | str]) -> dict[str, float | str]:
+        return self.use.curves(figures)
+
+    def measure(self, rows: Sequence[int]) -> dict[str, float | str]:
         """The use's figures over all pixels; of pictures that may be of several sizes, the means of
         theirs, over those that define them."""
-        count, size = len(self.test_images), 1 if self.config.data.resize_to is None else 100
+        size = 1 if self.config.data.resize_to is None else 100
         parts = [
-            self.predict(self.test_images, range(i, min(i + size, count)))
-            for i in range(0, count, size)
+            self.predict(self.test_images, rows[i : i + size]) for i in range(0, len(rows), size)
         ]
         if isinstance(self.use, Segment):
             generated, y = (torch.cat([part[k].flatten() for part in parts]) for k in (1, 2))

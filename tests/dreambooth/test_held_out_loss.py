@@ -48,7 +48,7 @@ def test_the_held_out_loss_has_the_same_times_and_noise_at_every_step(settings, 
     run(still)
     assert len(set(held_out_losses(still))) == 1
     task, _, _ = dreambooth.build(still, Accelerator(cpu=True))
-    (held_out,) = task.held_out_batches
+    (held_out,) = task.held_out.batches
     rows = list(held_out(0))
     errors = []
     for batch, rng in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,17 @@ class AutoencoderConfig(ScratchConfig):
     )
     model: AutoencoderModelConfig = AutoencoderModelConfig()
     objective: AutoencoderObjectiveConfig = AutoencoderObjectiveConfig()
+
+    @property
+    def validation_metrics(self) -> Mapping[str, str]:
+        pictures = self.held_out_metrics("held_out_psnr", "held_out_ssim")
+        if self.use != "anomaly":
+            return pictures
+        auroc = self.held_out_metrics("held_out_auroc")
+        if self.data.label_column is None:
+            lacking = "data.label_column and data.only_label, which say what is no anomaly"
+            return pictures | dict.fromkeys(auroc, lacking)
+        return auroc | pictures
 
     def errors(self) -> Errors:
         yield from super().errors()

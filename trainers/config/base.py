@@ -18,6 +18,7 @@ from trainers.config.base_sections import (
     field,
 )
 from trainers.config.bounds import Name, PathField, Seed
+from trainers.config.validation_metrics import validation_errors
 
 
 class Config(Section):
@@ -63,6 +64,20 @@ class Config(Section):
         return False
 
     @property
+    def result_is_small(self) -> bool:
+        """Whether the weights that a run is for may be kept twice without asking."""
+        return True
+
+    @property
+    def validation_metrics(self) -> Mapping[str, str]:
+        """What a validation measures with this kind of run, by name in metrics.jsonl.
+
+        The one that a run is judged by comes first. The value is what the config lacks for it,
+        empty where it has all.
+        """
+        return {}
+
+    @property
     def applied_presets(self) -> dict[str, dict[str, Any]]:
         """Presets, and the settings that each of them resulted in."""
         return {}
@@ -87,3 +102,4 @@ class Config(Section):
         if not self.can_accumulate:
             yield from rules.accumulation_errors(self.train)
         yield from rules.hub_errors(self.hub)
+        yield from validation_errors(self)

@@ -82,6 +82,25 @@ class OptimizerConfig(Section):
         return tree
 
 
+class EarlyStopConfig(Section):
+    """When a run ends before its last step: once its metric no longer improves."""
+
+    metric: Name | None = field(
+        None,
+        "What has to improve, as metrics.jsonl calls it, such as held_out_loss; null: the first "
+        "that this kind of run measures.",
+    )
+    patience: int = field(
+        5, "Validations without an improvement after which the run ends.", ge=1, le=1_000_000
+    )
+    min_delta: float = field(
+        0.0, "An improvement is more than this better than the best before.", ge=0, le=1e6
+    )
+
+
+# sections within a section, by their paths
+NESTED_SECTIONS: dict[str, type[Section]] = {"train.early_stop": EarlyStopConfig}
+
 MixedPrecision = Literal["auto", "no", "fp16", "bf16"]
 PRECISION_HELP = (
     "What is computed in half precision: bf16, fp16 or no; auto: bf16 where the accelerator has "
@@ -125,6 +144,9 @@ class TrainConfig(Section):
     ema_decay: float | None = field(
         None, "Keep a running average of the trained weights, and use it.", gt=0, lt=1
     )
+    early_stop: EarlyStopConfig | None = field(
+        None, "End the run once a metric on held-out pictures no longer improves; null: never."
+    )
 
 
 class CheckpointConfig(Section):
@@ -144,6 +166,11 @@ class CheckpointConfig(Section):
         ge=0,
         le=1_000_000,
     )
+    keep_best: bool | None = field(
+        None,
+        "Keep the weights of the best validation in OUTPUT_DIR/best; null: where pictures are held "
+        "out, but not the whole pipeline of lora: null.",
+    )
     resume_from_checkpoint: Name | None = field(
         "latest", "latest, the path of a checkpoint, or null to start from step 0."
     )
@@ -158,7 +185,15 @@ class ValidationConfig(Section):
     """How often the model is sampled and measured while it trains."""
 
     validation_steps: Steps = field(
-        100, "Steps between samples; the finished run is always sampled."
+        100,
+        "Steps between validations, which sample and measure; the finished run is always sampled.",
+    )
+    held_out_pictures: int | None = field(
+        None,
+        "Held-out pictures that a validation measures, always the same; null: one for ten that "
+        "are trained on between two validations, from 4 to 500. The end of a run measures all.",
+        ge=1,
+        le=1_000_000,
     )
 
 
@@ -180,6 +215,9 @@ class HubConfig(Section):
         None, "USER/NAME of the repository; null means the output folder's name."
     )
     private: bool = field(False, "Create the repository as private.")
+    weights: Literal["last", "best"] = field(
+        "last", "Which weights are uploaded at the end: of the last step, or of OUTPUT_DIR/best."
+    )
     hub_revision: Name | None = field(
         None, "Branch to push to, created if it does not exist; null means main."
     )

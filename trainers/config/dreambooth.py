@@ -25,6 +25,7 @@ from trainers.config.dreambooth_sections import (
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
 from trainers.config.trigger import fill_prompts
+from trainers.config.validation_metrics import HELD_OUT_LOSSES
 
 # What each preset sets where the config says nothing.
 MEMORY_PRESETS = {
@@ -117,6 +118,16 @@ class DreamBoothConfig(Config):
     @property
     def writes_lora(self) -> bool:
         return self.lora is not None
+
+    @property
+    def result_is_small(self) -> bool:
+        return self.writes_lora
+
+    @property
+    def validation_metrics(self) -> Mapping[str, str]:
+        has_photos = any(photos.held_out_dir for photos in self.data.sets)
+        needed = "" if has_photos else "data.held_out_dir"
+        return dict.fromkeys(HELD_OUT_LOSSES, needed)
 
     @property
     def writes_kohya(self) -> bool:

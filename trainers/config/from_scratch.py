@@ -62,11 +62,22 @@ class ImagesConfig(Section):
         """The side that pictures are resized to; None: they keep their size."""
         return self.resolution
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some pictures are measured on and never learnt from."""
+        return (self.folds if self.image_dir else self.test_split) is not None
+
 
 class ScratchConfig(Config):
     """What the trainers of small networks share."""
 
     data: ImagesConfig = ImagesConfig()
+
+    def held_out_metrics(self, *names: str) -> dict[str, str]:
+        """Those of held-out pictures, with what the config lacks for them."""
+        needed = "data.folds" if self.data.image_dir else "data.test_split"
+        needed += ", which holds pictures out"
+        return dict.fromkeys(names, "" if self.data.holds_out else needed)
 
     def memory_suggestions(self) -> Iterator[str]:
         if self.data.in_memory:

@@ -112,6 +112,10 @@ class GanConfig(ScratchConfig):
     def can_accumulate(self) -> bool:
         return False
 
+    @property
+    def validation_metrics(self) -> Mapping[str, str]:
+        return self.held_out_metrics("held_out_kid", "held_out_precision", "held_out_recall")
+
     def errors(self) -> Errors:
         yield from super().errors()
         data = self.data
@@ -127,9 +131,8 @@ class GanConfig(ScratchConfig):
         if self.model.conditional and data.only_label is not None:
             message = "cannot be combined with data.only_label: there is one class"
             yield "model.conditional", message
-        has_test_pictures = data.folds if data.image_dir else data.test_split
         is_classifier = self.validation.features == "classifier"
-        if is_classifier and has_test_pictures and data.label_column is None:
+        if is_classifier and data.holds_out and data.label_column is None:
             message = "a classifier requires data.label_column; dino and inception do not"
             yield "validation.features", message
         if self.objective.loss == "wasserstein" and not self.objective.gradient_penalty:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.config.base_rules import reduce_warmup
+from trainers.config.base_sections import NESTED_SECTIONS
 from trainers.config.command_line import missing_config_hint, override_hint
 from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
 from trainers.config.photo_rules import is_picture_folder
@@ -172,7 +173,8 @@ def locate(where: Sequence[str | int]) -> list[str | int]:
     """A section and its key, in a list of sections also which, and its key there; what follows is
     within the value."""
     is_list = len(where) > 3 and isinstance(where[2], int) and isinstance(where[3], str)
-    return list(where[: 4 if is_list else 2])
+    is_nested = len(where) > 2 and f"{where[0]}.{where[1]}" in NESTED_SECTIONS
+    return list(where[: 4 if is_list else 3 if is_nested else 2])
 
 
 def show_location(location: Sequence[str | int], tree: Mapping[str, Any]) -> list[str]:
@@ -255,6 +257,8 @@ def known_paths(model: type[Config]) -> list[str]:
         paths.append(name)
         if isinstance(value, dict):
             paths += [f"{name}.{key}" for key in value]
+    for path, section in NESTED_SECTIONS.items():
+        paths += [f"{path}.{key}" for key in section.model_fields]
     if "data.concepts" in paths:
         paths += [f"data.concepts.{key}" for key in ConceptConfig.model_fields]
     return paths

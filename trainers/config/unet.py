@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -118,6 +119,12 @@ class UNetConfig(ScratchConfig):
     @property
     def is_adversarial(self) -> bool:
         return self.use == "pix2pix" and self.objective.adversarial
+
+    @property
+    def validation_metrics(self) -> Mapping[str, str]:
+        if self.use == "segment":
+            return self.held_out_metrics("held_out_dice", "held_out_iou", "held_out_pixel_error")
+        return self.held_out_metrics("held_out_psnr", "held_out_ssim")
 
     def errors(self) -> Errors:
         yield from super().errors()

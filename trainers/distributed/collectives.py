@@ -38,6 +38,14 @@ class ProcessGroup:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return largest.tolist()
 
+    def from_main(self, value: T) -> T:
+        """What the main process has, in every process."""
+        if self.group is None:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        return shared[0]
+
 
 def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
     """Call `work` in the main process and return its result; None in the other processes.

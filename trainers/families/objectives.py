@@ -41,6 +41,7 @@ class Objective(Protocol):
     def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def weight(self, t: Tensor) -> Tensor: ...
+    def noise_share(self, t: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ class DDPM:
         if self.snr_gamma is not None:
             return snr.clamp(min=1e-8, max=self.snr_gamma) / scale
         return snr.clamp(min=1e-3).sqrt() / scale.clamp(min=1e-3)
+
+    def noise_share(self, t: Tensor) -> Tensor:
+        """(B,): where the times lie in the schedule, from 0 to 1, which is noise."""
+        return t / len(self.abar)
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, 1, 1) each: sqrt(abar_t) and sqrt(1 - abar_t)."""
@@ -164,6 +169,10 @@ class RectifiedFlow:
             case "cosmap":
                 return scale * 2 / (torch.pi * (1 - 2 * t + 2 * t.square()))
         return scale
+
+    def noise_share(self, t: Tensor) -> Tensor:
+        """(B,): where the times lie in the schedule, from 0 to 1, which is noise."""
+        return t
 
 
 def resolution_shift(scheduler: dict, tokens: int) -> float:

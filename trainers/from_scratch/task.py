@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from trainers.atomic import replacing_folder, write_atomic
 from trainers.config import ScratchConfig
+from trainers.config.validation_metrics import held_out_count
 from trainers.data.intake import Intake
-from trainers.data.rng import SampleRng, derive_seed
+from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.data.sampler import BatchSlice
 from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
@@ -61,6 +62,8 @@ class FromScratchTask(ABC):
         if accelerator.is_main_process:
             intake.save(config.output_dir)
         intake.report(accelerator.print)
+        batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
+        self.num_validated = held_out_count(config, batch_slice.global_batch_size)
         torch.manual_seed(derive_seed(config.seed, "init"))
         self.players: dict[str, Player] = {}
         self.callbacks: list[Callback] = []
@@ -77,8 +80,15 @@ class FromScratchTask(ABC):
         return (
             task,
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
-            {"pictures": {"training": task.train_images.describe()}},
+            {"pictures": task.describe_pictures()},
         )
+
+    def describe_pictures(self) -> Facts:
+        """Those that decide the result; held-out ones do where they decide when a run ends."""
+        described = {"training": self.train_images.describe()}
+        if self.config.train.early_stop and self.test_images is not None:
+            described["held out"] = self.test_images.describe()
+        return described
 
     def add_player(
         self, name: str, module: nn.Module, lr: float | None = None, use_ema: bool = True
@@ -110,8 +120,25 @@ class FromScratchTask(ABC):
     def sample(self, folder: Path) -> None: ...
 
     @abstractmethod
+    def measure(self, rows: Sequence[int]) -> dict[str, float | str]:
+        """Figures of the model on these test pictures."""
+
     def evaluate(self) -> dict[str, float | str]:
-        """Figures of the model on the test pictures."""
+        """Figures of the finished model on all test pictures."""
+        return self.measure(range(len(self.test_images)))
+
+    def curves(self, figures: dict[str, float | str]) -> dict[str, float | str]:
+        """Of the figures of a validation those to follow over the steps, by their names there."""
+        return figures
+
+    def validate(self) -> dict[str, float]:
+        if self.test_images is None or not self.accelerator.is_main_process:
+            return {}
+        seed = derive_seed(self.config.seed, "validation")
+        rows = choose_rows(seed, len(self.test_images), self.num_validated)
+        figures, known = self.curves(self.measure(rows)), self.config.validation_metrics
+        named = {f"held_out_{name}": value for name, value in figures.items()}
+        return {name: float(value) for name, value in named.items() if name in known}
 
     @abstractmethod
     def usage_example(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainers.metrics.feature_networks import FeatureNetwork
 
+SUBJECT_LESS_DRIFT = "subject - prior_drift"  # by which evaluate chooses the best
 SAME_PHOTO = 1 - 1e-5  # cosine from which two photos are one
 
 MetricsRow = dict[str, str | int | float | None]  # figures by name, with what they are of
@@ -115,9 +116,13 @@ def lora_metrics(
 
 
 def best_row(rows: Sequence[MetricsRow]) -> MetricsRow:
-    """The highest subject - prior_drift, both being differences of cosines; the earliest of
-    equals."""
-    return max(rows, key=lambda row: row["subject"] - (row["prior_drift"] or 0.0))
+    """The highest subject - prior_drift; the earliest of equals."""
+    return max(rows, key=subject_less_drift)
+
+
+def subject_less_drift(row: MetricsRow) -> float:
+    """Likeness less drift, both being differences of cosines."""
+    return row["subject"] - (row["prior_drift"] or 0.0)
 
 
 def find_memorization(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from trainers.config.validation_metrics import HELD_OUT_LOSS, HELD_OUT_LOSSES
 from trainers.publishing.html import is_finite_number, parts
 
 Record = dict[str, Any]
@@ -30,6 +31,7 @@ class Area(NamedTuple):
 AREA = Area()
 
 # The place of a chart among the others, which come in the order of the log.
+BANDS_TITLE = "held_out_loss_by_noise"
 CHART_ORDER = {"loss": -1, "learning_rate": 1, "grad_norm": 2}
 
 NUM_COLORS = 6
@@ -70,13 +72,16 @@ class Chart:
 def line_charts(rows: Sequence[Record], x: str, mark: float | None = None) -> Markup:
     """A chart of each metric of the rows against `x`.
 
-    The losses of all players share one chart, and so do their gradient norms.
+    The losses of all players share one chart, and so do their gradient norms, and the held-out
+    losses of the thirds of the schedule.
     """
     grouped: dict[str, dict[str, list[Point]]] = {}
     for name in dict.fromkeys(name for row in rows for name in row if name != x):
         points = finite_points(rows, x, name)
         match = re.fullmatch("(.+)_(loss|grad_norm)", name)
         label, title = match.groups() if match else (name, name)
+        if name in HELD_OUT_LOSSES[1:]:
+            label, title = name.removeprefix(f"{HELD_OUT_LOSS}_"), BANDS_TITLE
         if points:
             grouped.setdefault(title, {})[label] = points
     titles = sorted(grouped, key=lambda title: CHART_ORDER.get(title, 0))

@@ -153,6 +153,19 @@ def push_run(config: Config, repo: str, source: str | None = None) -> str:
         return f"pushed to {address}" if address else f"nothing new to push: {repo} has all of it"
 
 
+def push_result(config: Config, repo: str) -> str:
+    """Upload a finished run with its last or its best weights, as `hub.weights` says; see
+    `push_run`."""
+    if config.hub.weights == "last":
+        return push_run(config, repo)
+    from trainers.publishing.step_release import step_release
+    from trainers.training.run_weights import find_best
+
+    best = find_best(config.output_dir, config)
+    with step_release(best) as release:
+        return push_run(release, repo, best.name)
+
+
 def retry_command(config: Config, repo: str, source: str) -> list[str]:
     """The command that pushes a finished run."""
     hub, command = config.hub, ["python", "scripts/push.py", source, "--repo", repo]
@@ -253,7 +266,7 @@ class PushToHub:
         if self.job:
             self.job.result()
         try:
-            print(push_run(self.config, self.repo))
+            print(push_result(self.config, self.repo))
         except PushError as error:
             if self.config.hub.required:
                 raise

@@ -14,6 +14,7 @@ from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig, ScratchConfig
 from trainers.data.caption_variants import Wording
 from trainers.data.pictures import Picture
+from trainers.publishing.best import best_facts
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.publishing.picture_facts import picture_facts
 from trainers.publishing.public import is_local, public_config
@@ -80,6 +81,7 @@ def write_dreambooth_card(
                 **initial_facts(config, initial_lora),
                 **picture_facts(shared, pictures),
                 **training_facts(shared, steps),
+                **best_facts(config.output_dir),
                 **proof_facts(difference),
                 "Versions": versions_line(),
             }
@@ -261,6 +263,7 @@ def write_scratch_card(  # noqa: PLR0913 (what the card tells)
         "Trained": f"{config.kind}, {model}",
         "Pictures": f"{pictures}, {data.resolution} pixels, {color}",
         **training_facts(config, steps),
+        **best_facts(config.output_dir),
         **{f"Held out: {name}": value for name, value in format_metrics(metrics).items()},
         "Versions": versions_line(),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from markupsafe import Markup
 
@@ -15,6 +15,7 @@ from trainers.atomic import write_atomic
 from trainers.config import KINDS, AutoencoderConfig, Config, DreamBoothConfig, UNetConfig
 from trainers.config.loading import read_tree
 from trainers.errors import UserError
+from trainers.publishing.best import describe_best
 from trainers.publishing.charts import Record, line_charts
 from trainers.publishing.embedding import (
     final_pictures,
@@ -27,6 +28,7 @@ from trainers.publishing.markdown import unescape_markdown
 from trainers.publishing.photo_page import training_photos
 from trainers.publishing.public import public_config, public_text
 from trainers.run_folder import (
+    BEST,
     CARD_NAME,
     CHECKPOINTS,
     CONFIG_NAME,
@@ -37,8 +39,10 @@ from trainers.run_folder import (
     MANIFEST_NAME,
     PUBLIC_REPORT_NAME,
     REPORT_NAME,
+    VALIDATION_SECONDS,
     list_checkpoints,
     parse_json_line,
+    read_best,
     read_metrics,
     read_run_config,
     sample_grids,
@@ -62,7 +66,7 @@ STATE_WORDS = {
     FAILED: "failed",
     GONE: "ended without a word, as a killed process does",
 }
-COST_METRICS = ("images_per_second", "peak_memory_gib")
+COST_METRICS = ("images_per_second", "peak_memory_gib", VALIDATION_SECONDS)
 # A row of the model card's table, whose cells may contain an escaped |.
 CARD_ROW = re.compile(
     r"^\| ((?:\\.|[^|\\ ])(?:\\.|[^|\\])*?) \| ((?:\\.|[^|\\])*) \|$", re.MULTILINE
@@ -150,7 +154,7 @@ def build_sections(
         "Warnings": parts.warnings(status.warnings if status and pictures else []),
         "Result": final_pictures(run, config),
         "Samples over time": slider(sample_grids(run)),
-        "Training": line_charts(training, "step"),
+        "Training": line_charts(training, "step", read_best(run / BEST).get("step")),
         **evaluation_sections(run, evaluation, pictures),
         "Training pictures": shown_pictures(run, config, lines)
         if pictures and not is_live
@@ -220,7 +224,7 @@ def overview(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
     step = max((line["step"] for line in lines), default=0)
     last = config.train.max_train_steps
     values: Record = {"steps": step if step == last else f"{step} of {last}"}
-    speeds = number_column(lines, "images_per_second")
+    seconds, speeds = 0.0, number_column(lines, "images_per_second")
     images = global_batch_size(run)
     if len(speeds) == len(lines) > 0 and images:
         # each line has the speed since the line before it
@@ -229,6 +233,10 @@ def overview(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
         values["time"] = str(timedelta(seconds=round(seconds)))
     if speeds:
         values["images per second"] = median(speeds)
+    if best := describe_best(run, step):
+        values["best"] = best
+    if text := describe_validation(lines, seconds):
+        values["validation"] = text
     if peaks := number_column(lines, "peak_memory_gib"):
         values["peak memory"] = f"{max(peaks):.3g} GiB"
     return parts.tiles(values, "")
@@ -246,6 +254,15 @@ def describe_state(
         is_over = step >= config.train.max_train_steps
         return Markup() if is_over else parts.state("not finished", None)
     return parts.state(STATE_WORDS.get(status.state, status.state), status)
+
+
+def describe_validation(lines: Sequence[Record], total: float) -> str:
+    """What the validations took, each and of so many seconds of the run; empty without any."""
+    seconds = number_column(lines, VALIDATION_SECONDS)
+    if not seconds:
+        return ""
+    share = f", {sum(seconds) / total:.1%} of the time" if total else ""
+    return f"{fmean(seconds):.2g} s each{share}"
 
 
 def number_column(lines: Sequence[Record], name: str) -> list[float]:

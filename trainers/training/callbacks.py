@@ -29,14 +29,16 @@ from trainers.run_folder import (
     GRID_NAME,
     METRICS_NAME,
     SAMPLES,
+    VALIDATION_SECONDS,
     append_line,
     read_metrics,
     step_name,
 )
-from trainers.training.checkpoint import RunState, save_checkpoint
+from trainers.training.checkpoint import save_checkpoint
 from trainers.training.loop import StepMetrics, StopReason, Task, averaged_weights
 from trainers.training.process_state import stop_request
 from trainers.training.progress import make_progress
+from trainers.training.run_state import RunState
 
 
 class LogMetrics:
@@ -66,7 +68,8 @@ class LogMetrics:
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append(metrics)
         self.progress.step()
-        if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
+        is_due = step % self.config.tracking.log_every == 0 or VALIDATION_SECONDS in metrics
+        if not is_due and step != self.config.train.max_train_steps:
             return
         steps, now = step - self.last_step, time.perf_counter()
         sums, counts = (self.accelerator.reduce(part, "sum") for part in self.reduce_pending())

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from trainers.run_folder import (
     parse_step,
     step_name,
 )
+from trainers.training.best_weights import BestSoFar, add_best, restore_best, result_weights
 from trainers.training.checkpoint_folders import (
     clear_aside,
     delete_checkpoint,
@@ -44,29 +45,14 @@ from trainers.training.checkpoint_folders import (
     prune_checkpoints,
     rename_checkpoints,
 )
-from trainers.training.facts import Facts, check_facts, check_length, find_extension
-from trainers.training.loop import Player, Task, averaged_weights
+from trainers.training.facts import Facts, check_facts, check_length
+from trainers.training.loop import Player, Task
 from trainers.training.manifest import (
-    Manifest,
     is_own_checkpoint,
     manifest_checksum,
     read_checkpoint,
 )
-
-
-@dataclass
-class RunState:
-    """Where a run is, beside its tensors.
-
-    facts: from `resume_facts`; rollbacks: each has halved the learning rate; end: why the training
-    was over before the last step, if it was; extensions: from `find_extension`, oldest first.
-    """
-
-    facts: Facts
-    step: int = 0
-    rollbacks: int = 0
-    end: str = ""
-    extensions: Sequence[Facts] = ()
+from trainers.training.run_state import RunState, is_over, state_of
 
 
 def save_checkpoint(
@@ -79,21 +65,17 @@ def save_checkpoint(
     """
     if accelerator.is_main_process or deepspeed.zero_stage(accelerator):
         files = pack_checkpoint(task, accelerator, state)
-    with ExitStack() as stack:
-        if config.writes_lora:
-            stack.enter_context(averaged_weights(task))
-            for player in task.players.values():
-                stack.enter_context(deepspeed.gathered_weights(player.module, accelerator))
+    with result_weights(task, accelerator) if config.writes_lora else nullcontext():
         if accelerator.is_main_process:
-            write_checkpoint(config, task, state.step, files, prune)
+            write_checkpoint(config, task, state, files, prune)
     accelerator.wait_for_everyone()
 
 
 def write_checkpoint(
-    config: Config, task: Task, step: int, files: dict[str, bytes], prune: bool
+    config: Config, task: Task, state: RunState, files: dict[str, bytes], prune: bool
 ) -> None:
     """Write it aside, and give it its name when all of it is on the disk."""
-    final = config.output_dir / CHECKPOINTS / step_name(step)
+    final = config.output_dir / CHECKPOINTS / step_name(state.step)
     temporary = final.with_name(f".{final.name}")
     try:
         with warn_on_error(f"writing {final}"):
@@ -101,6 +83,7 @@ def write_checkpoint(
             if config.writes_lora:
                 task.save(temporary)
                 flush_loras(temporary)
+            add_best(config.output_dir, state.best, temporary)
             if is_own_checkpoint(final) or has_lora_alone(final):
                 delete_checkpoint(final)
             elif final.exists():
@@ -135,6 +118,7 @@ def pack_checkpoint(task: Task, accelerator: Accelerator, state: RunState) -> di
         "rollbacks": state.rollbacks,
         "end": state.end,
         "extensions": list(state.extensions),
+        "best": asdict(state.best),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": state.facts,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -253,6 +237,8 @@ def resume(
     if found is None:
         # the LoRAs of a run whose states were removed by hand are none of this run's
         rename_checkpoints(root, 1, "left", accelerator)
+        if accelerator.is_main_process:
+            restore_best(config.output_dir, BestSoFar(), None)
         return RunState(facts)
     folder, manifest, files = found
 
@@ -270,24 +256,7 @@ def resume(
     # damaged ones, or those of another way from here
     rename_checkpoints(root, manifest["step"] + 1, "left", accelerator)
     accelerator.print(f"resumed from {folder}: weights and optimizer at step {manifest['step']}")
-    return state_of(manifest, facts, config, accelerator)
-
-
-def state_of(
-    manifest: Manifest, facts: Facts, config: Config, accelerator: Accelerator
-) -> RunState:
-    """The state in a manifest, open again where the run is to be trained longer."""
-    step, end = manifest["step"], manifest.get("end", "")
-    extensions = manifest.get("extensions", [])
-    if extension := find_extension(manifest, config):
-        extensions, end = [*extensions, extension], ""
-        accelerator.print(
-            f"trained longer from step {step} on, with the learning rates of a run of "
-            f"{config.train.max_train_steps} steps"
-        )
-    elif end:
-        accelerator.print(
-            f"the training was over after step {step}: {end}. checkpoint.extend=true goes on to "
-            "train.max_train_steps, once for each number of steps"
-        )
-    return RunState(facts, step, manifest.get("rollbacks", 0), end, extensions)
+    state = state_of(manifest, facts, config, accelerator)
+    if accelerator.is_main_process and not is_over(state, config):
+        restore_best(config.output_dir, state.best, folder)
+    return state

@@ -70,6 +70,8 @@ CHANGEABLE_KEYS = {
 
 # class pictures are drawn as the validation prompts are
 CLASS_PICTURE_KEYS = ("negative_prompt", "num_inference_steps", "guidance_scale")
+# a run that ends early does so after a validation, by what that measures
+EARLY_STOP_KEYS = ("validation_steps", "held_out_pictures")
 
 ADVICE = (
     "Restore these to go on from there, or set another output_dir for a new run. Free to change: "
@@ -118,9 +120,13 @@ def config_facts(config: Config) -> Facts:
     if config.optimizer.lr_scheduler.startswith("constant"):
         # such a run may be made longer
         del facts[STEPS_KEY]
+    deciding = []
     if isinstance(config, DreamBoothConfig) and config.data.class_sets:
-        for key in CLASS_PICTURE_KEYS:
-            facts[f"validation.{key}"] = getattr(config.validation, key)
+        deciding += CLASS_PICTURE_KEYS
+    if config.train.early_stop:
+        deciding += EARLY_STOP_KEYS
+    for key in deciding:
+        facts[f"validation.{key}"] = getattr(config.validation, key)
     return facts
 
 

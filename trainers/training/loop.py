@@ -105,6 +105,12 @@ class Task(Trainable, Protocol):
     def sample(self, folder: Path) -> None:
         """Write pictures of what has been learned so far."""
 
+    def validate(self) -> dict[str, float]:
+        """Measure on a part of the held-out pictures, see `Config.validation_metrics`.
+
+        Every process calls it, and what the main one returns counts.
+        """
+
     def save(self, folder: Path) -> None:
         """Write what the run is for (LoRA weights, a model), not the state to resume it from."""
 

@@ -38,6 +38,15 @@ class ExtensionForm(TypedDict):
     end: str
 
 
+class BestForm(TypedDict):
+    """The validations so far, see `best_weights.BestSoFar`."""
+
+    step: Count
+    value: float | None
+    mark: float | None
+    waited: Count
+
+
 # of the config the one value that is compared by more than equality
 ConfigForm = TypedDict("ConfigForm", {"train.max_train_steps": Count}, total=False)
 ConfigForm.__pydantic_config__ = ConfigDict(extra="allow")
@@ -66,6 +75,7 @@ class ManifestForm(TypedDict):
     rollbacks: NotRequired[Annotated[int, Field(ge=0, le=64)]]
     end: NotRequired[str]
     extensions: NotRequired[list[ExtensionForm]]
+    best: NotRequired[BestForm]
     files: dict[FileName, str]
     facts: FactsForm
     scaler: dict[str, Any] | None

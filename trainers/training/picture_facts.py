@@ -34,11 +34,13 @@ def describe_pictures(entries: Iterable[PictureEntry]) -> dict[str, Any]:
     return facts
 
 
-def describe_pools(pools: Sequence[Sequence[Picture]]) -> dict[str, Any]:
-    """The instance pictures and, where there are any, the class pictures and the masks; those of
-    each concept apart."""
+def describe_pools(
+    pools: Sequence[Sequence[Picture]], names: Sequence[str] = ("instance", "class")
+) -> dict[str, Any]:
+    """Each pool of pictures by its name, those of each concept apart, and the masks of the first,
+    as far as there are any."""
     by_pool: dict[str, list[Picture]] = {}
-    for name, pool in zip(("instance", "class"), pools, strict=False):
+    for name, pool in zip(names, pools, strict=False):
         for picture in pool:
             title = f"{picture.concept}: {name}" if picture.concept else name
             by_pool.setdefault(title, []).append(picture)
@@ -49,7 +51,9 @@ def describe_pools(pools: Sequence[Sequence[Picture]]) -> dict[str, Any]:
     # a mask also belongs to its picture
     masks = [(p.mask, f"{i}") for i, p in enumerate(pools[0]) if p.mask]
     if masks:
-        described["mask"] = describe_pictures((m.name, m.digest, place) for m, place in masks)
+        # as earlier versions called that of the instance pictures
+        mask_name = "mask" if names[0] == "instance" else f"mask of {names[0]}"
+        described[mask_name] = describe_pictures((m.name, m.digest, place) for m, place in masks)
     return described
 
 

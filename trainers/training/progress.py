@@ -8,9 +8,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from trainers.config.validation_metrics import HELD_OUT_LOSS
 from trainers.progress import bar_width, format_seconds, is_terminal, write_line
-
-HELD_OUT_LOSS = "held_out_loss"
 
 
 class Progress(Protocol):

@@ -1,4 +1,5 @@
-"""Which weights a command line or a config names: RUN, RUN@STEP, or a file from anywhere."""
+"""Which weights a command line or a config names: RUN, RUN@STEP, RUN@best, or a file from
+anywhere."""
 
 from __future__ import annotations
 
@@ -9,51 +10,63 @@ from pathlib import Path
 from trainers.config import Config
 from trainers.errors import UserError
 from trainers.run_folder import (
+    BEST,
+    BEST_NAME,
     CHECKPOINTS,
     CONFIG_NAME,
     WEIGHT_NAME,
     check_finished,
     lora_folders,
     parse_step,
+    read_best,
     read_run_config,
 )
 from trainers.training.manifest import complete_checkpoints, read_manifest
 
-AT_STEP = re.compile(r"(.+?)/?@([0-9]{1,9})")
+AT_STEP = re.compile(rf"(.+?)/?@([0-9]{{1,9}}|{BEST})")
 MAX_NAMED = 12  # steps in a message
 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """What of a run is meant. step: of the checkpoint whose LoRA it is; None: the finished run."""
+    """What of a run is meant.
+
+    step: of the checkpoint whose LoRA it is, or of the best validation; None: the finished run.
+    note: what is to be told of the choice, a line.
+    """
 
     run: Path
     config: Config
     step: int | None = None
-    note: str = ""  # what is to be told of the choice, a line
+    note: str = ""
+    is_best: bool = False
 
     @property
     def folder(self) -> Path:
         """Where the weights lie."""
+        if self.is_best:
+            return self.run / BEST
         if self.step is None:
             return self.run
         return lora_folders(self.run / CHECKPOINTS)[self.step]
 
     @property
     def name(self) -> str:
-        """RUN or RUN@STEP, as it may be given again."""
+        """RUN, RUN@STEP or RUN@best, as it may be given again."""
+        if self.is_best:
+            return f"{self.run}@{BEST}"
         return str(self.run) if self.step is None else f"{self.run}@{self.step}"
 
 
-def split_step(argument: str | Path) -> tuple[Path, int | None]:
-    """The run and the step in RUN@STEP, or in RUN/checkpoints/step-STEP.
+def split_step(argument: str | Path) -> tuple[Path, int | str | None]:
+    """The run and the step in RUN@STEP, or in RUN/checkpoints/step-STEP; "best" in RUN@best.
 
     Without a step the path is what was given: a file or folder of that very name comes first.
     """
     path = Path(argument)
     match = AT_STEP.fullmatch(str(argument))
     if match and not path.exists():
-        return Path(match[1]), int(match[2])
+        return Path(match[1]), match[2] if match[2] == BEST else int(match[2])
     step = parse_step(path.name)
     if step is not None and path.parent.name == CHECKPOINTS:
         return path.parent.parent, step
@@ -61,12 +74,12 @@ def split_step(argument: str | Path) -> tuple[Path, int | None]:
 
 
 def is_run(argument: str | Path) -> bool:
-    """Whether RUN, or RUN@STEP, is the folder of a run."""
+    """Whether RUN, RUN@STEP or RUN@best is of the folder of a run."""
     return (split_step(argument)[0] / CONFIG_NAME).is_file()
 
 
 def find_run_weights(argument: str | Path, kind: str = "") -> RunWeights:
-    """The weights that RUN or RUN@STEP names.
+    """The weights that RUN, RUN@STEP or RUN@best names.
 
     A run that was stopped is its newest checkpoint with a LoRA. Raises: UserError when the folder
     is no run of that kind, if one is given, or has no such weights.
@@ -75,6 +88,8 @@ def find_run_weights(argument: str | Path, kind: str = "") -> RunWeights:
     config = read_run_config(run)
     if kind and config.kind != kind:
         raise UserError(f"{run} is a run of {config.kind}, not of {kind}")
+    if step == BEST:
+        return find_best(run, config)
     steps = list(lora_folders(run / CHECKPOINTS)) if config.writes_lora else []
     if step is not None:
         check_step(run, step, steps, config)
@@ -85,6 +100,18 @@ def find_run_weights(argument: str | Path, kind: str = "") -> RunWeights:
     newest = steps[-1]
     note = f"{run} is not finished: this is the LoRA of its newest checkpoint, {run}@{newest}"
     return RunWeights(run, config, newest, note)
+
+
+def find_best(run: Path, config: Config) -> RunWeights:
+    """The weights in RUN/best. Raises: UserError where there are none."""
+    record = read_best(run / BEST)
+    if not record:
+        raise UserError(
+            f"{run} has no {BEST}/{BEST_NAME}: a run keeps its best weights where pictures are "
+            "held out (checkpoint.keep_best), or scripts/evaluate.py --checkpoints finds them"
+        )
+    note = f"{run / BEST}: {record['metric']} {record['value']:.4g} at step {record['step']}"
+    return RunWeights(run, config, record["step"], note, is_best=True)
 
 
 def check_step(run: Path, step: int, steps: list[int], config: Config) -> None:

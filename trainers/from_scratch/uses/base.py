@@ -68,6 +68,10 @@ class Use(ABC):
             "sharpness": sharpness(generated, true),
         }
 
+    def curves(self, figures: dict[str, float | str]) -> dict[str, float | str]:
+        """Of these figures those to follow over the steps."""
+        return figures
+
 
 def resize(x: Tensor, size: Sequence[int], mode: str = "bicubic") -> Tensor:
     """(B, C, H, W) at another (height, width), smoothed where that is smaller."""

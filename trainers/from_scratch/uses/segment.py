@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from statistics import fmean
 
 import torch.nn.functional as F
 from PIL import Image
@@ -112,3 +113,9 @@ class Segment(Use):
 
     def metrics(self, x: Tensor, generated: Tensor, y: Tensor) -> dict[str, float]:
         return confusion_metrics(generated, y, self.out_channels, IGNORE_INDEX)
+
+    def curves(self, figures: dict[str, float | str]) -> dict[str, float | str]:
+        """dice and iou are the means over all classes but 0, the background."""
+        classes = range(1, self.out_channels)
+        means = {name: fmean(figures[f"{name}_{k}"] for k in classes) for name in ("dice", "iou")}
+        return means | {"pixel_error": figures["pixel_error"]}
