@@ -17,6 +17,7 @@ from trainers.distributed.accelerator import make_accelerator, record_precision
 from trainers.distributed.collectives import ProcessGroup, run_on_main
 from trainers.distributed.fsdp import ShardFunction
 from trainers.efficiency.attention import attention_kernel
+from trainers.efficiency.backends import training_backends
 from trainers.errors import Interrupted, RunFailedError, UserError, warn_on_error
 from trainers.gan import Gan
 from trainers.publishing.hub import PushToHub, check_access
@@ -157,7 +158,8 @@ class Training:
         def rate(step: int) -> float:
             return schedule(step) * 0.5**state.rollbacks
 
-        with attention_kernel(task.attention, accelerator.device):
+        kernel = attention_kernel(task.attention, accelerator.device)
+        with kernel, training_backends(accelerator):
             samples = SamplePictures(task, settings, accelerator)
             if state.step == 0:
                 samples.sample(0)

@@ -93,8 +93,8 @@ def check_arguments(arguments: Namespace) -> None:
         arguments.size = ["true"]
     if arguments.precision == "fp16" and arguments.device == "cpu" and not arguments.inside:
         raise UserError(
-            "--precision fp16: on a CPU `accelerate launch` leaves out autocast and GradScaler, "
-            "without a word: use no or bf16, or --inside, which puts them in"
+            "--precision fp16: on a CPU accelerate leaves out autocast and GradScaler, without a "
+            "word, also in the scripts: use no or bf16, or --inside, which puts them in"
         )
     arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "no")
     if arguments.peer and not (arguments.peer / "train_dreambooth_lora.py").exists():

@@ -21,7 +21,7 @@ from benchmark.sizes import RANK, TARGETS, Size, condition_shapes, latent_shape
 from trainers.config import DreamBoothConfig, loading
 from trainers.data.rng import SampleRng
 from trainers.data.sampler import BatchSlice
-from trainers.distributed.accelerator import best_device
+from trainers.distributed.accelerator import best_device, complete_float16
 from trainers.dreambooth import DreamBooth
 from trainers.efficiency.apply import open_family
 
@@ -56,10 +56,7 @@ class Place:
     def accelerator(self) -> Accelerator:
         is_cpu = self.device.type == "cpu"
         accelerator = Accelerator(mixed_precision=self.precision, cpu=is_cpu)
-        if is_cpu and self.precision == "fp16":
-            # PyTorch can, but accelerate leaves both out on a CPU, without a word
-            accelerator.native_amp = True
-            accelerator.scaler = torch.amp.GradScaler("cpu")
+        complete_float16(accelerator)
         return accelerator
 
     @property

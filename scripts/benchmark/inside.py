@@ -33,6 +33,8 @@ from benchmark.report import machine
 from benchmark.sizes import RANK, SIZES, TARGETS, Size
 from reference.script_step import ScriptStep
 from trainers.cli import silence_libraries
+from trainers.efficiency.attention import attention_kernel
+from trainers.efficiency.backends import training_backends
 from trainers.errors import UserError
 from trainers.memory_plan import matmul_rate
 from trainers.training.loop import train
@@ -77,7 +79,9 @@ class Ours:
     def run(self, steps: int, mark: Callable[..., None]) -> None:
         config = self.task.config.train.model_copy(update={"max_train_steps": self.done + steps})
         accelerator, start = self.task.accelerator, self.done
-        train(self.task, self.batches, config, 0, accelerator, lambda _: 1.0, [mark], start)
+        kernel = attention_kernel(self.task.attention, accelerator.device)
+        with kernel, training_backends(accelerator):
+            train(self.task, self.batches, config, 0, accelerator, lambda _: 1.0, [mark], start)
         self.done += steps
 
 

@@ -114,7 +114,7 @@ def test_ours_may_be_half_as_far_again_from_float32_as_the_reference_and_no_fart
 
 def test_float16_in_processes_on_a_cpu_is_refused_in_a_sentence(capsys):
     assert call("benchmark", "--precision=fp16", "--device=cpu") == 2
-    assert "leaves out autocast and GradScaler" in capsys.readouterr().err
+    assert "accelerate leaves out autocast and GradScaler" in capsys.readouterr().err
     accelerator = Accelerator(mixed_precision="fp16", cpu=True)
     assert accelerator.scaler is None
     assert not accelerator.native_amp

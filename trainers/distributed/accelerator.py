@@ -88,6 +88,7 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
         log_with=config.tracking.report_to or None,
         project_config=ProjectConfiguration(str(folder), str(folder / TRACKING)),
     )
+    complete_float16(accelerator)
     check_num_processes(accelerator)
     if use_deepspeed:
         deepspeed.check_started(accelerator)
@@ -99,6 +100,15 @@ def make_accelerator(config: Config) -> tuple[Accelerator, ShardFunction | None]
             "fsdp_offload_params: true keeps the parts in the CPU's memory"
         )
     return accelerator, make_shard_function(config, accelerator) if use_fsdp else None
+
+
+def complete_float16(accelerator: Accelerator) -> None:
+    """On a CPU, give float16 its autocast and the scale of its loss.
+
+    PyTorch has both there; accelerate leaves them out, without a word.
+    """
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
 
 
 def choose_mixed_precision(config: Config, environment: Mapping[str, str]) -> str:

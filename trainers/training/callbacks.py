@@ -74,8 +74,11 @@ class LogMetrics:
         steps, now = step - self.last_step, time.perf_counter()
         sums, counts = (self.accelerator.reduce(part, "sum") for part in self.reduce_pending())
         values = {name: (sums[name] / counts[name]).item() for name in sorted(sums) if counts[name]}
-        if not values["skipped"]:
-            del values["skipped"]
+        for name in ("skipped", "overflowed"):
+            if not values.get(name):
+                values.pop(name, None)
+        if self.accelerator.scaler:
+            values["loss_scale"] = self.accelerator.scaler.get_scale()
         values["learning_rate"] = self.config.optimizer.learning_rate * self.rate(step - 1)
         values["images_per_second"] = steps * self.global_batch_size / (now - self.last_time)
         values["peak_memory_gib"] = peak_memory_gib()

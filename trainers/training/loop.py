@@ -193,6 +193,9 @@ def step_player(
     norm, skipped = clip_and_step(player.optimizer, mean, config.max_grad_norm, accelerator)
     metrics[f"{name}_grad_norm"] = norm
     metrics["skipped"] = metrics["skipped"].maximum(skipped)
+    if accelerator.scaler:
+        overflowed = (~norm.isfinite()).float()
+        metrics["overflowed"] = overflowed.maximum(metrics.get("overflowed", overflowed))
 
 
 class averaged_weights:  # noqa: N801 (it is called like a function)

@@ -1,6 +1,7 @@
 """Steps whose gradient is not finite.
 
-The loop skips each; here they are counted, explained and, if there are many in a row, undone.
+The loop skips each; here they are counted, explained and, if there are many in a row, undone. In
+float16 an overflow is none of them, unless it goes on when the loss is not scaled up any more.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ class NonfiniteGuard:
     ) -> None:
         self.task, self.batches, self.config, self.accelerator = task, batches, config, accelerator
         self.pending: list[Tensor] = []
+        self.overflowed: list[Tensor] = []  # whether a step was, in float16; else as `pending`
         self.num_skipped = self.num_consecutive = 0  # skipped so far, and without one between
 
     def __call__(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append(metrics["skipped"])
+        self.overflowed.append(metrics.get("overflowed", metrics["skipped"]))
         if step % self.config.tracking.log_every and step != self.config.train.max_train_steps:
             return
-        skipped = self.accelerator.reduce(torch.stack(self.pending), "max").tolist()
+        scaler = self.accelerator.scaler
+        # the scale goes down at each overflow: one that is so small is not what overflows
+        found = self.overflowed if scaler and scaler.get_scale() < 1 else self.pending
+        skipped = self.accelerator.reduce(torch.stack(found), "max").tolist()
         last = 0
         for number, is_skipped in enumerate(skipped, step + 1 - len(skipped)):
             if is_skipped:
@@ -57,7 +63,7 @@ class NonfiniteGuard:
                 last = number
             else:
                 self.num_consecutive = 0
-        self.pending = []
+        self.pending, self.overflowed = [], []
         if not last:
             return
         findings = "; ".join(self.find_nonfinite(last - 1))
