@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from trainers import memory_plan
+from trainers import cpu_memory, memory_plan
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.families import FAMILIES
@@ -87,7 +87,8 @@ class PlanCache:
 
 def program() -> list[str]:
     """What computes a plan: a change of it makes the plans that are kept useless."""
-    return [inspect.getsource(memory_plan), *(version(name) for name in LIBRARIES)]
+    sources = [inspect.getsource(module) for module in (memory_plan, cpu_memory)]
+    return [*sources, *(version(name) for name in LIBRARIES)]
 
 
 class Planner:

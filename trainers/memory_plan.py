@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.config import DreamBoothConfig, ModelConfig
+from trainers.cpu_memory import resident_bytes
 from trainers.distributed.fsdp import get_blocks
 from trainers.efficiency.compilation import enable_checkpointing
 from trainers.efficiency.modulation import adaptive_norms
@@ -80,7 +81,8 @@ def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bo
     """Play each phase of a run without weights.
 
     dtype: of the frozen base; has_cpu_memory: whether there is a CPU's memory beside the
-    accelerator's. Raises: UserError.
+    accelerator's. Where there is none, what the process takes beside its tensors is counted too.
+    Raises: UserError.
     """
     folder = str(download_configs(config.model))
     model = config.model.model_copy(update={"pretrained_model_name_or_path": folder})
@@ -90,10 +92,13 @@ def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bo
     if config.data.cache:
         phases["encode"] = encoding_peak(family, config)
     phases["train"], flops = training_peak(family, config, has_cpu_memory)
+    weights = size_in_bytes(family.meta_model(family.denoiser_name), family.dtype)
+    weights -= saved_bytes(family, config, has_cpu_memory)
     if config.validation.prompts:
-        weights = size_in_bytes(family.meta_model(family.denoiser_name), family.dtype)
-        weights -= saved_bytes(family, config, has_cpu_memory)
         phases["sample"] = weights + decoding_peak(family, config)
+    if not has_cpu_memory:
+        # where all weights train, there are gradients and two averages as large
+        phases = resident_bytes(phases, weights if config.lora else 4 * weights)
     return MemoryPlan(phases, flops)
 
 

@@ -72,7 +72,7 @@ def main() -> None:
         for family, overrides in CASES:
             tiny = write_config(root, family, "tiny", [], 2)
             config = write_config(root, family, "mid", overrides, arguments.steps)
-            plan = plan_memory(load_config(config), torch.float32, has_cpu_memory=False)
+            plan = plan_memory(load_config(config), torch.float32, has_cpu_memory=True)
             planned = plan.peak_bytes / 2**20
             row = [f"{family} {' '.join(overrides)}", planned]
             for environment in arms.values():

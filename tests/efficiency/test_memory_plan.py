@@ -6,8 +6,9 @@ import torch
 from accelerate import Accelerator
 
 from tests.shared.processes import call
-from trainers import dreambooth, memory_plan
+from trainers import cpu_memory, dreambooth, memory_plan
 from trainers.config import loading
+from trainers.efficiency.apply import open_family
 from trainers.memory_plan import MemoryMeter
 from trainers.training.loop import train
 
@@ -39,10 +40,25 @@ def test_the_planned_step_is_the_real_one(settings, family, overrides):
         family=family,
     )
     planned, real = (
-        memory_plan.plan_memory(chosen, torch.float32, has_cpu_memory=False).phases["train"],
+        memory_plan.plan_memory(chosen, torch.float32, has_cpu_memory=True).phases["train"],
         real_peak(chosen),
     )
     assert planned == pytest.approx(real, rel=0.05)
+
+
+def test_on_a_cpu_the_libraries_count_and_what_is_kept_of_a_step(settings):
+    """Weights lie where they are: the share is of the rest, and in no other phase."""
+    chosen = settings("data.resolution=32", "validation.prompts=[a b c]")
+    beside, alone = (
+        memory_plan.plan_memory(chosen, torch.float32, has_cpu_memory=has).phases
+        for has in (True, False)
+    )
+    family = open_family(chosen.model)
+    weights = sum(p.numel() * 4 for p in family.meta_model("unet").parameters())
+    kept = cpu_memory.KEPT_SHARE * (beside["train"] - weights)
+    for phase, size in beside.items():
+        expected = size + cpu_memory.LIBRARY_BYTES + kept * (phase == "train")
+        assert alone[phase] == pytest.approx(expected, abs=1)
 
 
 def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_more(settings):
