@@ -21,9 +21,9 @@ from trainers.run import run
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME, list_checkpoints
 from trainers.training import checkpoint_folders
 from trainers.training.checkpoint import resume, save_checkpoint
-from trainers.training.run_state import RunState
 from trainers.training.facts import resume_facts
 from trainers.training.loop import Player
+from trainers.training.run_state import RunState
 
 
 class Killed(BaseException):

@@ -22,10 +22,10 @@ from trainers.publishing.hub import files_to_upload
 from trainers.publishing.report import write_report
 from trainers.training.callbacks import LogMetrics
 from trainers.training.checkpoint import resume, save_checkpoint
-from trainers.training.run_state import RunState
 from trainers.training.facts import resume_facts
 from trainers.training.loop import Player
 from trainers.training.manifest import read_checkpoint
+from trainers.training.run_state import RunState
 
 
 @pytest.fixture
