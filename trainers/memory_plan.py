@@ -90,7 +90,7 @@ def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bo
     if config.data.cache:
         phases["encode"] = encoding_peak(family, config)
     phases["train"], flops = training_peak(family, config, has_cpu_memory)
-    if config.validation.prompts:
+    if config.validation.draws_pictures:
         weights = size_in_bytes(family.meta_model(family.denoiser_name), family.dtype)
         weights -= saved_bytes(family, config, has_cpu_memory)
         phases["sample"] = weights + decoding_peak(family, config)
@@ -141,7 +141,7 @@ def training_peak(
             task.train_step(1)
             peak = meter.peak_bytes
     peak -= saved_bytes(family, config, has_cpu_memory)
-    if config.validation.prompts or not config.data.cache:
+    if config.validation.draws_pictures or not config.data.cache:
         peak += size_in_bytes(family.meta_model("vae"), torch.float32)
     family.unload()
     return peak, counter.get_total_flops()

@@ -1,5 +1,7 @@
 """Runs whose validations give what a test says, by step."""
 
+import os
+
 import pytest
 from safetensors.torch import load_file
 
@@ -23,6 +25,10 @@ def held_out(settings, other_photos):
 @pytest.fixture
 def script(monkeypatch):
     """A function: the held-out loss after each step; stop=n: a kill in step n, once."""
+    return script_validations(monkeypatch.setattr)
+
+
+def script_validations(setattr):
     losses, now, kills = DreamBooth.losses, [0], []
 
     def install(curve, stop=None):
@@ -38,10 +44,19 @@ def script(monkeypatch):
         def validate(task):
             return {"held_out_loss": float(curve[now[0] - 1])}
 
-        monkeypatch.setattr(DreamBooth, "losses", noting)
-        monkeypatch.setattr(DreamBooth, "validate", validate)
+        setattr(DreamBooth, "losses", noting)
+        setattr(DreamBooth, "validate", validate)
 
     return install
+
+
+CURVE = [5, 3, 4, 3, 1, 0]
+
+
+def disagree():
+    """In a process: its validations improve with each step, but for those of the main process."""
+    is_main = os.environ["RANK"] == "0"
+    script_validations(setattr)(CURVE if is_main else [-step for step in range(6)])
 
 
 def best_step(config):

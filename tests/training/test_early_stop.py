@@ -6,6 +6,7 @@ import pytest
 
 from tests.shared.runs import lora, read_metrics
 from tests.shared.scripted_validations import (
+    CURVE,
     assert_same_end,
     assert_same_tensors,
     best_step,
@@ -19,7 +20,6 @@ from trainers.training import callbacks
 from trainers.training.manifest import read_manifest
 
 STOP = "train.early_stop.patience=2"
-CURVE = [5, 3, 4, 3, 1, 0]
 
 
 def test_it_ends_after_so_many_validations_without_an_improvement(held_out, script, capsys):
