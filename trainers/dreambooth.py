@@ -21,9 +21,10 @@ from trainers.families import Family
 from trainers.families.held_out_loss import HeldOutLoss
 from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
-from trainers.families.trainable import TrainableDenoiser
+from trainers.families.trainable import TrainableDenoiser, evaluation_mode
 from trainers.lora import export, initial, proof
 from trainers.lora.layers import predict_base
+from trainers.lora.likeness import Likeness, make_likeness
 from trainers.publishing import model_card
 from trainers.run_folder import FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import INITIAL_LORA, Facts
@@ -48,6 +49,7 @@ class DreamBooth:
         self.family = family
         self.encoder = encoder = batches.encoder
         self.batches, self.held_out = batches, held_out
+        self.likeness: Likeness | None = None
         self.config, self.accelerator = config, accelerator
         self.attention = config.train.attention
         # of one shape of latents: the shift of a flow depends on it
@@ -103,11 +105,12 @@ class DreamBooth:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        self.module.eval()
-        try:
-            return self.held_out.measure(self.losses, self.draw_inputs, self.objective)
-        finally:
-            self.module.train()
+        with evaluation_mode(self.module):
+            values = self.held_out.measure(self.losses, self.draw_inputs, self.objective)
+            joint = self.joint_accelerator
+            if self.likeness and (joint or self.accelerator.is_main_process):
+                values |= self.likeness.measure(joint)
+        return values
 
     @property
     def needs_all_processes(self) -> bool:
@@ -125,11 +128,8 @@ class DreamBooth:
         if not self.config.validation.prompts:
             return
         encode = self.encoder.encoder_outputs
-        self.module.eval()
-        try:
+        with evaluation_mode(self.module):
             write_samples(self.family, self.config, folder, encode, self.joint_accelerator)
-        finally:
-            self.module.train()
 
     def save(self, folder: Path) -> None:
         """Write the LoRA weights, or the whole pipeline when all weights train."""
@@ -184,10 +184,12 @@ def build(
     batches, held_out = prepare_batches(family, config, accelerator)
     names = [family.denoiser_name]
     # validation decodes pictures, and without a cache each step encodes them
-    if config.validation.prompts or not config.data.cache:
+    if config.validation.draws_pictures or not config.data.cache:
         names.append("vae")
     family.load(*names, *batches.encoder.loaded_encoders)
     task = DreamBooth(family, batches, HeldOutLoss(held_out), config, accelerator)
+    photos = task.held_out.pictures or batches.pools[0]
+    task.likeness = make_likeness(family, config, batches.encoder.encoder_outputs, photos)
     base = family.digests(batches.encoder.cache.folder)
     facts = {"base": base, "pictures": describe_pools(batches.pools)}
     if config.train.early_stop:

@@ -11,18 +11,17 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.config.trigger import fill_given
 from trainers.data.caption_variants import Wording
-from trainers.data.crops import Crop
 from trainers.data.folders import collect_image_files
 from trainers.data.photo_sets import load_instance_pictures
 from trainers.data.pictures import Picture, picture_from_file
 from trainers.errors import UserError
+from trainers.lora.likeness import decode_square
 from trainers.lora.low_rank import energy_by_rank, smallest_rank
 from trainers.lora.peft_format import from_peft
 from trainers.lora.sampler import LoraSampler, PromptSeeds, save_pictures
@@ -139,11 +138,6 @@ def of_concept(
     return config.model_copy(update={"data": only}), {"concept": note}
 
 
-def decode_square(photos: Sequence[Picture], size: int) -> torch.Tensor:
-    """The photos as (N, 3, size, size), cut at their center."""
-    return torch.stack([Crop.square(size)(photo.decode()) for photo in photos])
-
-
 def prompt_network_name(networks: Sequence[FeatureNetwork]) -> str | None:
     """The network that compares pictures with their prompts, if one can."""
     return next((network.name for network in networks if network.text_features), None)
@@ -212,7 +206,7 @@ def plan_samples(
     data, first, n = config.data, config.validation.seed, options.num_images
     wording = Wording.from_config(data, data.sets[0].trigger)
     subject = [wording.complete(prompt) for prompt in data.instance_prompts]
-    others, class_prompts = config.validation.prompts, data.class_prompts
+    others, class_prompts = config.validation.texts, data.class_prompts
     if options.prompts is not None:
         others = fill_given(options.prompts, data.sets[0].trigger)
     if options.class_prompts is not None:

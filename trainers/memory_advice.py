@@ -125,7 +125,7 @@ class Planner:
         train, data = config.train, config.data
         batch = [train.train_batch_size, data.uses_prior]
         device = [str(self.dtype), self.has_cpu_memory]
-        phases = [data.cache, bool(config.validation.prompts)]
+        phases = [data.cache, config.validation.draws_pictures]
         settings = [data.max_resolution, train.gradient_checkpointing]
         return [self.model_facts(config), lora, batch, settings, phases, device]
 

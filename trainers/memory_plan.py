@@ -94,7 +94,7 @@ def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bo
     phases["train"], flops = training_peak(family, config, has_cpu_memory)
     weights = size_in_bytes(family.meta_model(family.denoiser_name), family.dtype)
     weights -= saved_bytes(family, config, has_cpu_memory)
-    if config.validation.prompts:
+    if config.validation.draws_pictures:
         phases["sample"] = weights + decoding_peak(family, config)
     if not has_cpu_memory:
         # where all weights train, there are gradients and two averages as large
@@ -146,7 +146,7 @@ def training_peak(
             task.train_step(1)
             peak = meter.peak_bytes
     peak -= saved_bytes(family, config, has_cpu_memory)
-    if config.validation.prompts or not config.data.cache:
+    if config.validation.draws_pictures or not config.data.cache:
         peak += size_in_bytes(family.meta_model("vae"), torch.float32)
     family.unload()
     return peak, counter.get_total_flops()

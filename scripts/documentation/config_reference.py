@@ -54,17 +54,20 @@ def page(kind: str, model: type[Config]) -> str:
 
 def section_schema(part: Schema, schema: Schema) -> Schema | None:
     """What a property refers to, which may be one of several; None where it is no section."""
-    for option in (part, *part.get("anyOf", ())):
+    for option in (part, *part.get("anyOf", ()), *part.get("oneOf", ())):
         if "$ref" in option:
             return schema["$defs"][option["$ref"].rpartition("/")[2]]
     return None
 
 
 def listed_sections(name: str, section: Schema, schema: Schema) -> list[str]:
-    """The keys of the lists of sections that a section has."""
+    """The keys of the sections, and of the lists of sections, that a section has."""
     texts = []
     for key, part in section["properties"].items():
-        for option in part.get("anyOf", ()):
+        nested = section_schema(part, schema)
+        if nested:
+            texts.append(section_text(f"{name}.{key}", {}, nested))
+        for option in (part, *part.get("anyOf", ())):
             target = section_schema(option.get("items", {}), schema)
             if target:
                 texts.append(section_text(f"{name}.{key}", {}, target))
@@ -95,8 +98,8 @@ def type_text(part: Schema) -> str:
     """The type in words; of several, one after the other."""
     if "$ref" in part:
         return "sections"
-    if "anyOf" in part:
-        return ", ".join(dict.fromkeys(type_text(option) for option in part["anyOf"]))
+    if options := part.get("anyOf") or part.get("oneOf"):
+        return ", ".join(dict.fromkeys(type_text(option) for option in options))
     if "const" in part:
         return f"`{part['const']}`"
     if "enum" in part:

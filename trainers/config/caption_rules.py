@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import Section
 from trainers.config.dreambooth_data import DataConfig
+from trainers.config.sample_prompts import SamplePrompt, as_settings
 from trainers.config.trigger import PROMPT_KEYS, SHARED_KEYS, has_placeholder
 
 
@@ -54,8 +55,10 @@ def placeholder_errors(data: DataConfig, validation: Section) -> Errors:
                 yield f"{section}.{key}", message
 
 
-def texts_of(value: str | list[str] | None) -> Iterator[str]:
+def texts_of(value: str | list[str | SamplePrompt] | None) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    else:
-        yield from value or ()
+        return
+    for sample in as_settings(value or ()):
+        yield sample.prompt
+        yield sample.negative_prompt or ""

@@ -25,7 +25,7 @@ from trainers.config.dreambooth_sections import (
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
 from trainers.config.trigger import fill_prompts
-from trainers.config.validation_metrics import HELD_OUT_LOSSES
+from trainers.config.validation_metrics import HELD_OUT_LOSSES, LIKENESS, OF_LORA
 
 # What each preset sets where the config says nothing.
 MEMORY_PRESETS = {
@@ -126,8 +126,12 @@ class DreamBoothConfig(Config):
     @property
     def validation_metrics(self) -> Mapping[str, str]:
         has_photos = any(photos.held_out_dir for photos in self.data.sets)
-        needed = "" if has_photos else "data.held_out_dir"
-        return dict.fromkeys(HELD_OUT_LOSSES, needed)
+        metrics = dict.fromkeys(HELD_OUT_LOSSES, "" if has_photos else "data.held_out_dir")
+        drawn = "" if self.validation.likeness_pictures else "validation.likeness_pictures"
+        metrics |= dict.fromkeys(LIKENESS, drawn)
+        if not drawn and (self.lora is None or not self.data.class_prompts):
+            metrics |= dict.fromkeys(OF_LORA, "lora and data.class_prompt")
+        return metrics
 
     @property
     def writes_kohya(self) -> bool:
@@ -186,6 +190,8 @@ class DreamBoothConfig(Config):
         yield from caption_errors(self.data)
         yield from placeholder_errors(self.data, self.validation)
         yield from rules.family_errors(self)
+        yield from rules.sample_errors(self)
+        yield from rules.likeness_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)

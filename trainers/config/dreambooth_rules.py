@@ -20,6 +20,7 @@ from trainers.config.family_facts import families_with, family_facts, family_nam
 from trainers.config.layer_patterns import pattern_problem
 
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+MAX_PROMPT_SHOWN = 60  # characters
 LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
@@ -74,6 +75,34 @@ def family_errors(config: Config) -> Errors:
         section, _, key = path.partition(".")
         if str(getattr(getattr(config, section), key)) == value:
             yield path, reason
+
+
+def sample_errors(config: Config) -> Errors:
+    """Prompts whose own settings cannot be had."""
+    multiple = family_facts(config.model.family).pixel_multiple
+    for sample in config.validation.samples:
+        path = f"validation.prompts[{sample.prompt[:MAX_PROMPT_SHOWN]}]"
+        if "prompt" not in sample.model_fields_set:
+            yield f"{path}.prompt", "a prompt with settings of its own has to have a text"
+        if sample.size and (sample.width or sample.height):
+            yield f"{path}.size", "cannot be combined with width and height: remove one of them"
+        for key in ("size", "width", "height"):
+            side = getattr(sample, key)
+            if side and side % multiple:
+                yield f"{path}.{key}", f"must be a multiple of {multiple}, not {side}"
+        if sample.lora_scale is not None and config.lora is None:
+            yield f"{path}.lora_scale", "there is no LoRA where all weights are trained: remove it"
+
+
+def likeness_errors(config: Config) -> Errors:
+    """Pictures to compare with the photos, and no prompt to draw them by."""
+    validation = config.validation
+    if validation.likeness_pictures and not config.data.instance_prompts:
+        message = "requires data.instance_prompt, by which the subject is drawn"
+        yield "validation.likeness_pictures", message
+    if validation.likeness_network and not validation.likeness_pictures:
+        message = "has no effect unless validation.likeness_pictures is more than 0"
+        yield "validation.likeness_network", message
 
 
 def special_keys() -> list[tuple[str, str]]:

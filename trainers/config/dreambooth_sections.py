@@ -23,7 +23,7 @@ from trainers.config.bounds import (
     Seed,
 )
 from trainers.config.family_facts import default_family, families_with, family_facts, family_names
-from trainers.config.photo_sections import Prompts
+from trainers.config.sample_prompts import PromptItems, SamplePrompt, as_settings
 
 FamilyName = Literal[family_names()]
 Shift = Annotated[float, Field(gt=0, le=100)]
@@ -219,9 +219,50 @@ class DreamBoothTrainConfig(TrainConfig):
 class PromptsConfig(ValidationConfig):
     """The prompts that are sampled while training and at the end."""
 
-    prompts: Prompts = field([], "Prompts to sample.")
+    prompts: PromptItems = field(
+        [], "Prompts to sample: texts, or sections with a prompt and settings of its own."
+    )
     negative_prompt: Prompt = field("", "Negative prompt of the samples.")
     num_images: int = field(1, "Pictures per prompt.", ge=1, le=10_000)
     num_inference_steps: int = field(30, "Sampler steps.", ge=1, le=1000)
     guidance_scale: Guidance = field(7.5, "Classifier-free guidance.")
     seed: Seed = field(0, "Picture i of a prompt starts from the noise of seed + i.")
+    likeness_pictures: int = field(
+        0,
+        "Pictures of the subject, and as many of the class, that each validation draws and "
+        "compares with the photos; they take as long as samples do. 0: none.",
+        ge=0,
+        le=1000,
+    )
+    likeness_network: NameOrPath | None = field(
+        None,
+        "DINO network that compares them: a folder, or a name in the Hub's cache; null: DINOv2 or "
+        "CLIP, whichever is there.",
+    )
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether anything is sampled while the run trains."""
+        return bool(self.prompts) or self.likeness_pictures > 0
+
+    @property
+    def samples(self) -> list[SamplePrompt]:
+        """Each prompt with its own settings, if it has any."""
+        return as_settings(self.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts alone."""
+        return [sample.prompt for sample in self.samples]
+
+    @property
+    def negative_texts(self) -> list[str]:
+        """The negative prompt of all prompts, and those that prompts have of their own."""
+        own = [sample.negative_prompt for sample in self.samples]
+        return [self.negative_prompt, *(text for text in own if text is not None)]
+
+    def with_own(self, sample: SamplePrompt) -> PromptsConfig:
+        """The settings for one prompt: its own, and those of all prompts where it has none."""
+        keys = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale")
+        own = {key: getattr(sample, key) for key in keys}
+        return self.model_copy(update={k: v for k, v in own.items() if v is not None})

@@ -21,14 +21,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainers.config import KINDS, Config, DreamBoothConfig
 from trainers.config.base_rules import reduce_warmup
-from trainers.config.base_sections import NESTED_SECTIONS
+from trainers.config.base_sections import NESTED_SECTIONS, Section
 from trainers.config.command_line import missing_config_hint, override_hint
 from trainers.config.peer_keys import LAUNCHER_FLAGS, PATHS_BY_NAME
 from trainers.config.photo_rules import is_picture_folder
 from trainers.config.photo_sections import ConceptConfig, concept_name
+from trainers.config.sample_prompts import ITEM_TAGS, SamplePrompt
 from trainers.config.yaml_text import MAX_BYTES, MAX_DEPTH, ConfigDumper, parse_yaml
 from trainers.errors import UserError
 
+LISTED_SECTIONS: dict[str, type[Section]] = {
+    "data.concepts": ConceptConfig,
+    "validation.prompts": SamplePrompt,
+}
 MAX_SHOWN = 120  # characters of a value in a message
 LISTED_SECTION = re.compile(r"(\w+)\[(.+)\]")  # data.concepts[rex].repeats, as messages write it
 
@@ -172,6 +177,7 @@ def parse_tree(tree: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 def locate(where: Sequence[str | int]) -> list[str | int]:
     """A section and its key, in a list of sections also which, and its key there; what follows is
     within the value."""
+    where = where[:3] + tuple(part for part in where[3:] if part not in ITEM_TAGS)
     is_list = len(where) > 3 and isinstance(where[2], int) and isinstance(where[3], str)
     is_nested = len(where) > 2 and f"{where[0]}.{where[1]}" in NESTED_SECTIONS
     return list(where[: 4 if is_list else 3 if is_nested else 2])
@@ -182,8 +188,9 @@ def show_location(location: Sequence[str | int], tree: Mapping[str, Any]) -> lis
     if len(location) < 4:
         return [str(part) for part in location]
     section, key, i, inner_key = location
-    name = concept_name(tree[section][key][i].get("name"), i)
-    return [section, f"{key}[{shorten(name)}]", inner_key]
+    item = tree[section][key][i]
+    name = item.get("prompt", i + 1) if key == "prompts" else concept_name(item.get("name"), i)
+    return [section, f"{key}[{shorten(str(name))}]", inner_key]
 
 
 def find_unusable(tree: dict[str, Any], model: type[Config]) -> list[str]:
@@ -259,8 +266,8 @@ def known_paths(model: type[Config]) -> list[str]:
             paths += [f"{name}.{key}" for key in value]
     for path, section in NESTED_SECTIONS.items():
         paths += [f"{path}.{key}" for key in section.model_fields]
-    if "data.concepts" in paths:
-        paths += [f"data.concepts.{key}" for key in ConceptConfig.model_fields]
+    for path, section in LISTED_SECTIONS.items():
+        paths += [f"{path}.{key}" for key in section.model_fields if path in paths]
     return paths
 
 

@@ -74,7 +74,11 @@ def fill_prompts(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_value(value: Any, trigger: str) -> Any:
-    """A text, or a list of them; what is neither is left for pydantic to refuse."""
+    """A text, a list of them, or a prompt with settings; what is none of these is left for pydantic
+    to refuse."""
     if isinstance(value, str):
         return fill_trigger(value, trigger)
+    if isinstance(value, dict):
+        texts = {key: value[key] for key in ("prompt", "negative_prompt") if key in value}
+        return value | {key: fill_value(text, trigger) for key, text in texts.items()}
     return [fill_value(part, trigger) for part in value] if isinstance(value, list) else value

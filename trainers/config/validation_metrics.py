@@ -15,11 +15,18 @@ LOWER, HIGHER = "lower", "higher"
 HELD_OUT_LOSS = "held_out_loss"
 # the times of the noise schedule, in thirds from the least noise to the most
 TIME_BANDS = ("low", "middle", "high")
+# of what the LoRA draws, see `lora.likeness`; all but one compare it with the base
+OF_LORA = ("subject_less_drift", "prior_drift", "class_bleed")
+LIKENESS = (OF_LORA[0], "subject", *OF_LORA[1:])
 HELD_OUT_LOSSES = (HELD_OUT_LOSS, *(f"{HELD_OUT_LOSS}_{band}" for band in TIME_BANDS))
 
 # by name in metrics.jsonl: which values are better
 DIRECTIONS: Mapping[str, Literal["lower", "higher"]] = {
     **dict.fromkeys(HELD_OUT_LOSSES, LOWER),
+    "subject_less_drift": HIGHER,
+    "subject": HIGHER,
+    "prior_drift": LOWER,
+    "class_bleed": LOWER,
     "held_out_psnr": HIGHER,
     "held_out_ssim": HIGHER,
     "held_out_auroc": HIGHER,

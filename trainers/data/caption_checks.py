@@ -100,7 +100,7 @@ def check_trigger(
                 f"data.{key.replace('class_prompts', 'class_prompt')} has the trigger {trigger!r}: "
                 "prior preservation would keep it from being learnt; write the class alone"
             )
-    prompts = config.validation.prompts
+    prompts = config.validation.texts
     if prompts and not any(mentions(prompt, trigger) for prompt in prompts):
         intake.note(f"no prompt of validation.prompts has the trigger {trigger!r}")
 

@@ -136,3 +136,12 @@ def draw_text(captions: Sequence[str], wording: Wording, visit: Visit) -> str:
     caption = captions[derive_seed(*visit, "which caption") % len(captions)]
     variant = derive_seed(*visit, "tags") % wording.variants
     return wording.text(caption, visit[0], variant)
+
+
+def subject_prompts(data: DataConfig) -> list[str]:
+    """The instance prompt of each set that has one, as its photos' captions have it."""
+    sets = [photos for photos in data.sets if photos.instance_prompt]
+    return [
+        Wording.from_config(data, photos.trigger).complete(photos.instance_prompt)
+        for photos in sets
+    ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainers.config import DreamBoothConfig
 from trainers.data.batched_encoding import BatchEncoder, decode_views
-from trainers.data.caption_variants import distinct_texts
+from trainers.data.caption_variants import distinct_texts, subject_prompts
 from trainers.data.crops import Crop
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.masks import latent_mask
@@ -216,8 +216,10 @@ def fill_cache(
     """Encode every view of the pictures and every prompt that a run will ask for."""
     crops = [*chain(*(part.crops() for part in batches))]
     # the empty prompt stands for captions that are dropped
-    prompts = [*config.validation.prompts, config.validation.negative_prompt, ""]
-    if config.data.preserves_outputs:
-        prompts += config.data.kept_prompts
+    drawn = []
+    if config.validation.likeness_pictures:
+        drawn = [*subject_prompts(config.data), *config.data.class_prompts]
+    kept = config.data.kept_prompts if config.data.preserves_outputs else []
+    prompts = [*drawn, *kept, *config.validation.texts, *config.validation.negative_texts, ""]
     texts = distinct_texts((picture for picture, _ in crops), config.seed)
     encoder.fill(crops, texts | dict.fromkeys(prompts), accelerator)

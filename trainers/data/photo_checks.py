@@ -94,7 +94,11 @@ def check_texts(
     for picture in pictures:
         captions |= dict.fromkeys(picture.captions, picture.short_name)
     check_lengths(intake, family, "captions", captions)
-    prompts = [*config.data.kept_prompts, *config.validation.prompts]
+    prompts = [
+        *config.data.kept_prompts,
+        *config.validation.texts,
+        *config.validation.negative_texts,
+    ]
     named = {prompt: repr(shorten(prompt, 24)) for prompt in prompts}
     check_lengths(intake, family, "prompts", named)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
 from PIL.Image import Image
 from torch import Tensor
 
@@ -66,6 +68,41 @@ def encode_for_pipeline(family: Family, prompt: str, encode: PromptEncoder) -> d
     return family.pipeline_arguments(family.condition(text))
 
 
+def with_lora_scale(family: Family, scale: float | None, sample: Callable[[], Image]) -> Image:
+    """What `sample` gives while the LoRA in all loaded parts is `scale` times as strong."""
+    if scale is None:
+        return sample()
+    layers = lora_layers(family)
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(scale)
+        return sample()
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
+
+
+@contextmanager
+def without_lora(family: Family) -> Iterator[None]:
+    """Inside, the loaded parts are those of the base."""
+    layers = lora_layers(family)
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+
+
+def lora_layers(family: Family) -> list[LoraLayer]:
+    """Those of all parts of the pipeline that are loaded."""
+    names = family.denoiser_name, *family.text_encoder_names
+    parts = [part for name in names if (part := getattr(family.pipe, name)) is not None]
+    return [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer)]
+
+
 def write_samples(
     family: Family,
     config: DreamBoothConfig,
@@ -79,19 +116,21 @@ def write_samples(
     """
     validation, side = config.validation, config.data.max_resolution
     jobs = []
-    for prompt in validation.prompts:
+    for sample in validation.samples:
+        own = validation.with_own(sample)
         for i in range(validation.num_images):
-            settings = validation, validation.seed + i, (side, side), encode
-            jobs.append(partial(sample_picture, family, prompt, *settings))
+            settings = own, own.seed + i, sample.sides(side), encode
+            picture = partial(sample_picture, family, sample.prompt, *settings)
+            jobs.append(partial(with_lora_scale, family, sample.lora_scale, picture))
     generated = run_across_processes(jobs, accelerator) if accelerator else [job() for job in jobs]
     if accelerator and not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, prompt in enumerate(validation.prompts):
+    for number, sample in enumerate(validation.samples):
         first = number * validation.num_images
         row = generated[first : first + validation.num_images]
-        rows.append((prompt, row))
+        rows.append((sample.caption, row))
         for i, picture in enumerate(row):
             write_picture(picture, folder / f"{number:02d}-{i}.png")
     write_grid(rows, folder / GRID_NAME)

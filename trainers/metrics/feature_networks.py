@@ -65,6 +65,16 @@ def find_networks(dino: str | None, clip: str | None, device: torch.device) -> l
     return found
 
 
+def find_likeness_network(name: str | None, device: torch.device) -> FeatureNetwork:
+    """The network of `validation.likeness_network`; without a name the first that is at hand.
+
+    Raises: UserError, as `find_networks`.
+    """
+    if name is not None:
+        return load_first("validation.likeness_network", name, (), load_dino, device)
+    return find_networks(None, None, device)[0]
+
+
 def load_first(
     option: str,
     requested: str | None,

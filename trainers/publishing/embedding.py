@@ -109,10 +109,10 @@ def final_pictures(run: Path, config: Config) -> Markup:
     Their grid is left out where they stand by prompt, or where the slider ends with it.
     """
     folder = run / SAMPLES / FINAL
-    prompts = config.validation.prompts if isinstance(config, DreamBoothConfig) else []
+    samples = config.validation.samples if isinstance(config, DreamBoothConfig) else []
     groups = []
-    for i, prompt in enumerate(prompts):
-        groups.append((prompt, embed_all(sorted(folder.glob(f"{i:02d}-*.png")), 512)))
+    for i, sample in enumerate(samples):
+        groups.append((sample.caption, embed_all(sorted(folder.glob(f"{i:02d}-*.png")), 512)))
     by_prompt = gallery(groups)
     last_grids = [path.read_bytes() for path in sample_grids(run)[-1:]]
     others = []

@@ -20,6 +20,7 @@ from trainers.errors import RunFailedError, UserError
 from trainers.publishing.model_card import name_repository
 from trainers.publishing.public import public_text
 from trainers.run_folder import (
+    BEST,
     CARD_NAME,
     CONFIG_NAME,
     EVALUATION_NAME,
@@ -30,6 +31,7 @@ from trainers.run_folder import (
     PUBLIC_REPORT_NAME,
     PUSH,
     SAMPLES,
+    read_best,
 )
 
 if TYPE_CHECKING:
@@ -156,8 +158,16 @@ def push_run(config: Config, repo: str, source: str | None = None) -> str:
 def push_result(config: Config, repo: str) -> str:
     """Upload a finished run with its last or its best weights, as `hub.weights` says; see
     `push_run`."""
-    if config.hub.weights == "last":
-        return push_run(config, repo)
+    run = config.output_dir
+    if config.hub.weights == "best" and not read_best(run / BEST):
+        warnings.warn(f"{run} has no best weights: the last ones are pushed", stacklevel=2)
+    elif config.hub.weights == "best":
+        return push_best(config, repo)
+    return push_run(config, repo)
+
+
+def push_best(config: Config, repo: str) -> str:
+    """As `push_run`, of the weights in RUN/best."""
     from trainers.publishing.step_release import step_release
     from trainers.training.run_weights import find_best
 

@@ -99,7 +99,7 @@ def card_prompt(config: DreamBoothConfig) -> str:
         if photos.instance_prompt:
             wording = Wording.from_config(config.data, photos.trigger)
             return wording.complete(photos.instance_prompt)
-    return next(iter([*config.validation.prompts, *config.data.triggers]), "")
+    return next(iter([*config.validation.texts, *config.data.triggers]), "")
 
 
 def lora_readers(config: DreamBoothConfig) -> str:
@@ -147,7 +147,7 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
     if config.lora:
         tags.append("lora")
     widget = []
-    for i, prompt in enumerate(config.validation.prompts):
+    for i, prompt in enumerate(config.validation.texts):
         widget.append({"text": prompt, "output": {"url": f"samples/final/{i:02d}-0.png"}})
     return ModelCardData(
         **relation,

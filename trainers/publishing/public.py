@@ -69,8 +69,11 @@ def placeholders(section: Section) -> dict[str, Any]:
     """What stands for the places on this machine, by their keys."""
     found: dict[str, Any] = {}
     for key, value in section:
-        if isinstance(value, list) and value and isinstance(value[0], Section):
-            found[key] = [part.model_copy(update=placeholders(part)) for part in value]
+        if isinstance(value, list) and any(isinstance(part, Section) for part in value):
+            found[key] = [
+                part.model_copy(update=placeholders(part)) if isinstance(part, Section) else part
+                for part in value
+            ]
         elif isinstance(value, Path):
             found[key] = Path(key.upper())
         elif key in NAME_OR_PATH_KEYS and value is not None and is_local(value):

@@ -26,6 +26,17 @@ from trainers.errors import UserError
 
 DENSITIES = {"linear": "uniform", "sigmoid": "logit_normal", "lognorm_blend": "logit_normal"}
 
+# of a prompt with settings of its own
+SAMPLE_KEYS = {
+    "neg": "negative_prompt",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "guidance_scale": "guidance_scale",
+    "sample_steps": "num_inference_steps",
+    "network_multiplier": "lora_scale",
+}
+
 RULES = [
     Rule("model.name_or_path", "model.pretrained_model_name_or_path"),
     Rule(
@@ -165,14 +176,27 @@ def find_family(config: ForeignConfig) -> str | None:
     return family_named(str(config.values.get("model.arch", "sd1")))
 
 
+def read_sample(config: ForeignConfig, i: int, sample: Mapping[str, Any]) -> str | dict[str, Any]:
+    """A prompt, with the settings that it has of its own."""
+    found = {"prompt": str(sample.get("prompt") or "")}
+    for theirs, value in sample.items():
+        if value is None or theirs == "prompt":
+            continue
+        if ours := SAMPLE_KEYS.get(theirs):
+            found[ours] = str(value) if ours == "negative_prompt" else number(value)
+        else:
+            config.values[f"sample.samples {i}: {theirs}"] = value
+    return found if len(found) > 1 else found["prompt"]
+
+
 def read_prompts(config: ForeignConfig) -> None:
     """Prompts, in which [trigger] stands for the trigger word, here as there."""
     trigger = str(config.take("trigger_word") or "").strip()
-    prompts = config.take("sample.prompts") or [
-        sample.get("prompt", "") for sample in config.take("sample.samples") or []
-    ]
-    if prompts:
+    if prompts := config.take("sample.prompts"):
         config.put("validation.prompts", [str(prompt) for prompt in prompts], "sample.prompts")
+    elif samples := config.take("sample.samples"):
+        read = [read_sample(config, i, sample) for i, sample in enumerate(samples, 1)]
+        config.put("validation.prompts", read, "sample.samples")
     if trigger:
         note = (
             "It is put before captions that lack it there; here write [trigger] in them, or set "
