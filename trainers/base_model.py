@@ -16,6 +16,7 @@ from torch import nn
 
 from trainers.config import ModelConfig
 from trainers.config.dreambooth_rules import base_problem
+from trainers.config.family_facts import family_facts
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
@@ -71,12 +72,7 @@ class LoadedBase:
         self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
         self.needs_autocast, self.file_digests = True, FileDigests()
         index = self.pipeline.load_config(self.folder)
-        if index["_class_name"] != self.pipeline.__name__:
-            raise UserError(
-                f"model.family: {model.pretrained_model_name_or_path} is a "
-                f"{index['_class_name']}, but model.family={model.family} requires a "
-                f"{self.pipeline.__name__}: change one of the two"
-            )
+        check_pipeline(index["_class_name"], self.pipeline, model)
         # name of a component to its library and class; absent ones have neither
         self.components: dict[str, list[str]] = {}
         for name, value in index.items():
@@ -186,6 +182,18 @@ class LoadedBase:
         """
         precision = "float32" if part == "vae" else self.dtype
         return hashlib.sha256(f"{precision} {self.part_digest(part)}".encode()).hexdigest()
+
+
+def check_pipeline(found: str, wanted: type[DiffusionPipeline], model: ModelConfig) -> None:
+    """Raises: UserError where a base is of another class than its family's."""
+    name = model.pretrained_model_name_or_path
+    if reason := family_facts(model.family).refused_pipelines.get(found):
+        raise UserError(f"model.pretrained_model_name_or_path: {name} is {reason}")
+    if found != wanted.__name__:
+        raise UserError(
+            f"model.family: {name} is a {found}, but model.family={model.family} requires a "
+            f"{wanted.__name__}: change one of the two"
+        )
 
 
 def tokenizer_name(text_encoder: str) -> str:

@@ -19,6 +19,7 @@ from trainers.distributed.fsdp import ShardFunction, sharded_parameter_names
 from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.encoded_pictures import prepare_batches
 from trainers.families import Family
+from trainers.families.base import GEOMETRY
 from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser
@@ -57,6 +58,7 @@ class DreamBooth:
         self.initial_lora = initial.start_lora(family, config.lora, encoder.trained_encoders)
         if config.lora is None:
             self.module.requires_grad_(True)
+        self.module.freeze_unread_layers()
         family.apply_memory_options()
         configure_blocks(family, config.train, accelerator)
         self.module.exclude_from_ddp(sharded_parameter_names(self.module, accelerator))
@@ -75,7 +77,8 @@ class DreamBooth:
             key, upcoming = (rng.step, rng.rows[0]), self.upcoming_inputs(rng.step)
             with self.accelerator.autocast():
                 self.family.modulation.use(key, self.module, upcoming)
-        prediction = self.players["denoiser"].module(x_t, t, batch["text"])
+        inputs = batch["text"] | {GEOMETRY: batch["geometry"]}
+        prediction = self.players["denoiser"].module(x_t, t, inputs)
         # (B,); a named target would stay in memory until the backward pass is over
         error = mean_square(prediction, objective.target(x0, eps, t), batch.get("mask"))
         yield "denoiser", (batch["weight"] * objective.weight(t) * error).sum()

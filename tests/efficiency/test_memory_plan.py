@@ -11,7 +11,7 @@ from trainers.config import loading
 from trainers.memory_plan import MemoryMeter
 from trainers.training.loop import train
 
-FAMILIES = ("sd15", "sd3", "flux")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 CHECKPOINTED = "train.gradient_checkpointing=true"
 
 

@@ -30,6 +30,8 @@ class TextEncoderFacts(Facts):
     lora: bool = False
     # how many it reads unless the config says otherwise; None: its tokenizer's number
     tokens: int | None = Field(None, ge=1, le=512)
+    # its last layers that the denoiser is given nothing of, and that so have nothing to learn
+    unread_layers: int = Field(0, ge=0)
 
 
 class KohyaBlock(Facts):
@@ -54,6 +56,8 @@ class KohyaFacts(Facts):
     prefixes: dict[str, str]  # component of the pipeline: what its layers' names begin with
     # whether such a file is written when the config says nothing, since readers need it
     by_default: bool = False
+    # whether the U-Net's blocks are numbered through, as in Stability's code
+    released_unet: bool = False
     base_model_version: str  # sd-scripts' ss_base_model_version
     network_module: str  # sd-scripts' ss_network_module
     blocks: list[KohyaBlock] = []  # layers that do not lie there have one name in both
@@ -79,6 +83,8 @@ class FamilyFacts(Facts):
     config_keys: dict[str, list[str]]
     # "section.key=value" that this family cannot train with: why, and what to do
     refused: dict[str, str] = {}
+    # pipelines of other models that are taken for this family: what they are, and what to do
+    refused_pipelines: dict[str, str] = {}
     # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
     adaptive_norms: list[str] = []
     # modelspec's ids of the base models: the settings of the denoiser that tell one from others

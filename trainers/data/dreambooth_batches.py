@@ -109,8 +109,8 @@ class DreamBoothBatches:
         return pictures[self.batch_slice.sample_index(previous, row, len(pictures), pool)]
 
     def collate(self, step: int, rows: list[tuple[int, int]]) -> dict:
-        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device; on the CPU
-        geometry (B, 6), see `Crop.geometry`.
+        """Moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,) and geometry (B, 6), see
+        `Crop.geometry`, on the device.
 
         A run with masks has the weight of each latent in mask (B, 1, h, w) too.
         """
@@ -133,7 +133,7 @@ class DreamBoothBatches:
             "moments": self.stack_on_device(moments),
             "text": text,
             "weight": self.sample_weights,
-            "geometry": torch.tensor(geometry),
+            "geometry": send(torch.tensor(geometry), self.device),
         }
         if masks:
             # exact for 0 and 1, so that a white mask changes nothing

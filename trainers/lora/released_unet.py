@@ -18,6 +18,8 @@ OUTER = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.resnets.0.": "middle_block.0.",
     "mid_block.attentions.0.": "middle_block.1.",
     "mid_block.resnets.1.": "middle_block.2.",
@@ -33,11 +35,15 @@ IN_RESNET = {
 
 def layer_names(family: Family) -> dict[str, Rows]:
     """Every name that a layer of the denoiser has in such files; none if it is no U-Net."""
-    part = family.denoiser_name
-    layers = component_layers(adaptable_layers(family), part)
-    rows = {name: Rows((f"{part}.{layer}",)) for name, layer in released_names(layers).items()}
+    rows = unet_rows(adaptable_layers(family), family.denoiser_name)
     dotted = {f"diffusion_model.{name}": value for name, value in rows.items()}
     return dotted | underscored("lora_unet_", rows)
+
+
+def unet_rows(layers: Iterable[str], part: str) -> dict[str, Rows]:
+    """The release's name of each layer of the component `part`, a U-Net."""
+    names = released_names(component_layers(layers, part))
+    return {name: Rows((f"{part}.{layer}",)) for name, layer in names.items()}
 
 
 def released_names(layers: Iterable[str]) -> dict[str, str]:
