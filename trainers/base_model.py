@@ -7,19 +7,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import diffusers
 import torch
-import transformers
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
-from trainers.config.dreambooth_rules import base_problem
+from trainers.config.dreambooth_rules import base_problem, is_single_file
 from trainers.config.family_facts import family_facts
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
+from trainers.original.convert import diffusers_folder
+from trainers.original.weights import meta_model
 from trainers.run_folder import BASE_DIGESTS_NAME
 
 
@@ -134,13 +134,7 @@ class LoadedBase:
 
     def new_meta_model(self, part: str) -> nn.Module:
         """A model without weights, which may be changed; `meta_model` returns a shared one."""
-        library, kind = self.components[part]
-        with torch.device("meta"):
-            if library == "diffusers":
-                kind = getattr(diffusers, kind)
-                return kind.from_config(kind.load_config(self.folder, subfolder=part))
-            kind = getattr(transformers, kind)
-            return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
+        return meta_model(self.folder, part, self.components[part])
 
     @property
     def vae_config(self) -> dict:
@@ -222,6 +216,8 @@ def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Pa
     name = model.pretrained_model_name_or_path
     if problem := base_problem(name):
         raise UserError(f"model.pretrained_model_name_or_path: {problem}")
+    if is_single_file(name):
+        return diffusers_folder(model)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(

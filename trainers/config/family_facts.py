@@ -70,6 +70,25 @@ class KohyaFacts(Facts):
         return next(iter(self.prefixes))
 
 
+class OriginalTextFacts(Facts):
+    """Where a text encoder is in a model that is one file."""
+
+    prefix: str  # what the names of its tensors begin with
+    open_clip: bool = False  # whether they are OpenCLIP's names, and not those of transformers
+
+
+class SingleFileFacts(Facts):
+    """A model of the family in one file, as it was released first and other programs load it."""
+
+    mark: str  # a tensor of the denoiser that the files of no other family have
+    denoiser: str = "model.diffusion_model."  # what the names of its tensors begin with
+    vae: str = "first_stage_model."
+    text_encoders: dict[str, OriginalTextFacts]
+    tensors: list[KohyaBlock] = []  # full names of tensors that are no layer's weight or bias
+    # a part of a tensor's name: the repository whose settings such a file needs; the first counts
+    settings: dict[str, str]
+
+
 class FamilyFacts(Facts):
     """All of a family's facts file."""
 
@@ -93,6 +112,7 @@ class FamilyFacts(Facts):
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
+    single_file: SingleFileFacts | None = None
     # the names that XLabs' trainer gives to layers, beside those of the release
     xlabs: list[KohyaBlock] = []
     widths: dict[int, str] = {}  # of the denoiser: which base models of the family have it

@@ -19,8 +19,8 @@ from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
 from trainers.lora.names import released_rows, text_encoder_layers, underscored
 from trainers.lora.released_unet import unet_rows
-from trainers.lora.tensor_file import write_tensors
 from trainers.lora.update import Layers, Lora, Rows, is_dora, stack_updates, swap_halves
+from trainers.tensor_file import write_tensors
 
 SUFFIX = ".safetensors"
 
