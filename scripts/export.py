@@ -5,6 +5,8 @@ python scripts/export.py RUN --format kohya
 python scripts/export.py LORA.safetensors --base MODEL --rank 4 [--format diffusers]
 python scripts/export.py RUN --format merged --out FOLDER
     a whole pipeline, which needs no LoRA reader
+python scripts/export.py RUN --format single_file --dtype float16
+    the same as one file, for ComfyUI and A1111
 python scripts/export.py TUNED_PIPELINE --base MODEL --rank 16
     what its training added to the base, as LoRA
 """
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from trainers.families import Family
     from trainers.lora.update import Lora
 
+WHOLE_MODELS = {"merged": "", "single_file": ".safetensors"}  # and what their names end with
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,11 +42,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     help = "A run folder, RUN@STEP, RUN@best, a LoRA file, a PEFT folder or a tuned pipeline."
     parser.add_argument("source", type=Path, help=help)
-    parser.add_argument("--format", choices=[*FORMATS, "merged"], default="diffusers")
+    parser.add_argument("--format", choices=[*FORMATS, *WHOLE_MODELS], default="diffusers")
     help = "Write the nearest LoRA of this rank, by SVD."
     parser.add_argument("--rank", type=positive_int, help=help)
     parser.add_argument("--base", help="The base model; a run folder knows its own.")
-    help = "The precision of a merged pipeline."
+    help = "The precision of a merged pipeline, or of one file."
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=help)
     help = "A file, or a folder for peft and merged. By default it lies beside the source."
     parser.add_argument("--out", type=Path, help=help)
@@ -64,12 +67,13 @@ def main() -> None:
     lora = load_source(source, arguments.rank, family)
     out = arguments.out or default_path(source, arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.format == "merged":
-        write_merged(family, lora, arguments.dtype, out)
+    architecture = base_architecture(family)
+    metadata = make_metadata(config, architecture)
+    if arguments.format in WHOLE_MODELS:
+        metadata["modelspec.architecture"] = architecture
+        write_whole(family, lora, arguments, out, metadata)
         return
-    load_format(arguments.format).write(
-        lora, family, out, make_metadata(config, base_architecture(family))
-    )
+    load_format(arguments.format).write(lora, family, out, metadata)
     difference = max_relative_difference(lora, read_lora(out, family))
     print(f"{out}: {len(lora)} layers; read back, they differ by at most {difference:.1e}")
 
@@ -103,22 +107,32 @@ def default_path(source: Path, arguments: argparse.Namespace) -> Path:
     else:
         folder, stem = source.parent, source.name if source.is_dir() else source.stem
     rank = f"_rank{arguments.rank}" if arguments.rank else ""
-    suffix = "" if format == "merged" else load_format(format).SUFFIX
+    is_whole = format in WHOLE_MODELS
+    suffix = WHOLE_MODELS[format] if is_whole else load_format(format).SUFFIX
     return folder / f"{stem}{rank}_{format}{suffix}"
 
 
-def write_merged(family: Family, lora: Lora, dtype: str, out: Path) -> None:
-    """Write the base's pipeline with the updates in its weights."""
+def write_whole(
+    family: Family, lora: Lora, arguments: argparse.Namespace, out: Path, metadata: dict[str, str]
+) -> None:
+    """Write the base's pipeline with the updates in its weights, as a folder or one file."""
     import torch
 
     from trainers.lora.base_layers import merge_lora
     from trainers.lora.export import save_pipeline
+    from trainers.lora.single_file import save_single_file
 
-    family.dtype = getattr(torch, dtype)
-    family.load(family.denoiser_name, *family.clip_encoders)
+    family.dtype = getattr(torch, arguments.dtype)
+    is_folder = arguments.format == "merged"
+    parts = family.clip_encoders if is_folder else ("vae", *family.text_encoder_names)
+    family.load(family.denoiser_name, *parts)
     lost = merge_lora(family, lora)
-    save_pipeline(family, family.clip_encoders, out)
-    print(f"{out}: {len(lora)} layers merged; rounding to {dtype} costs {lost:.1e} of the updates")
+    if is_folder:
+        save_pipeline(family, family.clip_encoders, out)
+    else:
+        save_single_file(family, out, metadata)
+    rounding = f"rounding to {arguments.dtype} costs {lost:.1e} of the updates"
+    print(f"{out}: {len(lora)} layers merged; {rounding}")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def main() -> None:
     arguments = parse_arguments()
     found = find_run(arguments.run)
 
-    from trainers.lora.tensor_file import check_weights
     from trainers.publishing.hub import check_access, push_result, push_run
     from trainers.publishing.report import write_report
     from trainers.publishing.step_release import step_release
+    from trainers.tensor_file import check_weights
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     overrides = {name: value for name, value in given.items() if name != "run"}

@@ -16,7 +16,7 @@ from tests.shared.image_sets import bars, blobs, captioned_photos, other_photos,
 from tests.shared.local_hub import local_hub
 from tests.shared.runs import settings
 from tests.shared.tiny_pipelines import base, bases
-from trainers.memory_advice import CACHE_VARIABLE
+from trainers.atomic import CACHE_VARIABLE
 
 torch.set_num_threads(1)
 

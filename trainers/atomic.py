@@ -14,7 +14,14 @@ from uuid import uuid4
 from trainers.errors import UserError
 
 # what a killed program may leave: .NAME.32 hexadecimal digits.tmp, and an ending of the name's own
+CACHE_VARIABLE = "DIFFUSION_TRAINERS_CACHE"  # another folder than ~/.cache/diffusion-trainers
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp(\.[^.]+)?")
+
+
+def cache_home() -> Path:
+    """The user's folder for what is made once and may be removed at any time."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or home / "diffusion-trainers")
 
 
 def aside(path: Path) -> Path:

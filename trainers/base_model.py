@@ -7,18 +7,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import diffusers
 import torch
-import transformers
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from trainers.config import ModelConfig
-from trainers.config.dreambooth_rules import base_problem
+from trainers.config.dreambooth_rules import base_problem, is_single_file
+from trainers.config.family_facts import family_facts
 from trainers.data.file_digests import FileDigests, part_digest
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
+from trainers.original.convert import diffusers_folder
+from trainers.original.weights import meta_model
 from trainers.run_folder import BASE_DIGESTS_NAME
 
 
@@ -71,12 +72,7 @@ class LoadedBase:
         self.variant, self.folder = model.variant, find_base_model(self.pipeline, model)
         self.needs_autocast, self.file_digests = True, FileDigests()
         index = self.pipeline.load_config(self.folder)
-        if index["_class_name"] != self.pipeline.__name__:
-            raise UserError(
-                f"model.family: {model.pretrained_model_name_or_path} is a "
-                f"{index['_class_name']}, but model.family={model.family} requires a "
-                f"{self.pipeline.__name__}: change one of the two"
-            )
+        check_pipeline(index["_class_name"], self.pipeline, model)
         # name of a component to its library and class; absent ones have neither
         self.components: dict[str, list[str]] = {}
         for name, value in index.items():
@@ -138,13 +134,7 @@ class LoadedBase:
 
     def new_meta_model(self, part: str) -> nn.Module:
         """A model without weights, which may be changed; `meta_model` returns a shared one."""
-        library, kind = self.components[part]
-        with torch.device("meta"):
-            if library == "diffusers":
-                kind = getattr(diffusers, kind)
-                return kind.from_config(kind.load_config(self.folder, subfolder=part))
-            kind = getattr(transformers, kind)
-            return kind(kind.config_class.from_pretrained(self.folder, subfolder=part))
+        return meta_model(self.folder, part, self.components[part])
 
     @property
     def vae_config(self) -> dict:
@@ -188,6 +178,18 @@ class LoadedBase:
         return hashlib.sha256(f"{precision} {self.part_digest(part)}".encode()).hexdigest()
 
 
+def check_pipeline(found: str, wanted: type[DiffusionPipeline], model: ModelConfig) -> None:
+    """Raises: UserError where a base is of another class than its family's."""
+    name = model.pretrained_model_name_or_path
+    if reason := family_facts(model.family).refused_pipelines.get(found):
+        raise UserError(f"model.pretrained_model_name_or_path: {name} is {reason}")
+    if found != wanted.__name__:
+        raise UserError(
+            f"model.family: {name} is a {found}, but model.family={model.family} requires a "
+            f"{wanted.__name__}: change one of the two"
+        )
+
+
 def tokenizer_name(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
@@ -214,6 +216,8 @@ def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Pa
     name = model.pretrained_model_name_or_path
     if problem := base_problem(name):
         raise UserError(f"model.pretrained_model_name_or_path: {problem}")
+    if is_single_file(name):
+        return diffusers_folder(model)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(

@@ -60,6 +60,7 @@ class DreamBooth:
         self.initial_lora = initial.start_lora(family, config.lora, encoder.trained_encoders)
         if config.lora is None:
             self.module.requires_grad_(True)
+        self.module.freeze_unread_layers()
         family.apply_memory_options()
         configure_blocks(family, config.train, accelerator)
         self.module.exclude_from_ddp(sharded_parameter_names(self.module, accelerator))

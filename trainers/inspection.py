@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 
 from trainers.class_pictures import class_folder, is_drawn
 from trainers.config import ConceptConfig, DataConfig, DreamBoothConfig, ModelConfig
+from trainers.config.dreambooth_rules import is_single_file
 from trainers.data.buckets import BucketRule, name_size
 from trainers.data.file_outcomes import describe_files
 from trainers.data.inspection import Inspection, PhotoReport, Sight
@@ -22,6 +23,7 @@ from trainers.data.photo_sets import (
 )
 from trainers.data.pictures import Picture, list_image_files
 from trainers.families import FAMILIES, Family
+from trainers.original.convert import settings_folder
 
 LEARNT, HELD_OUT, OF_CLASS = "learnt", "held out", "of the class"
 # of a base model, what it takes to count tokens and to know its longest side
@@ -100,7 +102,9 @@ def open_tokenizers(model: ModelConfig, intake: Intake) -> Family | None:
     name = model.pretrained_model_name_or_path
     try:
         folder = name
-        if not Path(name).is_dir():
+        if is_single_file(name):
+            folder = settings_folder(model)
+        elif not Path(name).is_dir():
             folder = snapshot_download(
                 name, revision=model.revision, allow_patterns=TOKENIZER_FILES
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from trainers import cpu_memory, memory_plan
-from trainers.atomic import write_atomic
+from trainers.atomic import cache_home, write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.families import FAMILIES
 from trainers.memory_plan import MemoryPlan
@@ -27,7 +26,6 @@ CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 BATCHES = (8, 4, 2, 1)
 MARGIN = 0.1  # of a card, left free for what a plan does not count
 GIB = 2**30
-CACHE_VARIABLE = "DIFFUSION_TRAINERS_CACHE"  # another folder than ~/.cache/diffusion-trainers
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 # what a plan is subtracted from: nothing is held elsewhere or in fewer bits
 PLAIN = {"quantization": "none", "modulation_cache": False, "offload": False}
@@ -60,9 +58,7 @@ class PlanCache:
     """Plans by what they depend on, in a JSON file that may be removed at any time."""
 
     def __init__(self, path: Path | None = None) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(os.environ.get(CACHE_VARIABLE) or home / "diffusion-trainers")
-        self.path = path or folder / "plans.json"
+        self.path = path or cache_home() / "plans.json"
         try:
             self.values = dict(json.loads(self.path.read_text("utf-8")))
         except (OSError, ValueError, TypeError):

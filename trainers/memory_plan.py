@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.config import DreamBoothConfig, ModelConfig
+from trainers.config.dreambooth_rules import is_single_file
 from trainers.cpu_memory import resident_bytes
 from trainers.distributed.fsdp import get_blocks
 from trainers.efficiency.compilation import enable_checkpointing
@@ -30,6 +31,7 @@ from trainers.efficiency.modulation import adaptive_norms
 from trainers.errors import UserError
 from trainers.families import FAMILIES, Family
 from trainers.lora.layers import add_lora
+from trainers.original.convert import settings_folder
 from trainers.training.loop import Player, train
 from trainers.training.optimizers import make_optimizer
 
@@ -105,6 +107,8 @@ def plan_memory(config: DreamBoothConfig, dtype: torch.dtype, has_cpu_memory: bo
 def download_configs(model: ModelConfig) -> Path:
     """A folder with the base's configs and tokenizers; of the Hub's, these alone are fetched."""
     name = model.pretrained_model_name_or_path
+    if is_single_file(name):
+        return settings_folder(model)
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.txt", "*.model"]

@@ -19,6 +19,7 @@ from benchmark.cells import Cell
 from benchmark.parity import ALPHA, DTYPES, NUM_BATCHES, Reference, compare, make_inputs
 from benchmark.sizes import RANK, TARGETS, Size, condition_shapes, latent_shape
 from trainers.config import DreamBoothConfig, loading
+from trainers.data.crops import GEOMETRY
 from trainers.data.rng import SampleRng
 from trainers.data.sampler import BatchSlice
 from trainers.distributed.accelerator import best_device, complete_float16
@@ -97,7 +98,14 @@ class Place:
             "moments": random(cell.rows, 2 * channels, height, width),
             "text": {name: random(*shape).to(self.dtype) for name, shape in shapes},
             "weight": torch.full((cell.rows,), 1 / cell.rows, device=self.device),
+            GEOMETRY: torch.zeros(cell.rows, 6, dtype=torch.int64, device=self.device),
+            "num_kept": 0,
         }
+
+
+def condition_as_it_is(text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the pictures' geometry, in place of `Family.condition`."""
+    return {name: value for name, value in text.items() if name != GEOMETRY}
 
 
 def make_place(precision: str | None, device: str, folder: Path) -> Place:
@@ -133,7 +141,7 @@ def make_task(
     denoiser = place.denoiser(cell.family, size)
     family.pipe.register_modules(**{family.denoiser_name: denoiser})
     # the batch has what the text encoders would give, by the denoiser's names
-    family.condition = dict
+    family.condition = condition_as_it_is
     batch_slice = BatchSlice(settings.seed, cell.rows)
     batches = OneBatch(place.batch(cell, size), batch_slice, place.device)
     return DreamBooth(family, batches, None, settings, accelerator), batches

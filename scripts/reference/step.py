@@ -1,6 +1,7 @@
 """A training step written from the papers, with diffusers' and PEFT's own parts.
 
-Times t (B,) are the index 0..999 of a DDPM step for SD1.5, and 0..1 with 1 as noise for the flows.
+Times t (B,) are the index 0..999 of a DDPM step for the U-Nets of SD1.5 and SDXL, and 0..1 with 1
+as noise for the flows.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 def encode(
     pipe: DiffusionPipeline, family: str, prompt: str, max_sequence_length: int | None
 ) -> list[Tensor]:
-    """What the denoiser takes of a prompt (1, ...): its tokens and, of the flows, a pooled vector.
+    """What the denoiser takes of a prompt (1, ...): its tokens and, but for SD1.5, a pooled vector.
 
     max_sequence_length: the tokens that the T5 reads, where the pipeline has one.
     """
     if family == "sd15":
         return [pipe.encode_prompt([prompt], pipe.device, 1, False)[0]]
+    if family == "sdxl":
+        tokens, _, pooled, _ = pipe.encode_prompt([prompt], do_classifier_free_guidance=False)
+        return [tokens, pooled]
     if family == "flux":
         return list(pipe.encode_prompt([prompt], max_sequence_length=max_sequence_length)[:2])
     tokens, _, pooled, _ = pipe.encode_prompt(
@@ -54,10 +58,10 @@ def corrupt(
 ) -> tuple[Tensor, Tensor]:
     """The noisy latents, and what the denoiser regresses.
 
-    That is eps or the velocity for SD1.5 (Ho et al. 2020, Salimans and Ho 2022), as its scheduler
-    config says, and eps - x0 for the flows (Esser et al. 2024).
+    That is eps or the velocity for the U-Nets (Ho et al. 2020, Salimans and Ho 2022), as the
+    scheduler config says, and eps - x0 for the flows (Esser et al. 2024).
     """
-    if family == "sd15":
+    if family in ("sd15", "sdxl"):
         ddpm = DDPMScheduler.from_config(scheduler_config)
         is_velocity = ddpm.config.prediction_type == "v_prediction"
         target = ddpm.get_velocity(x0, eps, t) if is_velocity else eps
@@ -69,9 +73,16 @@ def corrupt(
 def call_denoiser(
     family: str, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: list[Tensor]
 ) -> Tensor:
-    """The denoiser's output (B, C, h, w) for latents x_t (B, C, h, w) and text as of `encode`."""
+    """The denoiser's output (B, C, h, w) for latents x_t (B, C, h, w) and text as of `encode`.
+
+    SDXL takes the sizes and the crop corner of each picture too, (B, 6) as the last of `text`.
+    """
     if family == "sd15":
         return denoiser(x_t, t, text[0]).sample
+    if family == "sdxl":
+        tokens, pooled, sizes = text
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        return denoiser(x_t, t, tokens, added_cond_kwargs=added).sample
     if family == "sd3":
         return denoiser(x_t, text[0], text[1], 1000 * t).sample
     n, channels, h, w = x_t.shape

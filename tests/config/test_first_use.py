@@ -65,9 +65,9 @@ def test_no_name_of_others_is_a_key_of_ours_or_stands_for_two():
         ("./base", "no such folder"),
         ("models/sd/15", "no such folder"),
         ("C:\\models\\sd15", "no such folder"),
-        ("model.safetensors", "is a single file"),
-        ("/no/such/model.ckpt", "is a single file"),
-        ("someone/model.gguf", "is a single file"),
+        ("model.safetensors", "no such file"),
+        ("/no/such/model.ckpt", "is a file that is not opened"),
+        ("someone/model.gguf", "is a file that is not opened"),
         ("https://huggingface.co/a/b", "the name of the repository, a/b"),
         ("https://huggingface.co/a/b/tree/main", "the name of the repository, a/b"),
         ("https://civitai.com/models/1", "is an address"),
@@ -91,12 +91,12 @@ def test_a_base_model_that_is_none_is_told_what_it_is(settings, name, message):
 
 def test_a_file_without_an_ending_is_no_base_either(tmp_path):
     (tmp_path / "model").touch()
-    assert "single file" in base_problem(str(tmp_path / "model"))
+    assert "is a file that is not opened" in base_problem(str(tmp_path / "model"))
 
 
 def test_a_base_that_was_given_later_is_checked_too(settings):
     model = settings().model.model_copy(update={"pretrained_model_name_or_path": "x.safetensors"})
-    assert "single file" in one_line(find_base_model, None, model)
+    assert "no such file" in one_line(find_base_model, None, model)
 
 
 def test_a_folder_that_is_a_file_or_no_name_is_told(settings, tmp_path):

@@ -5,6 +5,7 @@ import yaml
 
 from tests.shared.processes import ROOT, call
 from trainers.config import loading
+from trainers.config.family_facts import families_with
 from trainers.config.importers import import_config
 from trainers.errors import UserError
 from trainers.run import run
@@ -133,10 +134,34 @@ def test_the_result_trains(name, bases, photos, tmp_path):
         "validation.num_inference_steps=1",
         "tracking.report_to=[]",
     ]
-    if family != "sd15":
+    if family in families_with("model", "max_sequence_length"):
         overrides.append("model.max_sequence_length=10")
     run(loading.load_config(file, overrides))
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").is_file()
+
+
+SDXL = {
+    "a.toml": 'network_module = "networks.lora"\nsdxl = true\nnetwork_dim = 4\nunet_lr = 1e-4',
+    "a.yaml": "job: x\nconfig: {process: [{model: {arch: sdxl}, datasets: [{folder_path: x}]}]}",
+    "b.yaml": "job: x\nconfig: {process: [{model: {is_xl: true}, datasets: [{folder_path: x}]}]}",
+    "a.sh": "accelerate launch train_dreambooth_lora_sdxl.py --rank 4",
+}
+
+
+@pytest.mark.parametrize("name", SDXL)
+def test_what_each_of_them_calls_sdxl_is_that_family(tmp_path, name):
+    (tmp_path / name).write_text(SDXL[name])
+    imported = import_config(tmp_path / name)
+    assert imported.value("model.family") == "sdxl"
+    assert not {"sdxl", "model.is_xl"} & imported.leftovers().keys()
+
+
+def test_a_module_of_several_families_is_asked_about(tmp_path):
+    (tmp_path / "a.toml").write_text(SDXL["a.toml"].replace("sdxl = true", ""))
+    assert (
+        "It is that of SD1.5 and SDXL: is it this one?"
+        in import_config(tmp_path / "a.toml").to_yaml()
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +172,11 @@ def test_the_result_trains(name, bases, photos, tmp_path):
         ("a.yaml", b"a: 1", "none of the configs that can be imported"),
         ("a.toml", b"\xff\xfe", "is not text"),
         ("a.yaml", b"x" * (2**20 + 1), "larger than 1 MiB"),
-        ("a.sh", b"accelerate launch train_dreambooth_lora_sdxl.py --rank 4", "not supported here"),
+        (
+            "a.sh",
+            b"accelerate launch train_dreambooth_lora_lumina2.py --rank 4",
+            "not supported here",
+        ),
         ("a.sh", b"python train_dreambooth_lora_flux.py --prompt 'a", "cannot be parsed"),
         ("a.yaml", b"job: x\nconfig: {process: []}", "config.process"),
         ("a.yaml", b"job: x\nconfig: {process: [{datasets: [{}]}, {}]}", "2 parts"),

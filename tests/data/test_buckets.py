@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from tests.shared.fake_pictures import Fake, fake, number
 from tests.shared.pictures import data
@@ -85,6 +86,16 @@ def test_the_crop_is_what_share_cut_off_says_and_geometry_tells_where_it_is():
         assert geometry == (picture[1], picture[0], top, left, size[1], size[0])
         assert top == height - size[1]
         assert left == round(0.25 * (width - size[0]))
+
+
+def test_a_mirrored_crop_lies_where_the_mirrored_picture_has_it():
+    noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    mirrored = ImageOps.mirror(image)
+    *_, left, height, width = geometry = Crop(24, 24, 0.25, flip=True).geometry(image.size)
+    assert geometry == (24, 40, 0, left, height, width) == (24, 40, 0, 12, 24, 24)
+    assert Crop(24, 24, left / 16).geometry(image.size) == geometry
+    assert torch.equal(Crop(24, 24, 0.25, flip=True)(image), Crop(24, 24, left / 16)(mirrored))
 
 
 def test_several_areas_and_pictures_that_are_too_small_for_some():

@@ -18,7 +18,7 @@ from trainers.distributed.collectives import (
 from trainers.errors import UserError
 from trainers.run import run
 
-FAMILIES = ("sd15", "sd3", "flux")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 

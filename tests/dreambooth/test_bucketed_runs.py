@@ -21,6 +21,7 @@ from trainers.training.facts import config_facts, explain_config
 
 SIZES = {
     "sd15": [(24, 40), (32, 32), (40, 24)],
+    "sdxl": [(24, 40), (32, 32), (40, 24)],
     "sd3": [(16, 48), (32, 32), (48, 16)],
     "flux": [(16, 48), (32, 32), (48, 16)],
 }

@@ -12,7 +12,7 @@ from trainers.efficiency.apply import open_family
 from trainers.memory_plan import MemoryMeter
 from trainers.training.loop import train
 
-FAMILIES = ("sd15", "sd3", "flux")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 CHECKPOINTED = "train.gradient_checkpointing=true"
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from tests.shared.families import ALL, FLOWS, LENGTH, PROMPTS, conditioned, encoded, whole
+from tests.shared.families import ALL, FLOWS, LENGTH, PROMPTS, UNETS, conditioned, encoded, whole
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_conditions_equal_the_pipelines(settings, pipes, name):
-    length = {} if name == "sd15" else {"max_sequence_length": LENGTH}
+    length = {} if name in UNETS else {"max_sequence_length": LENGTH}
     theirs = encoded(pipes[name], PROMPTS, **length)
     torch.testing.assert_close(conditioned(whole(settings(family=name)), *PROMPTS), theirs)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModelWithProjection
 
 from tests.shared.families import TEXT, conditioned, whole
 from tests.shared.runs import first_gradients, lora, losses, read_metrics
@@ -12,7 +13,7 @@ from trainers.errors import UserError
 from trainers.families.long_prompts import tokenize_chunks
 from trainers.run import run
 
-FAMILIES = ("sd15", "sd3")
+FAMILIES = ("sd15", "sdxl", "sd3")
 # here a token of CLIP is a letter, and it reads 12 with the marks of beginning and end
 WORDS = "a b c d e f g h i j k l m n o".split()
 LONG = " ".join(WORDS)
@@ -29,7 +30,10 @@ def by_hand(pipe, name, text):
     if isinstance(pipe, StableDiffusionPipeline):
         return {name: encoder(ids)[0]}
     output = encoder(ids, output_hidden_states=True)
-    return {name: output.hidden_states[-2], f"{name}_pooled": output.text_embeds}
+    states = {name: output.hidden_states[-2]}
+    if isinstance(encoder, CLIPTextModelWithProjection):
+        states[f"{name}_pooled"] = output.text_embeds
+    return states
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -83,7 +87,10 @@ def test_only_more_chunks_read_a_long_prompt_to_its_end(settings, name):
         other = f"{CHUNKS[0]} x"
         assert torch.equal(*(one.tokenize(encoder, text) for text in (LONG, other)))
         assert not torch.equal(*(two.tokenize(encoder, text) for text in (LONG, other)))
-    assert conditioned(two, LONG)["encoder_hidden_states"].shape[1] == {"sd15": 24, "sd3": 34}[name]
+    assert (
+        conditioned(two, LONG)["encoder_hidden_states"].shape[1]
+        == {"sd15": 24, "sdxl": 24, "sd3": 34}[name]
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,16 @@ from diffusers import (
 )
 
 from tests.shared.draws import Given
-from tests.shared.families import ALL, FACTOR, FLOWS, conditioned, guided, pipeline_steps, whole
+from tests.shared.families import (
+    ALL,
+    FACTOR,
+    FLOWS,
+    UNETS,
+    conditioned,
+    guided,
+    pipeline_steps,
+    whole,
+)
 from tests.shared.tiny_pipelines import make_flux
 from trainers.data.rng import SampleRng
 from trainers.errors import UserError
@@ -82,7 +91,7 @@ def test_latents_are_what_the_pipeline_decodes(settings, pipes, name):
         expected = pipe.vae.decode(
             posterior.mean + posterior.std * SampleRng(0, 0, [7]).normal(latents.shape)
         ).sample
-        if name == "sd15":
+        if name in UNETS:
             decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
         else:
             tokens = (

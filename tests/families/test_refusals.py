@@ -36,7 +36,7 @@ def test_sizes_that_only_flux_and_sd3_cannot_split_into_patches_are_fine_for_sd1
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_base_of_another_family_is_refused(settings, bases, name):
-    other = {"sd15": "sd3", "sd3": "flux", "flux": "sd15"}[name]
+    other = {"sd15": "sdxl", "sdxl": "sd3", "sd3": "flux", "flux": "sd15"}[name]
     wrong = settings(f"model.pretrained_model_name_or_path={bases[other]}", family=name)
     with pytest.raises(UserError, match=FAMILIES[other].pipeline.__name__):
         run(wrong)

@@ -85,7 +85,7 @@ def test_comfyuis_text_encoders_of_sd3_are_read(bases, tmp_path):
     assert max_relative_difference(lora, read_state(state, family, tmp_path)) == 0
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 def test_diffusers_loads_what_we_write_in_its_format_with_several_ranks(bases, tmp_path, name):
     """Also where the name of a layer is the end of others' names."""
     family = family_of(bases[name], name)

@@ -22,8 +22,8 @@ from trainers.lora.base_layers import adaptable_layers, adaptable_shapes
 from trainers.lora.files import read_lora
 from trainers.lora.formats import READ_FORMATS
 from trainers.lora.kohya import to_kohya
-from trainers.lora.names import swapped_layers
 from trainers.lora.update import LoraUpdate, Rows, max_relative_difference, split_update
+from trainers.original.names import swapped_layers
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 

@@ -79,7 +79,7 @@ def assert_starts_as(task, lora):
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize(
     "options",
     [

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from tests.shared.families import ALL, FLOWS, TEXT, whole
+from tests.shared.families import ALL, FLOWS, TEXT, UNETS, whole
 from trainers import dreambooth
 from trainers.config import LoraConfig
 from trainers.distributed.trained_weights import trainable_parameters
@@ -36,8 +36,16 @@ PLACES = [
     "mid_block.attentions.0",
 ]
 UNET = [f"{place}.transformer_blocks.0" for place in PLACES]
+XL_PLACES = [
+    "down_blocks.1.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+    "mid_block.attentions.0",
+]
+XL = [f"{place}.transformer_blocks.{i}" for place in XL_PLACES for i in (0, 1)]
 ATTENTION = {
     "sd15": set().union(*(under(f"{block}.attn{i}", *SELF) for block in UNET for i in (1, 2))),
+    "sdxl": set().union(*(under(f"{block}.attn{i}", *SELF) for block in XL for i in (1, 2))),
     "sd3": under("transformer_blocks.0.attn", *JOINT, "to_add_out")
     | under("transformer_blocks.0.attn2", *SELF)
     | under("transformer_blocks.1.attn", *JOINT),
@@ -48,6 +56,7 @@ ATTENTION = {
 }
 MLP = {
     "sd15": set().union(*(under(block, *FORWARD) for block in UNET)),
+    "sdxl": set().union(*(under(block, *FORWARD) for block in XL)),
     "sd3": under("transformer_blocks.0", *FORWARD, *CONTEXT)
     | under("transformer_blocks.1", *FORWARD),
     "flux": under("transformer_blocks.0", *FORWARD, *CONTEXT)
@@ -77,7 +86,7 @@ def adapted(settings):
 
 @pytest.mark.parametrize("name", ALL)
 def test_presets_select_these_layers_and_no_others(adapted, pipes, name):
-    denoiser = pipes[name].unet if name == "sd15" else pipes[name].transformer
+    denoiser = pipes[name].unet if name in UNETS else pipes[name].transformer
     linear = {layer for layer, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     assert adapted(name) == ATTENTION[name]
     assert adapted(name, "lora.target_modules=attention+mlp") == ATTENTION[name] | MLP[name]

@@ -1,6 +1,7 @@
 """The LoRA files of every program are read exactly: the same updates as by diffusers' own reader
 where it has one, and at the models' true sizes."""
 
+import re
 from importlib import import_module
 
 import pytest
@@ -16,14 +17,14 @@ from safetensors.torch import load_file
 from tests.shared.lora_files import random_lora, read_state
 from tests.shared.true_sizes import SD35_LARGE, true_size_base
 from trainers.lora import released_unet
-from trainers.lora.base_layers import adaptable_shapes
+from trainers.lora.base_layers import adaptable_layers, adaptable_shapes
 from trainers.lora.export import base_architecture
 from trainers.lora.files import read_lora
 from trainers.lora.formats import FORMATS, READ_FORMATS, all_layer_names, load_format
 from trainers.lora.names import released_rows
 from trainers.lora.update import LoraUpdate, max_relative_difference
 
-FAMILY_NAMES = ("sd15", "sd3", "flux")
+FAMILY_NAMES = ("sd15", "sdxl", "sd3", "flux")
 
 
 def from_diffusers(state):
@@ -149,19 +150,57 @@ def test_onetrainers_flux_files_are_what_diffusers_makes_of_them(true_bases, tmp
     assert max_relative_difference(theirs, ours) < 1e-5
 
 
-# SD1.5 from other programs
+# The U-Nets from other programs
+
+# of sd-scripts' own U-Net, which is Stability's
+SD_SCRIPTS_SDXL = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k": "unet.down_blocks.1.attentions.0."
+    "transformer_blocks.1.attn2.to_k",
+    "lora_unet_input_blocks_8_1_proj_in": "unet.down_blocks.2.attentions.1.proj_in",
+    "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj": "unet.mid_block.attentions.0."
+    "transformer_blocks.9.ff.net.0.proj",
+    "lora_unet_output_blocks_5_1_transformer_blocks_0_attn1_to_out_0": "unet.up_blocks.1."
+    "attentions.2.transformer_blocks.0.attn1.to_out.0",
+    "lora_unet_output_blocks_2_2_conv": "unet.up_blocks.0.upsamplers.0.conv",
+    "lora_unet_input_blocks_7_0_in_layers_2": "unet.down_blocks.2.resnets.0.conv1",
+    "lora_unet_label_emb_0_2": "unet.add_embedding.linear_2",
+    "lora_te1_text_model_encoder_layers_10_mlp_fc1": "text_encoder.text_model.encoder.layers.10."
+    "mlp.fc1",
+    "lora_te2_text_model_encoder_layers_31_self_attn_q_proj": "text_encoder_2.text_model.encoder."
+    "layers.31.self_attn.q_proj",
+}
 
 
-def test_the_released_names_of_sd15_are_those_of_diffusers_converter(true_bases):
+def test_kohyas_names_of_sdxl_are_those_of_sd_scripts(true_bases):
+    family = true_bases["sdxl"]
+    names = load_format("kohya").written_names(family, adaptable_layers(family))
+    assert {name: names[name].layers[0] for name in SD_SCRIPTS_SDXL} == SD_SCRIPTS_SDXL
+    # what sd-scripts trains by default: attention, forward and projection layers
+    blocks = [name for name in names if re.search(r"_blocks?(_\d+)?_1_(transformer|proj)", name)]
+    assert len(blocks) == 722
+
+
+def test_files_of_sdxl_with_diffusers_names_in_kohyas_way_are_read(true_bases, tmp_path):
+    """OneTrainer and diffusers' own converter write them."""
+    family = true_bases["sdxl"]
+    lora, state = random_lora(family, rank=1, start="unet.mid_block"), {}
+    for name, update in lora.items():
+        stem = "lora_unet_" + name.removeprefix("unet.").replace(".", "_")
+        state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"] = update.a, update.b
+    assert max_relative_difference(lora, read_state(state, family, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_released_names_of_a_unet_are_those_of_diffusers_converter(true_bases, name):
     """It converts a released checkpoint; each weight here is the released name of its layer."""
-    family = true_bases["sd15"]
+    family = true_bases[name]
     names = {}
     for name, rows in released_unet.layer_names(family).items():
         if name.startswith("diffusion_model."):
             names[name] = rows.layers[0]
     checkpoint = {f"model.{name}.weight": name for name in names}
     checkpoint |= {f"model.{name}.bias": "" for name in names}
-    converted = convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2})
+    converted = convert_ldm_unet_checkpoint(checkpoint, dict(family.denoiser_config))
     found = {}
     for key, name in converted.items():
         # of biases, and of what is not there, it has entries too
@@ -171,8 +210,9 @@ def test_the_released_names_of_sd15_are_those_of_diffusers_converter(true_bases)
     assert set(names.values()) == {n for n in adaptable_shapes(family) if n.startswith("unet.")}
 
 
-def test_comfyuis_names_of_sd15_are_of_every_layer(true_bases, tmp_path):
-    family = true_bases["sd15"]
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_comfyuis_names_of_a_unet_are_of_every_layer(true_bases, tmp_path, name):
+    family = true_bases[name]
     lora, state = random_lora(family, start="unet."), {}
     for name, rows in released_unet.layer_names(family).items():
         if name.startswith("diffusion_model."):
@@ -188,6 +228,7 @@ def test_architectures_are_those_that_readers_know(true_bases, tmp_path):
     found = {name: base_architecture(family) for name, family in true_bases.items()}
     assert found == {
         "sd15": "stable-diffusion-v1",
+        "sdxl": "stable-diffusion-xl-v1-base",
         "sd3": "stable-diffusion-v3.5-medium",
         "flux": "flux-1-dev",
     }

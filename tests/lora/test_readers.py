@@ -23,7 +23,8 @@ def test_our_own_reader_finds_every_update_in_both_files(made, bases, name, file
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [*((name, WEIGHT_NAME) for name in ALL), ("sd15", KOHYA_NAME)]
+    ("name", "file"),
+    [*((name, WEIGHT_NAME) for name in ALL), ("sd15", KOHYA_NAME), ("sdxl", KOHYA_NAME)],
 )
 def test_diffusers_finds_every_update(made, bases, name, file):
     folder, updates = made[name]

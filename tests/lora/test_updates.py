@@ -91,7 +91,7 @@ def test_a_file_is_replaced_by_a_whole_one_only(bases, tmp_path, monkeypatch, fo
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("trainers.lora.tensor_file.save_file", fill_disk)
+    monkeypatch.setattr("trainers.tensor_file.save_file", fill_disk)
     with pytest.raises(OSError, match="no space left"):
         load_format(form).write({layer: update(outputs, 1, inputs)}, family, file, {})
     assert file.read_bytes() == before

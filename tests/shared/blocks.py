@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from trainers import dreambooth
 from trainers.distributed.trained_weights import trainable_parameters
 
-FAMILIES = ("sd15", "sd3", "flux")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 DROPOUT, CHECKPOINTED = "lora.dropout=0.3", "train.gradient_checkpointing=true"
 SELECTIVE, COMPILED = "train.gradient_checkpointing=selective", "train.compile=true"
 

@@ -7,12 +7,14 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 
 from trainers.efficiency.apply import open_family
 
 FLOWS = ("sd3", "flux")
-ALL = ("sd15", *FLOWS)
+UNETS = ("sd15", "sdxl")
+ALL = (*UNETS, *FLOWS)
 TEXT = "train.train_text_encoder=true"
 LENGTH = 10  # of the T5, as the fixture `settings` has it
 FACTOR = 2  # pixels per latent of the tiny autoencoders
@@ -48,6 +50,9 @@ def encoded(pipe, prompts, **length):
     """The pipeline's own encoding, by the denoiser's names."""
     if isinstance(pipe, StableDiffusionPipeline):
         return {"encoder_hidden_states": pipe.encode_prompt(prompts, "cpu", 1, False)[0]}
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        states, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": states, "text_embeds": pooled}
     if isinstance(pipe, StableDiffusion3Pipeline):
         states, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, **length
@@ -68,8 +73,8 @@ def pipeline_steps(pipe, name, height, width):
         inputs.append(args[0] if args else kwargs["hidden_states"])
         outputs.append(output[0])
 
-    call = {} if name == "sd15" else {"max_sequence_length": LENGTH}
-    denoiser = pipe.unet if name == "sd15" else pipe.transformer
+    call = {} if name in UNETS else {"max_sequence_length": LENGTH}
+    denoiser = pipe.unet if name in UNETS else pipe.transformer
     hook = denoiser.register_forward_hook(record, with_kwargs=True)
     noise, guidance = torch.Generator().manual_seed(0), 3.5 if name == "flux" else 1.0
     pipe(
@@ -89,4 +94,4 @@ def pipeline_steps(pipe, name, height, width):
             FluxPipeline._unpack_latents(tokens, height, width, FACTOR) for tokens in (x_t, v)
         )
     times = pipe.scheduler.timesteps
-    return x_t, times if name == "sd15" else times / 1000, v
+    return x_t, times if name in UNETS else times / 1000, v

@@ -24,6 +24,7 @@ COMMON = f"{WHOLE}checkpoint.checkpointing_steps={LOG_EVERY} "
 # family, precision, options
 PLAIN = {
     "sd15-bf16": CLASS + SHOWN,
+    "sdxl-fp16": CLASS + SHOWN,
     "sd3-fp16": CLASS + SHOWN,
     "flux-no": CLASS + SHOWN,
 }
@@ -36,6 +37,8 @@ OPTIONS = {
     "sd15-no-all-weights": "lora=null " + CLASS,
     "sd15-bf16-without-cache": "data.cache=false data.held_out_dir={others} "
     f"validation.validation_steps={LOG_EVERY} ",
+    "sdxl-bf16-text-encoders-buckets": "{concepts} train.train_text_encoder=true "
+    "data.resolution=[16,24] data.random_flip=true data.cache_variants=2 model.clip_chunks=2",
     "sd3-bf16-modulation-cache": "model.modulation_cache=true " + SHOWN,
     "sd3-fp16-offload": "model.offload=true train.gradient_checkpointing=true " + SHOWN,
     "sd3-bf16-text-encoder": "train.train_text_encoder=true optimizer.text_encoder_lr=1e-3 ",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.shared.oracles import assert_trained_alike
 from trainers import dreambooth
 from trainers.config import loading
+from trainers.config.family_facts import family_facts
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.run import run
 
@@ -107,7 +108,7 @@ def config_maker(bases, photos, folder):
     def make(*overrides, family="sd15"):
         path = folder / "config.yaml"
         model = f"family: {family}, pretrained_model_name_or_path: {bases[family]}"
-        if family != "sd15":
+        if family_facts(family).config_keys["model"].count("max_sequence_length"):
             model += ", max_sequence_length: 10"
         path.write_text(
             f"""

@@ -13,7 +13,7 @@ from trainers.families import FAMILIES
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.update import LoraUpdate
 
-ALL = ("sd15", "sd3", "flux")
+ALL = ("sd15", "sdxl", "sd3", "flux")
 TRAINED = ("lora.alpha=5", "train.train_text_encoder=true", "lora.kohya=true")
 
 

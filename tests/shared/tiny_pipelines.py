@@ -5,12 +5,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -127,6 +129,42 @@ def make_sd15(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     )
 
 
+def make_sdxl(**scheduler: object) -> StableDiffusionXLPipeline:
+    """scheduler: settings that differ from those of the released base."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16 + 8,
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+    )
+    released = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    return StableDiffusionXLPipeline(
+        vae=make_vae(scaling_factor=0.6),
+        text_encoder=make_clip(),
+        tokenizer=make_tokenizer(),
+        text_encoder_2=make_clip(CLIPTextModelWithProjection, 8),
+        tokenizer_2=make_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**released | scheduler),
+    )
+
+
 def make_sd3() -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
@@ -181,7 +219,7 @@ def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-MAKERS = {"sd15": make_sd15, "sd3": make_sd3, "flux": make_flux}
+MAKERS = {"sd15": make_sd15, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
 
 
 def save_pipelines(make_folder):

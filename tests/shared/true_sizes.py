@@ -1,4 +1,4 @@
-"""The three families at their true sizes: the configs of their parts alone, without a weight."""
+"""The families at their true sizes: the configs of their parts alone, without a weight."""
 
 import json
 
@@ -8,8 +8,26 @@ from trainers.config import ModelConfig
 from trainers.families import FAMILIES
 
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+CLIP_G = {
+    "hidden_size": 1280,
+    "projection_dim": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+}
 
+SDXL = {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 SD35_MEDIUM = {
     "_class_name": "SD3Transformer2DModel",
     "num_layers": 24,
@@ -34,6 +52,14 @@ TRUE_SIZES = {
         "StableDiffusionPipeline",
         {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768},
         {"text_encoder": ("CLIPTextModel", CLIP_L)},
+    ),
+    "sdxl": (
+        "StableDiffusionXLPipeline",
+        SDXL,
+        {
+            "text_encoder": ("CLIPTextModel", CLIP_L),
+            "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
+        },
     ),
     "sd3": (
         "StableDiffusion3Pipeline",

@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.pretend_cuda import PretendCuda
+from tests.shared.families import UNETS
 from tests.shared.pretended_runs import (
     LOG_EVERY,
     OPTIONS,
@@ -36,10 +37,10 @@ SAVING = {
 }
 SLOW = {
     f"{family}-{precision}-{name}": options + " " + SHOWN
-    for family in ("sd15", "sd3", "flux")
+    for family in ("sd15", "sdxl", "sd3", "flux")
     for precision in ("bf16", "fp16", "no")
     for name, options in SAVING.items()
-    if not (family == "sd15" and name in ("offload", "modulation-cache"))
+    if not (family in UNETS and name in ("offload", "modulation-cache", "fp8"))
 }
 
 

@@ -22,12 +22,26 @@ from trainers.config.layer_patterns import pattern_problem
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 MAX_PROMPT_SHOWN = 60  # characters
 LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
-SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+SINGLE_FILE = ".safetensors"
+OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft")
 
 
 def base_errors(model: ModelConfig) -> Errors:
     if problem := base_problem(model.pretrained_model_name_or_path):
         yield "model.pretrained_model_name_or_path", problem
+    is_file = model.pretrained_model_name_or_path.lower().endswith(SINGLE_FILE)
+    if is_file:
+        for key in ("revision", "variant"):
+            if getattr(model, key) is not None:
+                message = "is for repositories and folders, and the base is a file: set it to null"
+                yield f"model.{key}", message
+    elif model.config is not None:
+        yield "model.config", "is for a base in one file, and this one has its own settings"
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a base model is one file in the layout of its first release."""
+    return name.lower().endswith(SINGLE_FILE) and is_kind(Path(name), Path.is_file)
 
 
 def base_problem(name: str) -> str | None:
@@ -39,11 +53,15 @@ def base_problem(name: str) -> str | None:
         return f"{name} is an address: write USER/NAME of a repository on the Hub, or a folder"
     if not name.strip():
         return "must not be empty: write USER/NAME of a repository on the Hub, or a folder"
-    if name.lower().endswith(SINGLE_FILE_SUFFIXES) or is_kind(path, Path.is_file):
+    if is_single_file(name):
+        return None
+    if name.lower().endswith(SINGLE_FILE):
+        return f"no such file: {name}. Of the Hub a whole repository is named: USER/NAME"
+    if name.lower().endswith(OTHER_FILES) or is_kind(path, Path.is_file):
         return (
-            f"{name} is a single file, and a base model is a folder in the diffusers layout. To "
-            "convert it, load it with the pipeline's from_single_file and save it with "
-            "save_pretrained"
+            f"{name} is a file that is not opened: a pickle (.ckpt, .pt, .bin) can run programs "
+            "when it is read, and others hold no whole weights. Take the model's .safetensors "
+            "file, or a folder in the diffusers layout"
         )
     is_path = name[0] in "./~" or name.count("/") > 1 or "\\" in name
     if is_path and not is_kind(path, Path.is_dir):
@@ -241,5 +259,5 @@ def initial_lora_errors(source: str | None, output_dir: Path) -> Errors:
 
 def is_path_like(name: str) -> bool:
     """Whether a name can be none on the Hub."""
-    has_ending = name.lower().endswith(SINGLE_FILE_SUFFIXES)
+    has_ending = name.lower().endswith((SINGLE_FILE, *OTHER_FILES))
     return has_ending or name[0] in "./~" or name.count("/") != 1 or "\\" in name

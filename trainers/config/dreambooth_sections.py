@@ -50,7 +50,12 @@ class ModelConfig(Section):
     family: FamilyName = field(default_family(), "Which architecture the base model has.")
     pretrained_model_name_or_path: NameOrPath = field(
         family_facts(default_family()).default_base,
-        "Hub repository or local folder in the diffusers layout.",
+        "Hub repository or local folder in the diffusers layout, or one .safetensors file.",
+    )
+    config: NameOrPath | None = field(
+        None,
+        "Of a base in one file: the Hub repository or folder in the diffusers layout that has its "
+        "settings and the parts that it lacks; null means the family's first base.",
     )
     revision: Name | None = field(None, "Branch, tag or commit of the Hub repository.")
     variant: Name | None = field(None, "Weight file variant, such as fp16.")

@@ -30,6 +30,8 @@ class TextEncoderFacts(Facts):
     lora: bool = False
     # how many it reads unless the config says otherwise; None: its tokenizer's number
     tokens: int | None = Field(None, ge=1, le=512)
+    # its last layers that the denoiser is given nothing of, and that so have nothing to learn
+    unread_layers: int = Field(0, ge=0)
 
 
 class KohyaBlock(Facts):
@@ -54,6 +56,8 @@ class KohyaFacts(Facts):
     prefixes: dict[str, str]  # component of the pipeline: what its layers' names begin with
     # whether such a file is written when the config says nothing, since readers need it
     by_default: bool = False
+    # whether the U-Net's blocks are numbered through, as in Stability's code
+    released_unet: bool = False
     base_model_version: str  # sd-scripts' ss_base_model_version
     network_module: str  # sd-scripts' ss_network_module
     blocks: list[KohyaBlock] = []  # layers that do not lie there have one name in both
@@ -64,6 +68,25 @@ class KohyaFacts(Facts):
     def denoiser(self) -> str:
         """The component whose layers have the release's names; it is the first of the prefixes."""
         return next(iter(self.prefixes))
+
+
+class OriginalTextFacts(Facts):
+    """Where a text encoder is in a model that is one file."""
+
+    prefix: str  # what the names of its tensors begin with
+    open_clip: bool = False  # whether they are OpenCLIP's names, and not those of transformers
+
+
+class SingleFileFacts(Facts):
+    """A model of the family in one file, as it was released first and other programs load it."""
+
+    mark: str  # a tensor of the denoiser that the files of no other family have
+    denoiser: str = "model.diffusion_model."  # what the names of its tensors begin with
+    vae: str = "first_stage_model."
+    text_encoders: dict[str, OriginalTextFacts]
+    tensors: list[KohyaBlock] = []  # full names of tensors that are no layer's weight or bias
+    # a part of a tensor's name: the repository whose settings such a file needs; the first counts
+    settings: dict[str, str]
 
 
 class FamilyFacts(Facts):
@@ -79,6 +102,8 @@ class FamilyFacts(Facts):
     config_keys: dict[str, list[str]]
     # "section.key=value" that this family cannot train with: why, and what to do
     refused: dict[str, str] = {}
+    # pipelines of other models that are taken for this family: what they are, and what to do
+    refused_pipelines: dict[str, str] = {}
     # diffusers' classes of norms that depend on time and prompt alone: `model.modulation_cache`
     adaptive_norms: list[str] = []
     # modelspec's ids of the base models: the settings of the denoiser that tell one from others
@@ -87,6 +112,7 @@ class FamilyFacts(Facts):
     licenses: dict[str, str]  # the beginning of a base's name on the Hub: its license
     readers: str = ""  # which programs besides ComfyUI read the kohya file
     kohya: KohyaFacts
+    single_file: SingleFileFacts | None = None
     # the names that XLabs' trainer gives to layers, beside those of the release
     xlabs: list[KohyaBlock] = []
     widths: dict[int, str] = {}  # of the denoiser: which base models of the family have it

@@ -15,6 +15,10 @@ from trainers.data.buckets import Size, enlargement
 from trainers.data.pictures import Picture
 from trainers.data.rng import derive_seed
 
+GEOMETRY = "geometry"  # in a batch: `Crop.geometry` of each sample, (B, 6) int64
+    "geometry"  # in a batch, beside the text encoders' outputs: `Crop.geometry`, (B, 6) int64
+)
+
 
 @dataclass(frozen=True)
 class Jitter:
@@ -93,9 +97,11 @@ class Crop:
         """Six numbers in the order of SDXL's time ids (Podell et al. 2023, 2.2).
 
         Height and width of the picture, top and left of the crop in the resized one, height and
-        width of the crop.
+        width of the crop. A crop that is mirrored lies in the mirrored picture.
         """
-        _, (left, top) = self.box(picture)
+        (width, _), (left, top) = self.box(picture)
+        if self.flip:
+            left = width - left - self.width
         return picture[1], picture[0], top, left, self.height, self.width
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainers.config import DataConfig, DreamBoothConfig
 from trainers.data.buckets import Bucket
 from trainers.data.caption_variants import draw_text
-from trainers.data.crops import Crop, choose_crop
+from trainers.data.crops import GEOMETRY, Crop, choose_crop
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng, derive_seed
 from trainers.data.sampler import BatchSlice, choose_bucket
@@ -139,9 +139,9 @@ class DreamBoothBatches:
         return draw_text(picture.captions, picture.wording, key)
 
     def collate(self, step: int, rows: list[Row]) -> dict:
-        """Moments (B, 2C, h, w), text {name: (B, ...)} and weight (B,), on the device; on the CPU
-        geometry (B, 6), see `Crop.geometry`, and num_kept, how many rows at the end are told a
-        prompt whose output is to be kept.
+        """Moments (B, 2C, h, w), text {name: (B, ...)}, weight (B,) and geometry (B, 6), see
+        `Crop.geometry`, on the device; num_kept: how many rows at the end are told a prompt whose
+        output is to be kept.
 
         A run with masks has the weight of each latent in mask (B, 1, h, w) too.
         """
@@ -164,7 +164,7 @@ class DreamBoothBatches:
             "moments": self.stack_on_device(moments),
             "text": text,
             "weight": self.sample_weights,
-            "geometry": torch.tensor(geometry),
+            GEOMETRY: send(torch.tensor(geometry), self.device),
             "num_kept": sum(row.is_told for row in rows),
         }
         if masks:
@@ -187,7 +187,7 @@ class DreamBoothBatches:
 def passes(batch: dict, rng: SampleRng, x_t: Tensor, t: Tensor) -> Iterator[tuple[Hashable, tuple]]:
     """A key and the denoiser's inputs, x_t, t and text (B, ...) each: of the whole micro-batch
     and, if there are any, of its last rows alone, for which the base's output is kept."""
-    key, text = (rng.step, rng.rows[0]), batch["text"]
+    key, text = (rng.step, rng.rows[0]), batch["text"] | {GEOMETRY: batch[GEOMETRY]}
     yield key, (x_t, t, text)
     if num_kept := batch["num_kept"]:
         last = {name: rows[-num_kept:] for name, rows in text.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from trainers.config.dreambooth_rules import base_problem
+from pathlib import Path
+
+from trainers.config.dreambooth_rules import base_problem, is_single_file
 from trainers.errors import UserError
 from trainers.families.base import FAMILIES, Family
+from trainers.original.checkpoint import read_checkpoint
 
 __all__ = ["FAMILIES", "Family", "detect_family"]
 
@@ -18,6 +21,8 @@ def detect_family(base: str) -> str:
 
     if problem := base_problem(base):
         raise UserError(f"--base: {problem}")
+    if is_single_file(base):
+        return read_checkpoint(Path(base))[0]
     try:
         kind = DiffusionPipeline.load_config(base)["_class_name"]
     except OSError as error:

@@ -27,6 +27,7 @@ Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)
 PIPELINE_ARGUMENTS = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
 }
 
 
@@ -80,7 +81,10 @@ class Family(LoadedBase, ABC):
 
     @abstractmethod
     def condition(self, text: dict[str, Tensor]) -> Condition:
-        """The outputs of all text encoders as the denoiser takes them."""
+        """The outputs of all text encoders as the denoiser takes them.
+
+        In training the geometry of the pictures is among them, which most denoisers do not take.
+        """
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -97,7 +101,11 @@ class Family(LoadedBase, ABC):
         self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]
     ) -> Tensor:
         """`predict` from the text encoders' outputs, in the base model's precision."""
-        condition = {name: value.to(self.dtype) for name, value in self.condition(text).items()}
+        condition = self.condition(text)
+        for name, value in condition.items():
+            # whole numbers, such as sizes in pixels, stay exact
+            if value.is_floating_point():
+                condition[name] = value.to(self.dtype)
         device = self.device.type
         # without autocast, which costs time, where every layer knows its precision
         enabled = torch.is_autocast_enabled(device) and self.needs_autocast

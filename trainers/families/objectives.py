@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
+from trainers.config import ObjectiveConfig
 from trainers.data.rng import SampleRng
+from trainers.data.transfer import send
 from trainers.errors import UserError
 
 
@@ -69,6 +72,27 @@ class DDPM:
                 f"the base model predicts {self.prediction_type!r}: only epsilon and v_prediction "
                 f"train"
             )
+
+    @classmethod
+    def from_scheduler(
+        cls, scheduler: SchedulerMixin, config: ObjectiveConfig, device: torch.device
+    ) -> DDPM:
+        """With the noise levels of a base's own scheduler, and what it says that the base predicts.
+
+        Raises: UserError for a scheduler of another kind.
+        """
+        if "beta_schedule" not in scheduler.config:
+            raise UserError(
+                f"the base's scheduler is {type(scheduler).__name__}, which has no betas: a base "
+                "that was trained with other noise levels (EDM) cannot be trained here"
+            )
+        options = {"snr_gamma", "debiased", "noise_offset", "stratified"}
+        return cls(
+            abar=send(scheduler.alphas_cumprod, device),
+            # epsilon for the releases; some fine-tuned models predict v
+            prediction_type=scheduler.config.prediction_type,
+            **config.model_dump(include=options),
+        )
 
     def times(self, rng: SampleRng) -> Tensor:
         return (rng.uniform(self.stratified) * len(self.abar)).long()

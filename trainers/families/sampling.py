@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,13 +39,14 @@ def sample_picture(  # noqa: PLR0913 (all that a picture depends on)
     """
     encode = encode or family.encode_prompt
     arguments = encode_for_pipeline(family, prompt, encode)
-    for name, value in encode_for_pipeline(family, validation.negative_prompt, encode).items():
-        arguments[f"negative_{name}"] = value
-    vae, is_half = family.pipe.vae, family.dtype != torch.float32
-    # the pipeline hands the autoencoder latents in half precision
-    if is_half:
-        vae.to(family.dtype)
-    with torch.autocast(family.device.type, family.dtype, enabled=is_half):
+    negative = validation.negative_prompt
+    # some pipelines take zeros for an empty prompt, and nothing that it is encoded to
+    if negative or not family.pipe.config.get("force_zeros_for_empty_prompt"):
+        for name, value in encode_for_pipeline(family, negative, encode).items():
+            arguments[f"negative_{name}"] = value
+    device, dtype = family.device.type, family.dtype
+    is_half = dtype != torch.float32
+    with decoder_precision(family), torch.autocast(device, dtype, enabled=is_half):
         picture = family.pipe(
             **arguments,
             width=size[0],
@@ -54,9 +56,32 @@ def sample_picture(  # noqa: PLR0913 (all that a picture depends on)
             # on the CPU, so that every device starts from the same noise
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
-    if is_half:
-        vae.float()
     return picture
+
+
+@contextmanager
+def decoder_precision(family: Family) -> Iterator[None]:
+    """The autoencoder decodes in the base's precision, in which the pipeline hands it latents.
+
+    In float16 it stays in float32 instead: those of several families overflow to black pictures.
+    """
+    vae = family.pipe.vae
+    if family.dtype != torch.float16:
+        vae.to(family.dtype)
+        yield
+        vae.float()
+        return
+    decode = vae.decode
+
+    def decode_in_full(latents: Tensor, **options: bool) -> Any:
+        with torch.autocast(family.device.type, enabled=False):
+            return decode(latents.float(), **options)
+
+    vae.decode = decode_in_full
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def encode_for_pipeline(family: Family, prompt: str, encode: PromptEncoder) -> dict[str, Tensor]:

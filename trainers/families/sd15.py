@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from diffusers import StableDiffusionPipeline
 
-from trainers.data.transfer import send
 from trainers.families.base import Family
 from trainers.families.objectives import DDPM
 
@@ -15,15 +14,7 @@ class SD15(Family):
     probe_time = 500
 
     def make_objective(self, config, latent_size):
-        scheduler = self.pipe.scheduler
-        options = config.model_dump(include={"snr_gamma", "debiased", "noise_offset"})
-        return DDPM(
-            abar=send(scheduler.alphas_cumprod, self.device),
-            # epsilon for the releases; some fine-tuned models predict v
-            prediction_type=scheduler.config.prediction_type,
-            stratified=config.stratified,
-            **options,
-        )
+        return DDPM.from_scheduler(self.pipe.scheduler, config, self.device)
 
     def encode_text(self, name, ids):
         return {name: self.pipe.text_encoder(ids)[0]}  # (B, 77, 768)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,7 +30,8 @@ class TrainableDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
         """Predict from x_t (B, C, h, w) at times t (B,) what the objective regresses.
 
-        text: the outputs of the frozen text encoders, and {NAME_ids: (B, L)} of those that train.
+        text: the outputs of the frozen text encoders, {NAME_ids: (B, L)} of those that train, and
+        the geometry of the pictures.
         """
         for name in self.text_encoders:
             text = text | self.family.encode_ids(name, text[f"{name}_ids"])
@@ -47,6 +49,19 @@ class TrainableDenoiser(nn.Module):
             if parameters:
                 groups.append({"params": parameters, "lr": rate})
         return groups
+
+    def freeze_unread_layers(self) -> None:
+        """Train no layer of a text encoder whose output is not read.
+
+        It would have no gradient, for which DistributedDataParallel waits.
+        """
+        for name, encoder in self.text_encoders.items():
+            number = self.family.facts.text_encoders[name].unread_layers
+            modules = dict(encoder.named_modules())
+            layers = [key for key in modules if re.search(r"\bencoder\.layers\.\d+$", key)]
+            ends = [key for key in modules if key.endswith("final_layer_norm")]
+            for key in [*layers[-number:], *ends] if number else ():
+                modules[key].requires_grad_(False)
 
     def exclude_from_ddp(self, names: Sequence[str]) -> None:
         """Keep DistributedDataParallel from broadcasting these parameters when it wraps this."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, text_prefix
-from trainers.lora.names import TEXT_LEVEL
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
 from trainers.lora.peft_format import components, to_peft
-from trainers.lora.tensor_file import TensorFile, write_tensors
 from trainers.lora.update import Lora, Rows
+from trainers.original.layout import TEXT_LEVEL
+from trainers.tensor_file import TensorFile, write_tensors
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # the name of PEFT's configs in diffusers' headers

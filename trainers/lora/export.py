@@ -17,10 +17,10 @@ from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
 from trainers.lora.peft_format import from_peft
-from trainers.lora.tensor_file import read_header
 from trainers.publishing.model_card import package_versions
 from trainers.publishing.public import PRIVATE_SECTIONS, public_config
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
+from trainers.tensor_file import read_header
 
 # where the libraries note what a model or tokenizer was loaded from
 ORIGIN_KEYS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}

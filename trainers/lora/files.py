@@ -16,8 +16,8 @@ from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.formats import all_layer_names
 from trainers.lora.layer_tensors import ALPHA, MAGNITUDE, A, B, LayerTensors, Shapes, find_layers
 from trainers.lora.peft_config import PeftScale
-from trainers.lora.tensor_file import TensorFile, read_header
 from trainers.lora.update import Lora, LoraUpdate, Rows, is_dora, split_update, swap_halves
+from trainers.tensor_file import TensorFile, read_header
 
 
 def read_lora(path: Path, family: Family) -> Lora:

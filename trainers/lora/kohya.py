@@ -18,8 +18,9 @@ from trainers.errors import UserError
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
 from trainers.lora.names import released_rows, text_encoder_layers, underscored
-from trainers.lora.tensor_file import write_tensors
+from trainers.lora.released_unet import unet_rows
 from trainers.lora.update import Layers, Lora, Rows, is_dora, stack_updates, swap_halves
+from trainers.tensor_file import write_tensors
 
 SUFFIX = ".safetensors"
 
@@ -30,7 +31,10 @@ FIRST_TEXT_ENCODER = ("lora_te_", "lora_te1_")
 def layer_names(family: Family) -> dict[str, Rows]:
     """Every name that a layer of the base has in such files."""
     layers = adaptable_layers(family)
-    names = written_names(family, layers)
+    facts = family.facts.kohya
+    # the names of diffusers too, which other programs write for each U-Net
+    names = underscored(facts.prefixes[facts.denoiser], released_rows(layers, facts))
+    names |= written_names(family, layers)
     first = family.clip_encoders[0]
     for layer in text_encoder_layers(family, layers)[first]:
         for prefix in FIRST_TEXT_ENCODER:
@@ -41,7 +45,11 @@ def layer_names(family: Family) -> dict[str, Rows]:
 def written_names(family: Family, layers: Layers) -> dict[str, Rows]:
     """The one name of each layer, or of layers that are its rows, in a file that we write."""
     facts = family.facts.kohya
-    names = underscored(facts.prefixes[facts.denoiser], released_rows(layers, facts))
+    if facts.released_unet:
+        rows = unet_rows(layers, facts.denoiser)
+    else:
+        rows = released_rows(layers, facts)
+    names = underscored(facts.prefixes[facts.denoiser], rows)
     for encoder, own in text_encoder_layers(family, layers).items():
         rows = {layer: Rows((f"{encoder}.{layer}",)) for layer in own}
         names |= underscored(facts.prefixes[encoder], rows)

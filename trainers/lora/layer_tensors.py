@@ -13,8 +13,8 @@ from trainers.lora.other_files import (
     guess_model,
     known_widths,
 )
-from trainers.lora.tensor_file import TensorFile, TensorInfo
 from trainers.lora.update import Rows
+from trainers.tensor_file import TensorFile, TensorInfo
 
 # What a layer's tensors are: the factors of B A, its scale, and the magnitude of DoRA.
 A, B, ALPHA, MAGNITUDE = "A", "B", "alpha", "magnitude"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
-from trainers.lora.names import TEXT_LEVEL
 from trainers.lora.update import Rows
+from trainers.original.layout import TEXT_LEVEL
 
 # What they called the parts of an attention layer of CLIP.
 TEXT_NAMES = {

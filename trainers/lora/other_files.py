@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from trainers.config.family_facts import family_facts, family_names
-from trainers.lora.tensor_file import TensorInfo
+from trainers.tensor_file import TensorInfo
 
 # Widths of text embeddings and of denoisers, by which models of one kind differ.
 OTHER_WIDTHS = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL", 1280: "SDXL"}

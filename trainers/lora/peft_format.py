@@ -13,8 +13,8 @@ from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, name_prefix
 from trainers.lora.names import component_layers
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
-from trainers.lora.tensor_file import write_tensors
 from trainers.lora.update import Lora, LoraUpdate, Rows
+from trainers.tensor_file import write_tensors
 
 SUFFIX = ""
 CONFIG_NAME = "adapter_config.json"

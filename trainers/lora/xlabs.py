@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
-from trainers.lora.names import component_layers, rename
+from trainers.lora.names import component_layers
 from trainers.lora.update import Rows
+from trainers.original.names import rename
 
 PREFIXES = ("", "diffusion_model.")
 

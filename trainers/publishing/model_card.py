@@ -24,7 +24,7 @@ PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", 
 TEMPLATES = Path(__file__).parent / "templates"
 
 # The licenses that the Hub knows by these ids; others are "other" with a name and a link.
-HUB_LICENSES = ("creativeml-openrail-m", "apache-2.0")
+HUB_LICENSES = ("creativeml-openrail-m", "openrail++", "apache-2.0")
 
 METRICS_HEADING = "## Evaluation"
 # The lines of a card's code that name the run's folder or repository.

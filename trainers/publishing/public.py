@@ -19,7 +19,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 # These say where a run reports to and what it keeps, and are no part of the result.
 PRIVATE_SECTIONS = ("checkpoint", "tracking", "hub")
 # Keys whose text is a name on the Hub or a place on this machine.
-NAME_OR_PATH_KEYS = ("pretrained_model_name_or_path", "dataset_name", "init_from")
+NAME_OR_PATH_KEYS = ("pretrained_model_name_or_path", "config", "dataset_name", "init_from")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # wandb would send the host, the command line, the console and the state of the git repository

@@ -51,6 +51,7 @@ CHANGEABLE_KEYS = {
     # the files and captions themselves are compared instead of where they lie
     "lora.init_from",
     "model.pretrained_model_name_or_path",
+    "model.config",
     "model.revision",
     "model.variant",
     "data.instance_data_dir",

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.config.family_facts import families_with, family_named
+from trainers.config.family_facts import (
+    families_with,
+    family_facts,
+    family_named,
+    family_names,
+)
 from trainers.config.importers.base import (
     OPTIMIZERS,
     SHARED_RULES,
@@ -115,8 +120,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         "sd-scripts", {name.rpartition(".")[2]: value for name, value in flat.items()}
     )
     module = str(config.values.get("network_module", "networks.lora"))
-    family = family_named(module)
-    config.put("model.family", family, "network_module")
+    family = read_family(config, module)
     config.apply(RULES)
     folder, name = config.take("output_dir", "output"), config.take("output_name", "last")
     config.put("output_dir", f"{folder}/{name}", "output_dir, output_name")
@@ -144,6 +148,26 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.put("hub.push_to_hub", True, "huggingface_repo_id")
     config.ignore(WITHOUT_EFFECT)
     return config
+
+
+def read_family(config: ForeignConfig, module: str) -> str | None:
+    """By a switch that is called like a family, else by the network's module.
+
+    Some families have one module: their scripts differ, which no config tells.
+    """
+    switches = [
+        name for name, value in config.values.items() if is_on(value) and family_named(name)
+    ]
+    if switches:
+        config.ignore(switches)
+        family = family_named(switches[0])
+        config.put("model.family", family, switches[0])
+        return family
+    family, facts = family_named(module), map(family_facts, family_names())
+    titles = [own.title for own in facts if own.kohya.network_module == module]
+    note = f"It is that of {' and '.join(titles)}: is it this one?" if len(titles) > 1 else ""
+    config.put("model.family", family, "network_module", note)
+    return family
 
 
 def read_length(config: ForeignConfig) -> None:

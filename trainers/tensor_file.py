@@ -27,7 +27,7 @@ SIGNATURES = {
     "read, so it is not opened: convert it to safetensors",
     b"\x80": "a pickle (.pt, .bin or .ckpt). Such a file can run programs when it is read, so it "
     "is not opened: convert it to safetensors",
-    b"GGUF": "a GGUF file with a quantized model, not a LoRA",
+    b"GGUF": "a GGUF file, whose weights are quantized for other programs",
     b"version https://git-lfs": "the pointer of a large file, not the file: run `git lfs pull`",
     b"<": "a web page: the download went wrong, for example for want of a login",
 }

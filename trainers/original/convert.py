@@ -1,0 +1,154 @@
+"""A base in one file becomes a folder in the diffusers layout, once, in the user's cache.
+
+The folder is found by the content of the file and of the settings, so it is never another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from trainers.atomic import cache_home, replacing_folder
+from trainers.config import ModelConfig
+from trainers.config.family_facts import family_facts
+from trainers.data.file_digests import FileDigests, part_files
+from trainers.errors import UserError
+from trainers.original.checkpoint import (
+    IDLE,
+    V_PREDICTION,
+    ZERO_SNR,
+    Checkpoint,
+    read_checkpoint,
+)
+from trainers.original.settings import (
+    INDEX_NAME,
+    UNUSED,
+    find_lacking,
+    find_settings,
+    is_model,
+    read_components,
+    setting_files,
+)
+from trainers.original.weights import write_component
+from trainers.progress import track
+
+VERSION = 1  # of what is written: another makes the folders that are there useless
+
+
+def diffusers_folder(model: ModelConfig) -> Path:
+    """The folder that the base `model`, one file, was converted to. Raises: UserError."""
+    checkpoint = open_checkpoint(model)
+    settings = find_settings(model, checkpoint)
+    components = read_components(settings, model)
+    lacking = [
+        part for part in components if is_model(components[part]) and not checkpoint.has(part)
+    ]
+    settings = find_lacking(model, checkpoint, settings, lacking)
+    home = cache_home() / "bases"
+    home.mkdir(parents=True, exist_ok=True)
+    digests = FileDigests()
+    digests.load(home / "files.json")
+    folder = home / conversion_key(checkpoint, settings, lacking, digests)
+    digests.save()
+    # of several processes one converts
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / INDEX_NAME).is_file():
+            with replacing_folder(folder) as temporary:
+                write_folder(checkpoint, settings, components, lacking, temporary)
+    return folder
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """Raises: UserError for a file of another family than the config says."""
+    path = Path(model.pretrained_model_name_or_path)
+    family, checkpoint = read_checkpoint(path)
+    if family != model.family:
+        raise UserError(
+            f"model.family: {path} is a file of {family_facts(family).title}, but "
+            f"model.family={model.family}: set model.family={family}, or take another file"
+        )
+    return checkpoint
+
+
+def settings_folder(model: ModelConfig) -> Path:
+    """A folder with the settings of a base in one file, without its weights. Raises: UserError."""
+    return find_settings(model, open_checkpoint(model))
+
+
+def conversion_key(
+    checkpoint: Checkpoint, settings: Path, lacking: Sequence[str], digests: FileDigests
+) -> str:
+    """A digest of all that the folder depends on."""
+    facts = [f"{VERSION} {digests(checkpoint.path)}"]
+    for path in sorted(setting_files(settings)):
+        facts.append(f"{path.relative_to(settings)} {digests(path)}")
+    for part in lacking:
+        facts += sorted(f"{part} {digests(path)}" for path in part_files(settings / part, None))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    settings: Path,
+    components: dict[str, list[str]],
+    lacking: Sequence[str],
+    folder: Path,
+) -> None:
+    """Write the pipeline. Raises: UserError where the file has other tensors than it should."""
+    for path in setting_files(settings):
+        if path.parent == settings or path.parent.name in components:
+            target = folder / path.relative_to(settings)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    for part in lacking:
+        for path in (settings / part).glob("*.safetensors*"):
+            link_or_copy(path, folder / part / path.name)
+    write_index(folder, components)
+    adapt_scheduler(checkpoint, folder)
+    used: set[str] = set()
+    present = [name for name, kind in components.items() if is_model(kind) and name not in lacking]
+    for component in track(present, f"converting {checkpoint.path.name}"):
+        used |= write_component(checkpoint, component, components[component], folder)
+    left = [name for name in checkpoint.names if name not in used and not IDLE.match(name)]
+    if left:
+        warnings.warn(
+            f"{checkpoint.path.name}: {len(left)} tensors are of no part of the pipeline and are "
+            f"not used, for example {', '.join(left[:3])}",
+            stacklevel=2,
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name, where the disk can do that."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def write_index(folder: Path, components: dict[str, list[str]]) -> None:
+    """The pipeline's index without the parts that no training needs."""
+    path = folder / INDEX_NAME
+    index = json.loads(path.read_text("utf-8"))
+    for name in UNUSED:
+        if name in index and name not in components:
+            index[name] = [None, None]
+    path.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def adapt_scheduler(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tell the scheduler what the file says of its training: that it predicts v, to pure noise."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if V_PREDICTION in checkpoint.tensors:
+        config["prediction_type"] = "v_prediction"
+    if ZERO_SNR in checkpoint.tensors:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

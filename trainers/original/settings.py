@@ -1,0 +1,98 @@
+"""What a base in one file needs besides: configs, tokenizers, and the parts that it lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import diffusers
+import transformers
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from trainers.config import ModelConfig
+from trainers.data.file_digests import TEXT_SUFFIXES, part_files
+from trainers.errors import UserError
+from trainers.original.checkpoint import Checkpoint
+from trainers.original.weights import WEIGHT_NAMES
+
+INDEX_NAME = "model_index.json"
+SETTINGS_FILES = ("*.json", "*.txt", "*.model")
+# what a pipeline may have and no training needs
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def find_settings(model: ModelConfig, checkpoint: Checkpoint) -> Path:
+    """The folder with the configs and tokenizers of the pipeline that a file is of."""
+    name = model.config or default_settings(checkpoint)
+    if Path(name).is_dir():
+        if not (Path(name) / INDEX_NAME).is_file():
+            raise UserError(f"model.config: {name} has no {INDEX_NAME}, so it is no pipeline")
+        return Path(name)
+    return download(name, checkpoint, SETTINGS_FILES)
+
+
+def default_settings(checkpoint: Checkpoint) -> str:
+    """The repository whose settings fit the file, by the tensors that it has."""
+    for part, repository in checkpoint.facts.single_file.settings.items():
+        if any(part in name for name in checkpoint.names):
+            return repository
+    raise AssertionError("the last of a family's settings fits each file")
+
+
+def download(repository: str, checkpoint: Checkpoint, patterns: Sequence[str]) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except Exception as error:
+        raise UserError(
+            f"model.config: {checkpoint.path.name} needs settings and parts that are not in it, "
+            f"and those of {repository!r} cannot be fetched ({error}). Set model.config to a local "
+            "folder of a pipeline of this kind, in the diffusers layout"
+        ) from error
+
+
+def find_lacking(
+    model: ModelConfig, checkpoint: Checkpoint, settings: Path, lacking: Sequence[str]
+) -> Path:
+    """The settings, with the weights of the parts that the file lacks. Raises: UserError."""
+    name = model.config or default_settings(checkpoint)
+    if lacking and not Path(name).is_dir():
+        patterns = [*SETTINGS_FILES]
+        for part in lacking:
+            patterns += [f"{part}/{stem}*.safetensors" for stem in WEIGHT_NAMES.values()]
+        settings = download(name, checkpoint, patterns)
+    for part in lacking:
+        if not any(path.suffix == ".safetensors" for path in part_files(settings / part, None)):
+            raise UserError(
+                f"model.config: {checkpoint.path.name} has no {part}, and {settings} has no "
+                f"weights of one in {part}/*.safetensors: set model.config to a folder or "
+                "repository in the diffusers layout that has them"
+            )
+    return settings
+
+
+def read_components(settings: Path, model: ModelConfig) -> dict[str, list[str]]:
+    """The components of the pipeline that are used, with the library and class of each."""
+    index = json.loads((settings / INDEX_NAME).read_text("utf-8"))
+    components = {}
+    for name, value in index.items():
+        left_out = model.text_encoder_3 is None and name.endswith("_3")
+        if isinstance(value, list) and value[0] and name not in UNUSED and not left_out:
+            components[name] = value
+    return components
+
+
+def is_model(kind: Sequence[str]) -> bool:
+    """Whether a component has weights: a tokenizer and a scheduler have none."""
+    library, name = kind
+    module = {"diffusers": diffusers, "transformers": transformers}[library]
+    return issubclass(getattr(module, name), nn.Module)
+
+
+def setting_files(folder: Path) -> Iterable[Path]:
+    """Configs and tokenizers of a pipeline; tables of weights are none."""
+    for path in [*folder.glob("*.json"), *folder.glob("*/*")]:
+        is_table = path.name.endswith(".safetensors.index.json")
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and not is_table:
+            yield path
