@@ -16,8 +16,6 @@ from trainers.data.pictures import Picture
 from trainers.data.rng import derive_seed
 
 GEOMETRY = "geometry"  # in a batch: `Crop.geometry` of each sample, (B, 6) int64
-    "geometry"  # in a batch, beside the text encoders' outputs: `Crop.geometry`, (B, 6) int64
-)
 
 
 @dataclass(frozen=True)
