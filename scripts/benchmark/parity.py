@@ -183,11 +183,13 @@ def compare(
     if weights.keys() != copies.keys():
         return {"equal": False, "names": sorted(weights.keys() ^ copies.keys())}
     ordered = [weights[name] for name in copies]
-    ours = list(our_outcomes(task, batches, ordered, accelerator, scale))
-    theirs = list(reference.outcomes(DTYPES[precision], scale))
-    exact = []
-    if has_float32 and precision != "no":
-        exact = list(reference.outcomes(torch.float32))
+    # without TF32, which PyTorch allows in convolutions, float32 is float32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        ours = list(our_outcomes(task, batches, ordered, accelerator, scale))
+        theirs = list(reference.outcomes(DTYPES[precision], scale))
+        exact = []
+        if has_float32 and precision != "no":
+            exact = list(reference.outcomes(torch.float32))
     return judge(ours, theirs, exact, precision)
 
 
