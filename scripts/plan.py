@@ -40,8 +40,8 @@ DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 RESOLUTIONS = (512, 1024)
 CALIBRATION = (
     "Planned steps took 0.96 to 1.05 of what steps on one H200 took, after a correction "
-    "(docs/performance.md).\nWhole runs, quantized bases and smaller cards are not calibrated on a "
-    "GPU."
+    "(docs/performance.md).\nWhole runs, quantized bases, what the allocator keeps beyond its "
+    "tensors and smaller cards are not calibrated on a GPU."
 )
 HEADINGS = ("memory", "peak GiB", "of it", "TFLOP per step", "seconds at least", "fits")
 

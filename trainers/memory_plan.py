@@ -2,7 +2,8 @@
 
 Each phase is played with tensors that have shapes and no content. The step is the real one, with
 its LoRA, its optimizer and its saved activations. Weights in 8 and 4 bits, and those that wait in
-the CPU's memory, are taken off by their number. docs/performance.md has it beside real runs.
+the CPU's memory, are taken off by their number. Of a GPU it is what tensors take: not its context
+and not what the allocator keeps beyond them. docs/performance.md has it beside real runs.
 """
 
 from __future__ import annotations

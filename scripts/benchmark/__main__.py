@@ -66,7 +66,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--photos", type=Path, help=help)
     help = "How often each arm runs; with 0 only the parity is checked."
     parser.add_argument("--rounds", type=int, default=3, help=help)
-    help = f"By default {STEPS}; with --inside 4 of each of three turns."
+    help = f"By default {STEPS}; with --inside 3 in each of three turns."
     parser.add_argument("--steps", type=positive_int, help=help)
     parser.add_argument("--batch", type=positive_int, default=1, help="Photos per step.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=best_device().type)

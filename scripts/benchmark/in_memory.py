@@ -128,7 +128,7 @@ def make_settings(cell: Cell, size: Size, base: Path, *options: str) -> DreamBoo
         "optimizer.lr_warmup_steps=0",
         "optimizer.lr_scheduler=constant",
     ]
-    return loading.load_config(CONFIG, [*values, *cell.options, *options])
+    return loading.load_config(CONFIG, [*values, *cell.options, *options], needs_pictures=False)
 
 
 def make_task(

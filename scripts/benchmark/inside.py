@@ -122,6 +122,7 @@ class Measured:
 
     rounds: list[list[float]] = field(default_factory=list)
     peak: int = 0
+    reserved: int = 0  # of the allocator, what the arm has used and what lies between
     held_before: int = 0
 
     def row(self, rows: int, flops: float, rate: float) -> dict[str, Any]:
@@ -138,6 +139,7 @@ class Measured:
         }
         if self.peak:
             found["peak_gib"] = round(self.peak / 2**30, 2)
+            found["reserved_gib"] = round(self.reserved / 2**30, 2)
             found["held_before_gib"] = round(self.held_before / 2**30, 2)
         return found
 
@@ -156,12 +158,14 @@ class Bench:
         is_cuda = self.place.device.type == "cuda"
         if is_cuda:
             found.held_before = torch.cuda.memory_allocated()
+            reserved_before = torch.cuda.memory_reserved()
         arm = ARMS[name](cell, size, self.place)
         if is_cuda:
             torch.cuda.reset_peak_memory_stats()
         self.turn(arm, WARM_UP)
         if is_cuda:
             found.peak = torch.cuda.max_memory_allocated() - found.held_before
+            found.reserved = torch.cuda.max_memory_reserved() - reserved_before
         return arm
 
     def turn(self, arm: Arm, steps: int) -> list[float]:
@@ -230,6 +234,14 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
+def outside_gib(device: torch.device) -> float | None:
+    """GiB of the card in use outside of PyTorch's allocator: the context, and other processes."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free - torch.cuda.memory_reserved()) / 2**30, 2)
+
+
 def print_line(values: dict[str, Any]) -> None:
     print(json.dumps(values), flush=True)
 
@@ -245,8 +257,9 @@ def run_inside(arguments: Namespace) -> int:
         place = make_place(arguments.precision, arguments.device, Path(folder))
         rate = matmul_rate(place.device, place.dtype)
         known = {"precision": place.precision, "matmul_tflops": rate / 1e12}
+        known["outside_gib"] = outside_gib(place.device)
         print_line(machine(arguments.device) | known)
-        bench = Bench(place, arguments.steps or 4, rate)
+        bench = Bench(place, arguments.steps or 3, rate)
         for size in arguments.size:
             equal = {}
             for family in dict.fromkeys(CELLS[name].family for name in names):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +114,13 @@ class Reference:
         for given in self.inputs:
             x_t, target = step.corrupt(self.family, self.scheduler, given.x0, given.eps, given.t)
             text = [part.to(dtype) for part in given.text]
-            with autocast(device, dtype):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 output = step.call_denoiser(
                     self.family, self.denoiser, x_t.to(dtype), given.t, text
                 )
             loss = F.mse_loss(output.float(), target)
             (scale * loss).backward()
             yield Outcome(loss.item(), take_gradient(trained, scale))
-
-
-def autocast(device: str, dtype: torch.dtype) -> AbstractContextManager:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
 
 def take_gradient(trained: Iterable[nn.Parameter], scale: float) -> Tensor:
@@ -183,11 +178,13 @@ def compare(
     if weights.keys() != copies.keys():
         return {"equal": False, "names": sorted(weights.keys() ^ copies.keys())}
     ordered = [weights[name] for name in copies]
-    ours = list(our_outcomes(task, batches, ordered, accelerator, scale))
-    theirs = list(reference.outcomes(DTYPES[precision], scale))
-    exact = []
-    if has_float32 and precision != "no":
-        exact = list(reference.outcomes(torch.float32))
+    # without TF32, which PyTorch allows in convolutions, float32 is float32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        ours = list(our_outcomes(task, batches, ordered, accelerator, scale))
+        theirs = list(reference.outcomes(DTYPES[precision], scale))
+        exact = []
+        if has_float32 and precision != "no":
+            exact = list(reference.outcomes(torch.float32))
     return judge(ours, theirs, exact, precision)
 
 
