@@ -122,7 +122,8 @@ class Planner:
         batch = [train.train_batch_size, data.uses_prior]
         device = [str(self.dtype), self.has_cpu_memory]
         phases = [data.cache, config.validation.draws_pictures]
-        settings = [data.max_resolution, train.gradient_checkpointing]
+        sampled = config.validation.largest_size(data.max_resolution)
+        settings = [data.max_resolution, sampled, train.gradient_checkpointing]
         return [self.model_facts(config), lora, batch, settings, phases, device]
 
     def model_facts(self, config: DreamBoothConfig) -> list:

@@ -214,8 +214,9 @@ def encoding_peak(family: Family, config: DreamBoothConfig) -> int:
 
 
 def decoding_peak(family: Family, config: DreamBoothConfig) -> int:
-    side = config.data.max_resolution // family.vae_scale_factor
-    latents = (1, family.vae_config["latent_channels"], side, side)
+    size = config.validation.largest_size(config.data.max_resolution)
+    width, height = (side // family.vae_scale_factor for side in size)
+    latents = (1, family.vae_config["latent_channels"], height, width)
     return peak_of_call(family.new_meta_model("vae"), lambda vae: vae.decode(torch.empty(latents)))
 
 

@@ -68,9 +68,11 @@ def sections() -> set[str]:
 
 
 def takes(model, path: str, text: str) -> bool:
-    section, key = path.split(".", 1)
     try:
-        model.model_validate({section: {key: parse_yaml(text)}})
+        tree = parse_yaml(text)
+        for key in reversed(path.split(".")):
+            tree = {key: tree}
+        model.model_validate(tree)
     except (ValidationError, yaml.YAMLError):
         return False
     return True

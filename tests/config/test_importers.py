@@ -7,6 +7,8 @@ from tests.shared.processes import ROOT, call
 from trainers.config import loading
 from trainers.config.family_facts import families_with
 from trainers.config.importers import import_config
+from trainers.config.importers.ai_toolkit import read_prompts
+from trainers.config.importers.base import ForeignConfig
 from trainers.errors import UserError
 from trainers.run import run
 
@@ -198,3 +200,15 @@ def test_the_script_prints_or_writes_the_config_and_what_is_still_wrong(tmp_path
     assert out.read_text() == printed.out
     assert call("import_config.py", FILES / "sd_scripts.toml", "--out", out) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_prompt_of_ai_toolkit_keeps_its_own_settings():
+    samples = [
+        {"prompt": "a cat", "neg": "dogs", "width": 512, "network_multiplier": "0.5", "walk": 3},
+        {"prompt": "plain"},
+    ]
+    config = ForeignConfig("ai-toolkit", {"sample": {"samples": samples}})
+    read_prompts(config)
+    own = {"prompt": "a cat", "negative_prompt": "dogs", "width": 512, "lora_scale": 0.5}
+    assert config.value("validation.prompts") == [own, "plain"]
+    assert config.leftovers() == {"sample.samples 1: walk": 3}

@@ -5,13 +5,14 @@ import torch
 from accelerate import Accelerator
 
 from tests.shared.feature_networks import MEAN_COLOUR
+from tests.shared.runs import PRIOR
 from trainers import dreambooth
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import UserError
 from trainers.lora import likeness
 from trainers.metrics import feature_networks
 
-DRAWN = ("validation.likeness_pictures=2", "data.class_prompt=x")
+DRAWN = ("validation.likeness_pictures=2", *PRIOR)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def test_each_prompt_is_sampled_with_its_own_settings(settings, tmp_path):
     for parameter in trainable_parameters(task.module).values():
         parameter.data += 0.3 * torch.randn(parameter.shape)
     task.sample(tmp_path / "samples")
+    (tmp_path / "lora").mkdir()
     task.save(tmp_path / "lora")
     pipe = DiffusionPipeline.from_pretrained(config.model.pretrained_model_name_or_path)
     pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")

@@ -266,6 +266,11 @@ class PromptsConfig(ValidationConfig):
         own = [sample.negative_prompt for sample in self.samples]
         return [self.negative_prompt, *(text for text in own if text is not None)]
 
+    def largest_size(self, side: int) -> tuple[int, int]:
+        """Width and height of the sample with most pixels; side: of those that name none."""
+        sizes = [(side, side), *(sample.sides(side) for sample in self.samples)]
+        return max(sizes, key=lambda size: size[0] * size[1])
+
     def with_own(self, sample: SamplePrompt) -> PromptsConfig:
         """The settings for one prompt: its own, and those of all prompts where it has none."""
         keys = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale")

@@ -233,13 +233,14 @@ def overview(run: Path, config: Config, lines: Sequence[Record]) -> Markup:
         values["time"] = str(timedelta(seconds=round(seconds)))
     if speeds:
         values["images per second"] = median(speeds)
-    if best := describe_best(run, step):
-        values["best"] = best
-    if text := describe_validation(lines, seconds):
-        values["validation"] = text
     if peaks := number_column(lines, "peak_memory_gib"):
         values["peak memory"] = f"{max(peaks):.3g} GiB"
-    return parts.tiles(values, "")
+    notes = {
+        "best validation": describe_best(run, step),
+        "validations": describe_validation(lines, seconds),
+    }
+    told = {name: text for name, text in notes.items() if text}
+    return parts.tiles(values, "") + parts.summary({}, told)
 
 
 def describe_state(

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from trainers.config.validation_metrics import HELD_OUT_LOSS
+from trainers.config.validation_metrics import DIRECTIONS, HELD_OUT_LOSS, HELD_OUT_LOSSES
 from trainers.progress import bar_width, format_seconds, is_terminal, write_line
+
+MAX_FIGURES = 2  # of a validation, beside the losses
 
 
 class Progress(Protocol):
@@ -77,6 +79,10 @@ def make_progress(total: int, start: int, is_main: bool) -> Progress:
 def describe(values: Mapping[str, float]) -> str:
     """The losses, the learning rate, the speed and the memory of a log interval."""
     texts = [f"{name} {value:.4f}" for name, value in name_losses(values).items()]
+    figures = [name for name in DIRECTIONS if name in values and name not in HELD_OUT_LOSSES]
+    for name in figures[:MAX_FIGURES]:
+        shown = name.replace("held_out_", "held-out ").replace("_", " ")
+        texts.append(f"{shown} {values[name]:.4g}")
     texts.append(f"lr {values['learning_rate']:.1e}")
     texts.append(f"{values['images_per_second']:.1f} images/s")
     texts.append(f"{values['peak_memory_gib']:.1f} GiB")

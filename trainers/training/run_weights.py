@@ -59,7 +59,8 @@ class RunWeights:
 
 
 def split_step(argument: str | Path) -> tuple[Path, int | str | None]:
-    """The run and the step in RUN@STEP, or in RUN/checkpoints/step-STEP; "best" in RUN@best.
+    """The run and the step in RUN@STEP, or in RUN/checkpoints/step-STEP; "best" in RUN@best, or in
+    RUN/best.
 
     Without a step the path is what was given: a file or folder of that very name comes first.
     """
@@ -70,6 +71,8 @@ def split_step(argument: str | Path) -> tuple[Path, int | str | None]:
     step = parse_step(path.name)
     if step is not None and path.parent.name == CHECKPOINTS:
         return path.parent.parent, step
+    if path.name == BEST and read_best(path):
+        return path.parent, BEST
     return path, None
 
 
