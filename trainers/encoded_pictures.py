@@ -58,14 +58,14 @@ def prepare_batches(
 
 
 def told_prompts(photos: ConceptConfig, data: DataConfig) -> list[str]:
-    """What the rows that keep the base's outputs are told in turn: the class of their set, and
-    every `OTHERS_EVERY`-th time another thing."""
-    others, classes = data.preserve_prompts, photos.class_prompts
+    """What the rows that keep the base's outputs are told in turn: the class prompts of their set
+    and, every `OTHERS_EVERY`-th time, another thing."""
+    classes, others = photos.class_prompts, data.preserve_prompts
     if not others:
         return classes
-    turns = []
-    for i in range(math.lcm(len(others) * (OTHERS_EVERY - 1), len(classes))):
+    turns, before = [], OTHERS_EVERY - 1
+    for i in range(math.lcm(len(classes), before * len(others))):
         turns.append(classes[i % len(classes)])
-        if (i + 1) % (OTHERS_EVERY - 1) == 0:
-            turns.append(others[i // (OTHERS_EVERY - 1) % len(others)])
+        if i % before == before - 1:
+            turns.append(others[i // before % len(others)])
     return turns

@@ -30,6 +30,11 @@ REFUSED = [
     ),
     ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, [], "gradient_clipping 0.5: only the config"),
     ({"ACCELERATE_USE_FSDP": "true"}, [], "choose one"),
+    (
+        {},
+        ["data.class_prompt=c", "data.prior=output_preservation"],
+        "data.prior=output_preservation has not been tried",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """Output preservation: the base's own predictions are what the rows that keep its class learn."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from tests.shared.runs import (
     run_steps,
 )
 from trainers import dreambooth
-from trainers.banners import start_banner
-from trainers.config import loading
+from trainers.banners import describe_photos
+from trainers.config import DataConfig, loading
 from trainers.distributed.trained_weights import trainable_parameters
+from trainers.encoded_pictures import told_prompts
 from trainers.errors import UserError
 from trainers.run import run
 
@@ -156,6 +158,20 @@ def test_two_processes_train_as_one(settings, tmp_path, environment):
     assert_close(one, two)
 
 
+@pytest.mark.parametrize("others", [[], ["x"], ["x", "y", "z", "u"]])
+@pytest.mark.parametrize("classes", ["c", ["c", "d"], ["c", "d", "e"]])
+def test_every_third_row_is_told_another_thing_and_each_as_often_as_the_next(classes, others):
+    data = DataConfig(class_prompt=classes, preserve_prompts=others)
+    (photos,) = data.sets
+    turns = told_prompts(photos, data)
+    counts = Counter(turns)
+    assert counts.keys() == {*photos.class_prompts, *others}
+    for part in (photos.class_prompts, others):
+        assert len({counts[prompt] for prompt in part}) <= 1
+    assert turns[2::3] == [prompt for prompt in turns if prompt in others] or not others
+    assert sum(counts[prompt] for prompt in others) * 3 == len(turns) * bool(others)
+
+
 def test_what_was_kept_is_compared_when_a_run_goes_on(settings):
     run_steps(settings(*KEPT, OTHERS), 2)
     for changed in ("data.preserve_prompts=[a b]", "data.class_prompt=b"):
@@ -180,8 +196,7 @@ def test_without_a_prior_the_rows_are_the_photos_alone(settings):
         )
         ((batch, _),) = batches(0)
         assert batch["weight"].tolist() == [0.5, 0.5]
-    banner = start_banner(task.config, task, batches, Accelerator(cpu=True), 0)
-    assert "  class       not kept (data.prior=none)\n" in banner
+    assert dict(describe_photos(task.config, batches))["class"] == "not kept (data.prior=none)"
 
 
 def test_each_concept_keeps_its_own_class_and_masks_none_of_it(settings, photos, tmp_path):

@@ -120,6 +120,11 @@ def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> list[str]:
             f"set mixed_precision: bf16 or no, not {precision}",
         ),
         (
+            config.kind == "dreambooth" and config.data.preserves_outputs,
+            "data.prior=output_preservation has not been tried with it: use "
+            "accelerate_configs/multi_gpu.yaml or fsdp2.yaml, or set data.prior=class_images",
+        ),
+        (
             not config.can_accumulate,
             "it trains one network, and here are two: use accelerate_configs/multi_gpu.yaml",
         ),
