@@ -94,6 +94,23 @@ def test_what_a_file_lacks_comes_from_the_folder_that_is_named(tmp_path, name):
         folder_of(name, tmp_path / "x.safetensors", settings)
 
 
+def test_a_t5_that_was_left_out_is_there_when_it_is_wanted(files, recwarn):
+    path, settings, pipe = files["sd3"]
+    where = {"pretrained_model_name_or_path": str(path), "config": str(settings)}
+    without = convert.diffusers_folder(ModelConfig(family="sd3", **where, text_encoder_3=None))
+    assert not list(without.glob("text_encoder_3/*.safetensors"))
+    assert not [warning for warning in recwarn if "not used" in str(warning.message)]
+    assert_same_weights(folder_of("sd3", path, settings), pipe)
+
+
+def test_a_clip_without_a_projection_projects_nothing(files, tmp_path):
+    path, settings, pipe = files["sd3"]
+    state = load_file(path)
+    del state["text_encoders.clip_l.transformer.text_projection.weight"]
+    save_file(state, tmp_path / "x.safetensors")
+    assert_same_weights(folder_of("sd3", tmp_path / "x.safetensors", settings), pipe)
+
+
 def test_an_autoencoder_is_found_by_either_name(files, tmp_path):
     path, settings, pipe = files["sdxl"]
     state = {

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.shared.families import UNETS
 from tests.shared.pictures import PICTURE
 from trainers.lora.export import make_metadata
 from trainers.publishing import hub as publishing_hub
@@ -71,6 +72,7 @@ def test_the_header_is_valid_metadata(card, lora):
     ("family", "base", "license"),
     [
         ("sd15", HUB_NAME, {"license": "creativeml-openrail-m"}),
+        ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", {"license": "openrail++"}),
         (
             "sd3",
             "stabilityai/stable-diffusion-3.5-medium",
@@ -96,7 +98,8 @@ def test_the_bases_license_is_inherited_and_the_card_names_the_file_for_comfyui(
     assert ("license" in header) == bool(license)
     assert header.get("license") != "other" or base in header["license_link"]
     kohya = "pytorch_lora_weights_kohya.safetensors"
-    assert f"put `{kohya if family == 'sd15' else 'pytorch_lora_weights.safetensors'}` into" in text
+    file = kohya if family in UNETS else "pytorch_lora_weights.safetensors"
+    assert f"put `{file}` into" in text
 
 
 def test_figures_measured_later_stand_in_the_card_once(settings):

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,7 +18,7 @@ from filelock import FileLock
 from trainers.atomic import cache_home, replacing_folder
 from trainers.config import ModelConfig
 from trainers.config.family_facts import family_facts
-from trainers.data.file_digests import FileDigests, part_files
+from trainers.data.file_digests import FileDigests
 from trainers.errors import UserError
 from trainers.original.checkpoint import (
     IDLE,
@@ -35,6 +35,7 @@ from trainers.original.settings import (
     is_model,
     read_components,
     setting_files,
+    weight_files,
 )
 from trainers.original.weights import write_component
 from trainers.progress import track
@@ -47,15 +48,15 @@ def diffusers_folder(model: ModelConfig) -> Path:
     checkpoint = open_checkpoint(model)
     settings = find_settings(model, checkpoint)
     components = read_components(settings, model)
-    lacking = [
-        part for part in components if is_model(components[part]) and not checkpoint.has(part)
-    ]
+    models = [part for part, kind in components.items() if is_model(kind)]
+    lacking = [part for part in models if not checkpoint.has(part)]
     settings = find_lacking(model, checkpoint, settings, lacking)
     home = cache_home() / "bases"
     home.mkdir(parents=True, exist_ok=True)
     digests = FileDigests()
     digests.load(home / "files.json")
-    folder = home / conversion_key(checkpoint, settings, lacking, digests)
+    facts = [f"{VERSION} {models}", *describe_files(checkpoint, settings, lacking, digests)]
+    folder = home / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
     digests.save()
     # of several processes one converts
     with FileLock(folder.with_suffix(".lock")):
@@ -82,16 +83,16 @@ def settings_folder(model: ModelConfig) -> Path:
     return find_settings(model, open_checkpoint(model))
 
 
-def conversion_key(
+def describe_files(
     checkpoint: Checkpoint, settings: Path, lacking: Sequence[str], digests: FileDigests
-) -> str:
-    """A digest of all that the folder depends on."""
-    facts = [f"{VERSION} {digests(checkpoint.path)}"]
+) -> Iterator[str]:
+    """Each file that the folder is made of, by its content."""
+    yield digests(checkpoint.path)
     for path in sorted(setting_files(settings)):
-        facts.append(f"{path.relative_to(settings)} {digests(path)}")
+        yield f"{path.relative_to(settings)} {digests(path)}"
     for part in lacking:
-        facts += sorted(f"{part} {digests(path)}" for path in part_files(settings / part, None))
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+        for path in sorted(weight_files(settings / part)):
+            yield f"{part}/{path.name} {digests(path)}"
 
 
 def write_folder(
@@ -108,7 +109,7 @@ def write_folder(
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
     for part in lacking:
-        for path in (settings / part).glob("*.safetensors*"):
+        for path in weight_files(settings / part):
             link_or_copy(path, folder / part / path.name)
     write_index(folder, components)
     adapt_scheduler(checkpoint, folder)
@@ -116,7 +117,13 @@ def write_folder(
     present = [name for name, kind in components.items() if is_model(kind) and name not in lacking]
     for component in track(present, f"converting {checkpoint.path.name}"):
         used |= write_component(checkpoint, component, components[component], folder)
-    left = [name for name in checkpoint.names if name not in used and not IDLE.match(name)]
+    # a text encoder that the run leaves out is known all the same
+    encoders = checkpoint.facts.single_file.text_encoders
+    left_out = tuple(own.prefix for name, own in encoders.items() if name not in components)
+    left = []
+    for name, own in checkpoint.names.items():
+        if name not in used and not IDLE.match(own) and not name.startswith(left_out):
+            left.append(own)
     if left:
         warnings.warn(
             f"{checkpoint.path.name}: {len(left)} tensors are of no part of the pipeline and are "

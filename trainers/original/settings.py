@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
@@ -60,10 +60,12 @@ def find_lacking(
     if lacking and not Path(name).is_dir():
         patterns = [*SETTINGS_FILES]
         for part in lacking:
-            patterns += [f"{part}/{stem}*.safetensors" for stem in WEIGHT_NAMES.values()]
+            # and not those of a variant, which has its name after the stem
+            for stem in WEIGHT_NAMES.values():
+                patterns += [f"{part}/{stem}.safetensors", f"{part}/{stem}-*-of-*.safetensors"]
         settings = download(name, checkpoint, patterns)
     for part in lacking:
-        if not any(path.suffix == ".safetensors" for path in part_files(settings / part, None)):
+        if not any(path.suffix == ".safetensors" for path in weight_files(settings / part)):
             raise UserError(
                 f"model.config: {checkpoint.path.name} has no {part}, and {settings} has no "
                 f"weights of one in {part}/*.safetensors: set model.config to a folder or "
@@ -90,9 +92,18 @@ def is_model(kind: Sequence[str]) -> bool:
     return issubclass(getattr(module, name), nn.Module)
 
 
-def setting_files(folder: Path) -> Iterable[Path]:
+def setting_files(folder: Path) -> Iterator[Path]:
     """Configs and tokenizers of a pipeline; tables of weights are none."""
     for path in [*folder.glob("*.json"), *folder.glob("*/*")]:
         is_table = path.name.endswith(".safetensors.index.json")
         if path.is_file() and path.suffix in TEXT_SUFFIXES and not is_table:
             yield path
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """The weights of a component that are loaded without a variant, and their table."""
+    for path in part_files(folder, None):
+        if path.suffix not in TEXT_SUFFIXES:
+            yield path
+    for stem in WEIGHT_NAMES.values():
+        yield from folder.glob(f"{stem}.safetensors.index.json")

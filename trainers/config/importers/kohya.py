@@ -36,7 +36,7 @@ RULES = [
     Rule(
         "pretrained_model_name_or_path",
         "model.pretrained_model_name_or_path",
-        note="A folder in diffusers' layout or a name on the Hub",
+        note="A .safetensors file, a folder in diffusers' layout or a name on the Hub",
     ),
     Rule("t5xxl_max_token_length", "model.max_sequence_length", number),
     Rule("guidance_scale", "model.guidance_scale", number),
