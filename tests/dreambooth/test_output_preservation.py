@@ -22,6 +22,8 @@ from tests.shared.runs import (
 from trainers import dreambooth
 from trainers.banners import describe_photos
 from trainers.config import DataConfig, loading
+from trainers.data.crops import GEOMETRY
+from trainers.data.dreambooth_batches import passes
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.encoded_pictures import told_prompts
 from trainers.errors import UserError
@@ -58,10 +60,11 @@ def test_with_its_lora_off_the_model_is_the_base_to_the_bit(settings, family, mo
         outputs = [base.encode_prompt(name, prompt) for name in base.text_encoder_names]
         rows.append({key: value for output in outputs for key, value in output.items()})
     text = {key: torch.cat([row[key][None] for row in rows]) for key in rows[0]}
+    text[GEOMETRY] = batch[GEOMETRY]
     with torch.no_grad():
         expected = base.denoise(base.denoiser, x_t, t, text)
     weights = trainable_parameters(task.module)
-    key, inputs = (0, 0), (x_t, t, batch["text"])
+    key, inputs = next(passes(batch, rng, x_t, t))
     found = task.predict(key, inputs, is_base=True)
     if more:
         # the encoder computes several prompts at once, and one is encoded alone
@@ -87,11 +90,13 @@ def test_loss_and_every_gradient_equal_an_independent_step(settings, bases, fami
     base, fresh = whole(config), DiffusionPipeline.from_pretrained(bases[family])
     outputs = [base.encode_prompt(name, "c") for name in base.text_encoder_names]
     text = {key: torch.stack([v] * 2) for output in outputs for key, v in output.items()}
+    text[GEOMETRY] = batch[GEOMETRY][2:]
     denoiser = getattr(fresh, base.denoiser_name)
     with torch.no_grad():
         kept = base.denoise(denoiser, x_t[2:], t[2:], text)
     task.module.zero_grad()
-    prediction = task.module(x_t, t, batch["text"])
+    (_, inputs), _ = passes(batch, rng, x_t, t)
+    prediction = task.module(*inputs)
     expected = F.mse_loss(prediction[:2], target[:2]) + 0.5 * F.mse_loss(prediction[2:], kept)
     expected.backward()
     torch.testing.assert_close(loss, expected)

@@ -119,6 +119,7 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
 def predict_base(module: nn.Module, inputs: Sequence[Tensor | dict[str, Tensor]]) -> Tensor:
     """What a module with LoRA computes while all its LoRA is off, without a graph for gradients."""
     adapted = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     for layer in adapted:
         layer.enable_adapters(False)
     try:
@@ -126,6 +127,9 @@ def predict_base(module: nn.Module, inputs: Sequence[Tensor | dict[str, Tensor]]
     finally:
         for layer in adapted:
             layer.enable_adapters(True)
+        # PEFT lets all that it turns on train
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def ends_with(name: str, endings: Sequence[str]) -> bool:

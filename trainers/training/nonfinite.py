@@ -124,7 +124,10 @@ class NonfiniteGuard:
 
 def named_tensors(batch: dict) -> Iterator[tuple[str, Tensor]]:
     for name, value in batch.items():
-        yield from named_tensors(value) if isinstance(value, dict) else [(name, value)]
+        if isinstance(value, dict):
+            yield from named_tensors(value)
+        elif isinstance(value, Tensor):
+            yield name, value
 
 
 def is_finite(value: Tensor) -> Tensor:
