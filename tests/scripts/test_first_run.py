@@ -23,7 +23,7 @@ def banner(text):
 def test_a_run_that_has_no_prompt_suggests_none_that_is_empty(tmp_path):
     def suggested(**data):
         config = DreamBoothConfig(output_dir=tmp_path, data=data)
-        return re.search(r"--prompt (.*)", end_banner(config))[1]
+        return re.search(r"--prompt (.*)", end_banner(config, 4))[1]
 
     assert suggested() == "'as in your captions'"
     assert suggested(trigger="sks") == "sks"
@@ -60,7 +60,7 @@ def test_a_run_says_what_it_will_do_and_how_its_result_is_used(settings, capsys)
 
 
 def test_commands_of_the_end_survive_a_shell(tmp_path):
-    text = end_banner(Config(kind="unet", output_dir=tmp_path / "my $HOME"))
+    text = end_banner(Config(kind="unet", output_dir=tmp_path / "my $HOME"), 4)
     assert f"python scripts/translate.py '{tmp_path}/my $HOME' PICTURES" in text
     assert f"python scripts/push.py '{tmp_path}/my $HOME'" in text
 
