@@ -11,7 +11,13 @@ from tests.shared.processes import ROOT, call
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT / "scripts"))
-    for pattern in ("*.py", "results/*.py", "small_world/build.py", "benchmark/[it]*.py")
+    for pattern in (
+        "*.py",
+        "results/*.py",
+        "small_world/build.py",
+        "benchmark/inside.py",
+        "benchmark/true_size.py",
+    )
     for path in (ROOT / "scripts").glob(pattern)
     if path.name not in ("common.py", "plain_loops.py")
 )
