@@ -3,7 +3,7 @@
 # Both are measured, see "True size without a GPU" in docs/performance.md.
 LIBRARY_BYTES = 550 * 2**20  # PyTorch, diffusers and the others, once they are imported and used
 # of what a step makes and frees: glibc keeps it, in holes that fit nothing, and oneDNN's own copies
-KEPT_SHARE = 0.45
+KEPT_SHARE = 0.5
 
 
 def resident_bytes(phases: dict[str, int], held_bytes: int) -> dict[str, int]:
