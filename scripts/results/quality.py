@@ -77,8 +77,6 @@ def main() -> None:
     for family in arguments.family:
         prober = None
         for name in arguments.recipes:
-            if family not in RECIPES[name].families:
-                continue
             for seed in arguments.seeds:
                 config = make_config(family, RECIPES[name], seed, arguments)
                 run = {"family": family, "recipe": name, "seed": seed}

@@ -16,6 +16,8 @@ SCRIPTS = (
     "optimizer.lr_warmup_steps=0",
     "data.class_prompt=a photo of a star",
     "data.num_class_images=100",
+    "data.prior=class_images",
+    "data.preserve_prompts=[]",
     "data.prior_loss_weight=1",
     "objective.stratified=false",
     "train.train_batch_size=4",
@@ -34,7 +36,6 @@ class Recipe:
 
     settings: tuple[str, ...]
     own: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    families: tuple[str, ...] = tuple(CONFIGS)
 
     def overrides(self, family: str) -> list[str]:
         return [*self.settings, *self.own.get(family, ())]
@@ -46,32 +47,35 @@ def scripts(rate: str) -> Recipe:
     return Recipe((*SCRIPTS, f"optimizer.learning_rate={rate}"), own)
 
 
+# one prompt of the class; the preset, the rate and the way to keep the class are ours
 OURS = (
-    "optimizer.lr_warmup_steps=0",
     "lora.target_modules=attention+mlp",
     "optimizer.lr_scheduler=constant",
+    "optimizer.lr_warmup_steps=0",
     "data.class_prompt=a photo of a star",
-    "data.num_class_images=0",
-    "data.prior=output_preservation",
+    "data.preserve_prompts=[]",
     "data.prior_loss_weight=1",
 )
-
+PICTURES = ("data.prior=class_images", "data.num_class_images=64")
+OUTPUTS = ("data.prior=output_preservation", "data.num_class_images=0")
 OTHER_THINGS = (
     "data.preserve_prompts=[a photo of a red ball at night, a photo of a blue house on sand, "
     "a photo of a green fish in the sea, a photo of a pink heart on grass]"
 )
 
+
+def ours(rate: str, *settings: str) -> Recipe:
+    return Recipe((*OURS, *settings, f"optimizer.learning_rate={rate}"))
+
+
 RECIPES = {
-    "op 4e-3": Recipe((*OURS, "optimizer.learning_rate=4e-3")),
-    "op+others 4e-3": Recipe((*OURS, "optimizer.learning_rate=4e-3", OTHER_THINGS)),
-    "op+others 8e-3": Recipe((*OURS, "optimizer.learning_rate=8e-3", OTHER_THINGS)),
-    "op 8e-3": Recipe((*OURS, "optimizer.learning_rate=8e-3")),
-    "op+others 4e-3 w2": Recipe(
-        (*OURS, "optimizer.learning_rate=4e-3", OTHER_THINGS, "data.prior_loss_weight=2")
-    ),
     "diffusers 5e-4": scripts("5e-4"),
     "diffusers 2e-3": scripts("2e-3"),
     "diffusers 4e-3": scripts("4e-3"),
     "diffusers 8e-3": scripts("8e-3"),
-    "diffusers 16e-3": scripts("16e-3"),
+    "class pictures": ours("4e-3", *PICTURES),
+    "output preservation": ours("4e-3", *OUTPUTS),
+    "and other prompts 4e-3": ours("4e-3", *OUTPUTS, OTHER_THINGS),
+    "and other prompts 8e-3": ours("8e-3", *OUTPUTS, OTHER_THINGS),
+    "the quickstart": Recipe(()),
 }

@@ -1,7 +1,14 @@
 """A recipe is good from the first of several probes on that all pass, and not before."""
 
+import importlib
+import json
+from argparse import Namespace
+
+import pytest
+
 from small_world.gate import LEVELS
 from small_world.probe import IN_A_ROW, Streaks, passes
+from tests.shared.processes import ROOT
 
 GOOD = {name: max(low, min(high, 0.9)) for name, (low, high) in LEVELS["whole"].items()}
 FORGETS = GOOD | {"other_colour": 0.5}
@@ -38,3 +45,33 @@ def test_each_level_has_a_streak_of_its_own():
 
 def test_what_was_confirmed_stays():
     assert after(*[GOOD] * IN_A_ROW, {}, {}) == dict.fromkeys(LEVELS, 1)
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    """The script."""
+    monkeypatch.syspath_prepend(ROOT / "scripts/results")
+    return importlib.import_module("quality")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_each_recipe_is_a_config_and_its_class_pictures_are_drawn_once(quality, family, tmp_path):
+    arguments = Namespace(out=tmp_path, steps=100, set=[])
+    for recipe in quality.RECIPES.values():
+        configs = [quality.make_config(family, recipe, seed, arguments) for seed in (1, 2)]
+        assert [config.seed for config in configs] == [1, 2]
+        one, other = (config.model_dump(exclude={"seed"}) for config in configs)
+        assert one == other
+        drawn = configs[0].data.class_sets
+        assert all(photos.class_data_dir == tmp_path / "class" / family for photos, _ in drawn)
+
+
+def test_a_run_that_has_ended_is_found_by_its_settings(quality, tmp_path):
+    log, run = tmp_path / "log", {"recipe": "a", "seed": 1, "settings": ["x"]}
+    assert quality.find_end(log, run) is None
+    ended = [{**run, "step": 5}, {**run, "seed": 2, "end": 5}, {**run, "settings": [], "end": 5}]
+    log.write_text("".join(json.dumps(line) + "\n" for line in ended))
+    assert quality.find_end(log, run) is None
+    with log.open("a") as file:
+        file.write(json.dumps({**run, "end": 7}) + "\n")
+    assert quality.find_end(log, run)["end"] == 7
