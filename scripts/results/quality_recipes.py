@@ -75,7 +75,6 @@ RECIPES = {
     "diffusers 8e-3": scripts("8e-3"),
     "class pictures": ours("4e-3", *PICTURES),
     "output preservation": ours("4e-3", *OUTPUTS),
-    "and other prompts 4e-3": ours("4e-3", *OUTPUTS, OTHER_THINGS),
-    "and other prompts 8e-3": ours("8e-3", *OUTPUTS, OTHER_THINGS),
+    "and other prompts": ours("4e-3", *OUTPUTS, OTHER_THINGS, "data.prior_loss_weight=2"),
     "the quickstart": Recipe(()),
 }
