@@ -27,7 +27,7 @@ from trainers.lora.layers import predict_base
 from trainers.lora.likeness import Likeness, make_likeness
 from trainers.publishing import model_card
 from trainers.run_folder import FINAL, PIPELINE, SAMPLES
-from trainers.training.facts import INITIAL_LORA, Facts
+from trainers.training.facts import HELD_OUT, INITIAL_LORA, Facts
 from trainers.training.loop import Callback, averaged_weights, make_player
 from trainers.training.picture_facts import describe_pools
 
@@ -192,8 +192,9 @@ def build(
     photos = task.held_out.pictures or batches.pools[0]
     task.likeness = make_likeness(family, config, batches.encoder.encoder_outputs, photos)
     base = family.digests(batches.encoder.cache.folder)
-    facts = {"base": base, "pictures": describe_pools(batches.pools)}
+    held_out = describe_pools([task.held_out.pictures], (HELD_OUT,))
+    facts = {"base": base, "pictures": describe_pools(batches.pools), HELD_OUT: held_out}
     if config.train.early_stop:
         # they decide where the run ends
-        facts["pictures"] |= describe_pools([task.held_out.pictures], ("held out",))
+        facts["pictures"] |= held_out
     return task, batches, facts | {INITIAL_LORA: task.initial_lora}

@@ -59,6 +59,15 @@ def test_a_network_that_is_asked_for_and_not_there_is_told_before_the_training(
         (("train.early_stop={}",), "nothing is measured that could stop .* data.held_out_dir"),
         (("checkpoint.keep_best=true",), "tell which is the best: it needs data.held_out_dir"),
         (("hub.weights=best",), "there is no best without a measurement"),
+        (
+            (
+                "train.early_stop.patience=3",
+                "validation.likeness_pictures=1",
+                "validation.validation_steps=2",
+                "train.max_train_steps=6",
+            ),
+            "3 validations, one every 2 steps, take all of the 6 steps",
+        ),
         (("train.early_stop.patienc=1",), "unknown key; did you mean train.early_stop.patience"),
     ],
 )

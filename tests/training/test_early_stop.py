@@ -1,6 +1,7 @@
 """A run that no longer improves ends, with its best weights kept, however it came there."""
 
 import json
+import shutil
 
 import pytest
 
@@ -136,6 +137,23 @@ def test_a_changed_rule_is_refused_and_a_changed_pace_of_validations(held_out, s
         run(held_out(STOP, "validation.validation_steps=2"))
     with pytest.raises(UserError, match=r"train\.early_stop: was \{"):
         run(held_out("train.early_stop.patience=3"))
+
+
+def test_figures_of_other_pictures_are_not_compared(
+    held_out, script, other_photos, tmp_path, capsys
+):
+    """Of the photos that are held out from step 3 on the best is worse than of those before."""
+    script([5, 3, 4, 4], stop=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(held_out("checkpoint.checkpointing_steps=1"))
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    shutil.copy(min(path for path in other_photos.iterdir() if path.is_file()), fewer)
+    config = held_out("checkpoint.checkpointing_steps=1", f"data.held_out_dir={fewer}")
+    script([9, 9, 9, 8, 7, 7])
+    run(config)
+    assert best_step(config) == 5
+    assert "the best so far, 3 at step 2: the best is chosen anew" in capsys.readouterr().out
 
 
 def test_nothing_but_the_end_depends_on_it(held_out, script, tmp_path):

@@ -235,3 +235,18 @@ def test_a_list_of_areas_counts_however_it_is_written():
 
     assert facts([64, 32, 32]) == facts([32, 64]) == [32, 64]
     assert facts([32]) == facts(32) == 32
+
+
+@pytest.mark.parametrize(
+    ("early_stop", "refused"), [({"metric": "subject"}, True), ({}, False), (None, False)]
+)
+def test_how_pictures_are_drawn_cannot_change_where_they_end_the_run(early_stop, refused):
+    """By default the held-out loss comes first, which depends on no drawing."""
+
+    def facts(steps):
+        drawn = {"likeness_pictures": 2, "num_inference_steps": steps, "validation_steps": 10}
+        data = {"instance_data_dir": "/", "held_out_dir": "/", "instance_prompt": "a"}
+        sections = {"data": data, "validation": drawn, "train": {"early_stop": early_stop}}
+        return config_facts(DreamBoothConfig(**sections))
+
+    assert (facts(3) != facts(4)) == refused

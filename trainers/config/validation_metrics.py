@@ -18,6 +18,15 @@ TIME_BANDS = ("low", "middle", "high")
 # of what the LoRA draws, see `lora.likeness`; all but one compare it with the base
 OF_LORA = ("subject_less_drift", "prior_drift", "class_bleed")
 LIKENESS = (OF_LORA[0], "subject", *OF_LORA[1:])
+# of the validation section: on which the pictures depend that are drawn for these
+DRAWING_KEYS = (
+    "likeness_pictures",
+    "likeness_network",
+    "negative_prompt",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+)
 HELD_OUT_LOSSES = (HELD_OUT_LOSS, *(f"{HELD_OUT_LOSS}_{band}" for band in TIME_BANDS))
 
 # by name in metrics.jsonl: which values are better
@@ -54,6 +63,11 @@ def chosen_metric(config: Config) -> str | None:
     return next(available_metrics(config), None)
 
 
+def drawing_keys(config: Config) -> tuple[str, ...]:
+    """Keys of the validation section on which that metric depends, beside held-out pictures."""
+    return DRAWING_KEYS if chosen_metric(config) in LIKENESS else ()
+
+
 def keeps_best(config: Config) -> bool:
     """Whether the weights of the best validation are kept."""
     if chosen_metric(config) is None:
@@ -74,6 +88,19 @@ def held_out_count(config: Config, global_batch: int) -> int:
     return min(max(trained // 10, 4), 500)
 
 
+def too_late(config: Config) -> str:
+    """Why a run is over before it could end early; empty where it is not."""
+    patience, steps = config.train.early_stop.patience, config.train.max_train_steps
+    pace = config.validation.validation_steps
+    if patience * pace < steps:
+        return ""
+    return (
+        f"{patience} validations, one every {pace} steps, take all of the {steps} steps, so the "
+        "run could not end early: lower this or validation.validation_steps, or remove "
+        "train.early_stop"
+    )
+
+
 def validation_errors(config: Config) -> Errors:
     """A metric to stop by that is not measured, and weights to keep or push that there are not."""
     stop, known = config.train.early_stop, config.validation_metrics
@@ -88,6 +115,8 @@ def validation_errors(config: Config) -> Errors:
         yield "train.early_stop.metric", f"{stop.metric} needs {known[stop.metric]}"
     elif stop is not None and not available:
         yield "train.early_stop", f"nothing is measured that could stop the run: it needs {needed}"
+    elif stop is not None and (problem := too_late(config)):
+        yield "train.early_stop.patience", problem
     if available:
         if config.hub.weights == "best" and not keeps_best(config):
             yield "hub.weights", "no best weights are kept: set checkpoint.keep_best: true"

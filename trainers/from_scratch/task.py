@@ -24,7 +24,7 @@ from trainers.from_scratch.checks import warn_of_data
 from trainers.from_scratch.image_sets import ImageBatches, TargetReader, load_images
 from trainers.publishing import model_card
 from trainers.run_folder import FIGURES_NAME, FINAL, MODEL, SAMPLES
-from trainers.training.facts import Facts
+from trainers.training.facts import HELD_OUT, Facts
 from trainers.training.loop import Callback, Player, averaged_weights, make_player
 
 GRID_COLUMNS = 10  # pictures in a row of a grid
@@ -80,15 +80,21 @@ class FromScratchTask(ABC):
         return (
             task,
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
-            {"pictures": task.describe_pictures()},
+            {"pictures": task.describe_pictures(), HELD_OUT: task.describe_measured()},
         )
 
     def describe_pictures(self) -> Facts:
         """Those that decide the result; held-out ones do where they decide when a run ends."""
         described = {"training": self.train_images.describe()}
         if self.config.train.early_stop and self.test_images is not None:
-            described["held out"] = self.test_images.describe()
+            described[HELD_OUT] = self.test_images.describe()
         return described
+
+    def describe_measured(self) -> Facts:
+        """The held-out pictures that a validation measures, beside what the config says of them."""
+        if self.test_images is None:
+            return {}
+        return {"count": min(self.num_validated, len(self.test_images))}
 
     def add_player(
         self, name: str, module: nn.Module, lr: float | None = None, use_ema: bool = True

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from trainers.config import Config, DreamBoothConfig
 from trainers.config.photo_sections import concept_name
+from trainers.config.validation_metrics import chosen_metric, drawing_keys
 from trainers.errors import UserError, name_some
 
 Facts = dict[str, Any]  # JSON values
@@ -26,6 +27,8 @@ EARLIER_DEFAULTS = {"data.buckets": False}
 # what a run that is trained longer may change: a short one's warm-up was reduced to fit
 SCHEDULE_KEYS = (STEPS_KEY, "optimizer.lr_warmup_steps")
 INITIAL_LORA = "initial LoRA"
+# by what the best weights are chosen, and on which pictures
+JUDGED_BY, HELD_OUT = "judged by", "held out"
 
 # sections, and keys, that may change between two parts of a run
 CHANGEABLE_KEYS = {
@@ -89,7 +92,8 @@ EXTEND_ADVICE = """The learning rate of each step depends on the number of steps
 def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Facts:
     """All that must be equal for a resumed run to be the same run.
 
-    inputs: "pictures", by pool as `describe_pictures` has them, and "base", a digest by part.
+    inputs: "pictures", by pool as `describe_pictures` has them, "base", a digest by part, and
+    "held out", what a validation measures.
     """
     train = config.train
     micro_batches = train.gradient_accumulation_steps * accelerator.num_processes
@@ -98,6 +102,10 @@ def resume_facts(config: Config, accelerator: Accelerator, inputs: Facts) -> Fac
         "mixed precision": config.train.mixed_precision,
         "global batch": train.train_batch_size * micro_batches,
         "config": config_facts(config),
+        JUDGED_BY: {
+            "metric": chosen_metric(config),
+            **{key: getattr(config.validation, key) for key in drawing_keys(config)},
+        },
     }
     # as it will be read back
     return json.loads(json.dumps(facts))
@@ -125,7 +133,7 @@ def config_facts(config: Config) -> Facts:
     if isinstance(config, DreamBoothConfig) and config.data.class_sets:
         deciding += CLASS_PICTURE_KEYS
     if config.train.early_stop:
-        deciding += EARLY_STOP_KEYS
+        deciding += [*EARLY_STOP_KEYS, *drawing_keys(config)]
     for key in deciding:
         facts[f"validation.{key}"] = getattr(config.validation, key)
     return facts
@@ -148,7 +156,7 @@ def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> N
 
     What a checkpoint of an earlier version does not say cannot be compared, which is a warning.
     """
-    optional = ("config", INITIAL_LORA)
+    optional = ("config", INITIAL_LORA, JUDGED_BY, HELD_OUT)
     unknown = [name for name in current if name not in saved and name not in optional]
     if unknown:
         warnings.warn(
@@ -199,6 +207,13 @@ def find_extension(manifest: Facts, config: Config) -> Facts | None:
     if not (has_grown or is_opened):
         return None
     return {"from_step": step, "max_train_steps": steps, "before": before, "end": end}
+
+
+def is_judged_alike(saved: Facts, current: Facts) -> bool:
+    """Whether figures of a checkpoint's validations can be compared with those to come; what an
+    earlier version does not say is taken to be so."""
+    known = [name for name in (JUDGED_BY, HELD_OUT) if name in saved]
+    return all(saved[name] == current.get(name) for name in known)
 
 
 def check_length(folder: Path, step: int, config: Config) -> None:

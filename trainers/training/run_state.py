@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from trainers.config import Config
 from trainers.training.best_weights import BestSoFar
-from trainers.training.facts import Facts, find_extension
+from trainers.training.facts import Facts, find_extension, is_judged_alike
 from trainers.training.manifest import Manifest
 
 
@@ -41,6 +41,12 @@ def state_of(
     """The state in a manifest, open again where the run is to be trained longer."""
     step, end = manifest["step"], manifest.get("end", "")
     extensions, best = manifest.get("extensions", []), BestSoFar(**manifest.get("best", {}))
+    if best.value is not None and not is_judged_alike(manifest["facts"], facts):
+        accelerator.print(
+            "what is measured at a validation has changed, so what comes cannot be compared with "
+            f"the best so far, {best.value:.4g} at step {best.step}: the best is chosen anew"
+        )
+        best = BestSoFar()
     if extension := find_extension(manifest, config):
         # what has ended the run must not end it again at once
         extensions, end, best = [*extensions, extension], "", replace(best, waited=0)
