@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from trainers import run_folder
 from trainers.cli import (
+    add_base_arguments,
     find_weights,
     is_pipeline,
     make_parser,
@@ -45,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=[*FORMATS, *WHOLE_MODELS], default="diffusers")
     help = "Write the nearest LoRA of this rank, by SVD."
     parser.add_argument("--rank", type=positive_int, help=help)
-    parser.add_argument("--base", help="The base model; a run folder knows its own.")
+    add_base_arguments(parser)
     help = "The precision of a merged pipeline, or of one file."
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=help)
     help = "A file, or a folder for peft and merged. By default it lies beside the source."
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    config, source = find_weights(arguments.source, arguments.base)
+    config, source = find_weights(arguments.source, arguments.base, arguments.base_config)
     silence_libraries()
 
     from trainers.families import FAMILIES

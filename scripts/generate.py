@@ -10,7 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from trainers.cli import find_weights, make_parser, positive_int, run_main, silence_libraries
+from trainers.cli import (
+    add_base_arguments,
+    find_weights,
+    make_parser,
+    positive_int,
+    run_main,
+    silence_libraries,
+)
 from trainers.config import DreamBoothConfig
 from trainers.config.trigger import fill_given
 
@@ -24,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("weights", type=Path, help=help)
     help = "What the pictures shall show; it may be given several times."
     parser.add_argument("--prompt", action="append", required=True, dest="prompts", help=help)
-    parser.add_argument("--base", help="The base model; a run folder knows its own.")
+    add_base_arguments(parser)
     help = "The side in pixels. By default the run's own, and 512 for a file."
     parser.add_argument("--resolution", type=positive_int, help=help)
     parser.add_argument("--num-images", type=positive_int, help="Pictures per prompt.")
@@ -42,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    config, weights = find_weights(arguments.weights, arguments.base)
+    config, weights = find_weights(arguments.weights, arguments.base, arguments.base_config)
     config = apply_arguments(config, arguments)
     silence_libraries()
 

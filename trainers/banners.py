@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from trainers.config import ConceptConfig, Config, DreamBoothConfig, ScratchConfig
+from trainers.config.dreambooth_rules import is_single_file
 from trainers.data.buckets import BucketRule, class_shares, concept_shares, name_size
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.intake import NOT_USED, read_notes
@@ -18,6 +19,7 @@ from trainers.data.pictures import Picture
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import name_some
 from trainers.from_scratch.image_sets import ImageBatches
+from trainers.original.convert import diffusers_folder
 from trainers.publishing.best import describe_best
 from trainers.publishing.markdown import plain_text
 from trainers.publishing.model_card import card_prompt, lora_readers
@@ -223,5 +225,8 @@ def describe_result(config: DreamBoothConfig) -> Rows:
         yield "diffusers", f'{load}("{run / PIPELINE}")'
         return
     yield "LoRA", f"{run / WEIGHT_NAME}"
+    if is_single_file(base):
+        # of what it is converted to, for it may lack parts that diffusers' own reader asks for
+        base = str(diffusers_folder(config.model))
     yield "diffusers", f'{load}("{base}")\npipe.load_lora_weights("{run}")'
     yield "others", plain_text(lora_readers(config)).replace(" RUN ", f" {shlex.quote(str(run))} ")

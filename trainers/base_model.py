@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,12 +16,15 @@ from torch import nn
 from trainers.config import ModelConfig
 from trainers.config.dreambooth_rules import base_problem, is_single_file
 from trainers.config.family_facts import family_facts
-from trainers.data.file_digests import FileDigests, part_digest
+from trainers.data.file_digests import FileDigests, part_digest, part_files
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
-from trainers.original.convert import diffusers_folder
+from trainers.original.convert import diffusers_folder, settings_folder
+from trainers.original.layout import TEXT_LEVEL, TIED
+from trainers.original.settings import read_index
 from trainers.original.weights import meta_model
 from trainers.run_folder import BASE_DIGESTS_NAME
+from trainers.tensor_file import read_header
 
 
 class MemoryOptions(Protocol):
@@ -90,7 +94,12 @@ class LoadedBase:
         self.needs_autocast = needed
 
     def load(self, *names: str) -> None:
-        """Hold a pipeline with these components, the scheduler and the tokenizers only."""
+        """Hold a pipeline with these components, the scheduler and the tokenizers only.
+
+        Raises: UserError where files are broken off or missing, or lack tensors.
+        """
+        for name in names:
+            self.check_tensors(name)
         wanted = ("scheduler", *map(tokenizer_name, self.text_encoder_names), *names)
         index = self.pipeline.load_config(self.folder)
         every_component = [part for part, value in index.items() if isinstance(value, list)]
@@ -99,21 +108,53 @@ class LoadedBase:
             components["requires_safety_checker"] = False
         if self.memory.loads_denoiser and self.denoiser_name in names:
             components[self.denoiser_name] = self.memory.load_denoiser(self)
-        self.pipe = self.pipeline.from_pretrained(
-            self.folder,
-            dtype=self.dtype,
-            variant=self.variant,
-            use_safetensors=True,
-            **components,
-        )
+        try:
+            self.pipe = self.pipeline.from_pretrained(
+                self.folder,
+                dtype=self.dtype,
+                variant=self.variant,
+                use_safetensors=True,
+                **components,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.pretrained_model_name_or_path: {self.folder} cannot be loaded ({error}): "
+                "fetch the base again, or set model.variant to one that it has, or to null"
+            ) from error
         self.pipe.set_progress_bar_config(disable=True)
         for name in names:
             module = getattr(self.pipe, name).requires_grad_(False).eval()
+            if name not in components:
+                empty = [key for key, weight in module.named_parameters() if weight.is_meta]
+                self.refuse_missing(name, empty)
             if name != self.denoiser_name or not self.memory.places_denoiser:
                 module.to(self.device)
         if "vae" in names:
             # half precision costs quality, and the oldest autoencoder overflows in float16
             self.pipe.vae.float()
+
+    def check_tensors(self, part: str) -> None:
+        """Raises: UserError for a file of weights that is broken off, and for a text encoder that
+        lacks tensors, in whose place transformers would draw random numbers."""
+        found: set[str] = set()
+        for path in part_files(self.folder / part, self.variant):
+            if path.suffix == ".safetensors":
+                found |= read_header(path).tensors.keys()
+        if found and part in self.text_encoder_names:
+            known = {key.removeprefix(TEXT_LEVEL) for key in found}
+            known |= {TIED} if "shared.weight" in known else set()
+            known |= {"shared.weight"} if TIED in known else set()
+            wanted = self.meta_model(part).state_dict()
+            missing = [key for key in wanted if key.removeprefix(TEXT_LEVEL) not in known]
+            self.refuse_missing(part, missing)
+
+    def refuse_missing(self, part: str, names: Sequence[str]) -> None:
+        """Raises: UserError where there is a name."""
+        if names:
+            raise UserError(
+                f"model.pretrained_model_name_or_path: the weights in {self.folder / part} lack "
+                f"{len(names)} tensors, for example {names[0]}: fetch the base again"
+            )
 
     def apply_memory_options(self) -> None:
         """Change the loaded denoiser, which must have its LoRA layers, to need less memory."""
@@ -190,6 +231,19 @@ def check_pipeline(found: str, wanted: type[DiffusionPipeline], model: ModelConf
         )
 
 
+def check_settings(pipeline: type[DiffusionPipeline], model: ModelConfig) -> None:
+    """Raises: UserError where the settings of a base in one file are of another pipeline."""
+    settings = settings_folder(model)
+    found = read_index(settings).get("_class_name")
+    refused = family_facts(model.family).refused_pipelines
+    if found not in (pipeline.__name__, *refused):
+        raise UserError(
+            f"model.config: {model.config or settings} has the settings of a {found}, but "
+            f"{model.pretrained_model_name_or_path} is of a {pipeline.__name__}: name a folder "
+            "with those"
+        )
+
+
 def tokenizer_name(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
@@ -217,6 +271,7 @@ def find_base_model(pipeline: type[DiffusionPipeline], model: ModelConfig) -> Pa
     if problem := base_problem(name):
         raise UserError(f"model.pretrained_model_name_or_path: {problem}")
     if is_single_file(name):
+        check_settings(pipeline, model)
         return diffusers_folder(model)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():

@@ -91,10 +91,23 @@ def report(message: str, status: int) -> int:
     return status
 
 
-def find_weights(weights: Path, base: str | None) -> tuple[DreamBoothConfig, Path]:
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `find_weights` takes."""
+    parser.add_argument("--base", help="The base model; a run folder knows its own.")
+    help = "The pipeline that has the settings of a base in one file, as model.config in a run."
+    parser.add_argument("--base-config", metavar="FOLDER", help=help)
+
+
+def find_weights(
+    weights: Path, base: str | None, base_config: str | None = None
+) -> tuple[DreamBoothConfig, Path]:
     """The config of RUN, RUN@STEP or RUN@best, or the defaults for a LoRA file, a PEFT folder or a
-    tuned pipeline on `base`; and where the weights lie."""
+    tuned pipeline on `base`; and where the weights lie.
+
+    base_config: what has the settings of a base in one file.
+    """
     from trainers.config import DreamBoothConfig, ModelConfig
+    from trainers.config.dreambooth_rules import is_single_file
     from trainers.run_folder import PIPELINE
     from trainers.training.run_weights import is_run
 
@@ -117,6 +130,13 @@ def find_weights(weights: Path, base: str | None) -> tuple[DreamBoothConfig, Pat
         )
     if base:
         model = {"pretrained_model_name_or_path": base, "revision": None, "variant": None}
+        if not is_single_file(base):
+            model["config"] = None
+        config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    if base_config:
+        if not is_single_file(config.model.pretrained_model_name_or_path):
+            raise UserError("--base-config is for a base in one file, and this one has its own")
+        model = {"config": base_config}
         config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     return config, weights
 

@@ -95,6 +95,15 @@ def test_no_more_than_a_layer_is_whole_in_memory(deep_base, method):
     assert next(model.parameters()).device.type == "cpu"
 
 
+def test_a_file_that_is_broken_off_is_told(bases, tmp_path):
+    shutil.copytree(bases["flux"], tmp_path / "base")
+    path = tmp_path / "base/transformer" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    family, model_class = opened(tmp_path / "base", "flux")
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
+        load_quantized(family, model_class, "nf4")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

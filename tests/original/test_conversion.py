@@ -191,7 +191,9 @@ def test_another_family_is_told(settings, files):
 def test_without_the_hub_the_folder_that_is_needed_is_told(files):
     path, _, _ = files["sd15"]
     model = ModelConfig(family="sd15", pretrained_model_name_or_path=str(path))
-    with pytest.raises(UserError, match=r"stable-diffusion-v1-5.*Set model\.config to a local"):
+    with pytest.raises(
+        UserError, match=r"stable-diffusion-v1-5.*Set model\.config .*--base-config\)"
+    ):
         convert.diffusers_folder(model)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 
 from trainers.data.file_digests import part_files
 from trainers.errors import UserError
 from trainers.families import Family
+from trainers.tensor_file import open_safetensors
 
 
 def load_quantized(family: Family, model_class: type, method: str) -> nn.Module:
@@ -63,7 +63,7 @@ def load_layer_by_layer(family: Family, model_class: type, method: str) -> nn.Mo
 def read_tensor(model: nn.Module, key: str, path: Path, dtype: torch.dtype) -> None:
     """Put one tensor of a file into a model. Raises: UserError where its shape is another."""
     # a file is opened anew for each tensor, or all that was read of it would stay in memory
-    with safe_open(path, "pt") as file:
+    with open_safetensors(path) as file:
         value = file.get_tensor(key)
     value = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     layer_name, _, name = key.rpartition(".")
@@ -92,7 +92,7 @@ def tensor_files(folder: Path, variant: str | None) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in sorted(part_files(folder, variant)):
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
+            with open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118, a file is no dictionary
                     files.setdefault(key, path)
     return files

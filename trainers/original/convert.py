@@ -11,15 +11,17 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
-from trainers.atomic import cache_home, replacing_folder
+from trainers.atomic import CACHE_VARIABLE, cache_home, replacing_folder
 from trainers.config import ModelConfig
 from trainers.config.family_facts import family_facts
 from trainers.data.file_digests import FileDigests
-from trainers.errors import UserError
+from trainers.errors import RunFailedError, UserError
 from trainers.original.checkpoint import (
     IDLE,
     V_PREDICTION,
@@ -40,11 +42,15 @@ from trainers.original.settings import (
 from trainers.original.weights import write_component
 from trainers.progress import track
 
-VERSION = 1  # of what is written: another makes the folders that are there useless
+VERSION = 2  # of what is written: another makes the folders that are there useless
+CONTENTS = "contents.json"  # the bytes of each file of a folder, which is whole if it has them
 
 
 def diffusers_folder(model: ModelConfig) -> Path:
-    """The folder that the base `model`, one file, was converted to. Raises: UserError."""
+    """The folder that the base `model`, one file, was converted to.
+
+    Raises: UserError, and RunFailedError where the user's cache cannot be written.
+    """
     checkpoint = open_checkpoint(model)
     settings = find_settings(model, checkpoint)
     components = read_components(settings, model)
@@ -52,18 +58,52 @@ def diffusers_folder(model: ModelConfig) -> Path:
     lacking = [part for part in models if not checkpoint.has(part)]
     settings = find_lacking(model, checkpoint, settings, lacking)
     home = cache_home() / "bases"
-    home.mkdir(parents=True, exist_ok=True)
     digests = FileDigests()
     digests.load(home / "files.json")
     facts = [f"{VERSION} {models}", *describe_files(checkpoint, settings, lacking, digests)]
     folder = home / hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+    # a cache that nobody may write to is read all the same
+    if not is_whole(folder):
+        with writing_cache(home):
+            home.mkdir(parents=True, exist_ok=True)
+            digests.save()
+            # of several processes one converts
+            with FileLock(folder.with_suffix(".lock")):
+                if not is_whole(folder):
+                    with replacing_folder(folder) as temporary:
+                        write_folder(checkpoint, settings, components, lacking, temporary)
+                        write_contents(temporary)
     digests.save()
-    # of several processes one converts
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / INDEX_NAME).is_file():
-            with replacing_folder(folder) as temporary:
-                write_folder(checkpoint, settings, components, lacking, temporary)
     return folder
+
+
+@contextmanager
+def writing_cache(home: Path) -> Iterator[None]:
+    """Raises: RunFailedError in place of the disk's errors."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailedError(
+            f"{home}: a base in one file is converted to a folder there, as large as the file, and "
+            f"that failed ({error}). Make room or get the right to write there, or name another "
+            f"folder in the environment variable {CACHE_VARIABLE}"
+        ) from error
+
+
+def write_contents(folder: Path) -> None:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sizes.pop(CONTENTS, None)
+    (folder / CONTENTS).write_text(json.dumps(sizes, indent=2) + "\n", "utf-8")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has all that was written: the user, or a cleaner, may have removed some."""
+    try:
+        sizes = json.loads((folder / CONTENTS).read_text("utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def open_checkpoint(model: ModelConfig) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
@@ -47,8 +48,9 @@ def download(repository: str, checkpoint: Checkpoint, patterns: Sequence[str]) -
     except Exception as error:
         raise UserError(
             f"model.config: {checkpoint.path.name} needs settings and parts that are not in it, "
-            f"and those of {repository!r} cannot be fetched ({error}). Set model.config to a local "
-            "folder of a pipeline of this kind, in the diffusers layout"
+            f"and those of {repository!r} cannot be fetched ({error}). Set model.config (for "
+            "generate.py and export.py: --base-config) to a local folder of a pipeline of this "
+            "kind, in the diffusers layout"
         ) from error
 
 
@@ -74,11 +76,23 @@ def find_lacking(
     return settings
 
 
+def read_index(settings: Path) -> dict[str, Any]:
+    """What the index of a pipeline says. Raises: UserError."""
+    try:
+        index = json.loads((settings / INDEX_NAME).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.config: {settings / INDEX_NAME} cannot be read ({error}): fetch it again"
+        ) from error
+    if not isinstance(index, dict):
+        raise UserError(f"model.config: {settings / INDEX_NAME} is no index of a pipeline")
+    return index
+
+
 def read_components(settings: Path, model: ModelConfig) -> dict[str, list[str]]:
     """The components of the pipeline that are used, with the library and class of each."""
-    index = json.loads((settings / INDEX_NAME).read_text("utf-8"))
     components = {}
-    for name, value in index.items():
+    for name, value in read_index(settings).items():
         left_out = model.text_encoder_3 is None and name.endswith("_3")
         if isinstance(value, list) and value[0] and name not in UNUSED and not left_out:
             components[name] = value
@@ -86,10 +100,16 @@ def read_components(settings: Path, model: ModelConfig) -> dict[str, list[str]]:
 
 
 def is_model(kind: Sequence[str]) -> bool:
-    """Whether a component has weights: a tokenizer and a scheduler have none."""
+    """Whether a component has weights: a tokenizer and a scheduler have none. Raises: UserError."""
     library, name = kind
-    module = {"diffusers": diffusers, "transformers": transformers}[library]
-    return issubclass(getattr(module, name), nn.Module)
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    component_class = getattr(module, name, None)
+    if component_class is None:
+        raise UserError(
+            f"model.config: its {INDEX_NAME} names {name} of {library}, and the installed "
+            "diffusers and transformers have no such class: take the folder of a plain pipeline"
+        )
+    return issubclass(component_class, nn.Module)
 
 
 def setting_files(folder: Path) -> Iterator[Path]:

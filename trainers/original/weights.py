@@ -53,8 +53,17 @@ def write_component(
 
 
 def component_shapes(folder: Path, component: str, kind: Sequence[str]) -> dict[str, torch.Size]:
-    """The shapes of a component's tensors, by the names that files on the Hub have."""
-    state = meta_model(folder, component, kind).state_dict()
+    """The shapes of a component's tensors, by the names that files on the Hub have.
+
+    Raises: UserError where its config is not there, or is none.
+    """
+    try:
+        state = meta_model(folder, component, kind).state_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.config: {component}/config.json of the settings cannot be read ({error}): "
+            "fetch them again"
+        ) from error
     has_level = any(key.startswith(TEXT_LEVEL) for key in state)
     level = "" if kind[1] != "CLIPTextModel" or has_level else TEXT_LEVEL
     return {level + key: tensor.shape for key, tensor in state.items()}
