@@ -81,9 +81,11 @@ def finished(make):
 
 
 @pytest.fixture
-def disturb(monkeypatch):
+def disturb(monkeypatch, finished):
     """A function: what to do before step n (from 0), once; in which steps a player's loss is NaN;
     the trainer."""
+    # afterwards the run that nothing disturbs would be disturbed too
+    finished()
 
     def wrap(events=None, nan=lambda step, player: False, task=DreamBooth):
         plain, events = task.losses, events or {}

@@ -68,7 +68,7 @@ def diffusers_folder(model: ModelConfig) -> Path:
             home.mkdir(parents=True, exist_ok=True)
             digests.save()
             # of several processes one converts
-            with FileLock(folder.with_suffix(".lock")):
+            with FileLock(f"{folder}.converting"):
                 if not is_whole(folder):
                     with replacing_folder(folder) as temporary:
                         write_folder(checkpoint, settings, components, lacking, temporary)
