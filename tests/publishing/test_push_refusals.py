@@ -5,9 +5,12 @@ import re
 import pytest
 
 from tests.shared.hub_repositories import Repo
+from trainers.config import AutoencoderConfig
 from trainers.errors import UserError
 from trainers.publishing import hub as publishing_hub
+from trainers.publishing.step_release import step_release
 from trainers.run import TASKS, run
+from trainers.training.run_weights import RunWeights
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,13 @@ def test_hub_options_that_contradict_each_other_are_refused(settings, keys, mess
 def test_whoever_does_not_push_needs_no_hub(settings, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert publishing_hub.check_access(settings("hub.hub_model_id=me/mine")) is None
+
+
+def test_the_best_of_a_small_network_that_was_stopped_has_no_card_yet(tmp_path):
+    (tmp_path / "best/model").mkdir(parents=True)
+    best = RunWeights(tmp_path, AutoencoderConfig(), 3, is_best=True)
+    with (
+        pytest.raises(UserError, match=r"not finished: it has no README.md, of which .*@best"),
+        step_release(best),
+    ):
+        pass

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from trainers.atomic import write_atomic
 from trainers.config import Config, DreamBoothConfig
 from trainers.config.loading import dump_config
+from trainers.errors import UserError
 from trainers.publishing.best import best_facts
 from trainers.publishing.markdown import markdown_table
 from trainers.publishing.model_card import write_dreambooth_card
@@ -24,6 +25,7 @@ from trainers.run_folder import (
     MODEL,
     PIPELINE,
     SAMPLES,
+    continue_hint,
     step_name,
 )
 from trainers.training.run_weights import RunWeights
@@ -74,8 +76,14 @@ def write_dreambooth_release(config: DreamBoothConfig, step: int) -> DreamBoothC
 
 def write_scratch_card(weights: RunWeights, folder: Path) -> None:
     """Write the run's own card with the step of these weights, and without the last ones'
-    figures."""
-    text = LAST_FIGURES.sub("", (weights.run / CARD_NAME).read_text("utf-8"))
+    figures. Raises: UserError for a run that was stopped, which has no card yet."""
+    card = weights.run / CARD_NAME
+    if not card.is_file():
+        raise UserError(
+            f"{weights.run} is not finished: it has no {CARD_NAME}, of which {weights.name} takes "
+            f"its own. {continue_hint(weights.run)}"
+        )
+    text = LAST_FIGURES.sub("", card.read_text("utf-8"))
     chosen = markdown_table(best_facts(folder)).splitlines()[-1]
     text = STEPS_ROW.sub(rf"{chosen}\n\g<1>{weights.step}", text)
     if not (folder / SAMPLES / FINAL).is_dir():
