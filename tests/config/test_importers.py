@@ -7,7 +7,7 @@ from tests.shared.processes import ROOT, call
 from trainers.config import loading
 from trainers.config.family_facts import families_with
 from trainers.config.importers import import_config
-from trainers.config.importers.ai_toolkit import read_prompts
+from trainers.config.importers.ai_toolkit import read_prior, read_prompts
 from trainers.config.importers.base import ForeignConfig
 from trainers.errors import UserError
 from trainers.run import run
@@ -212,3 +212,24 @@ def test_a_prompt_of_ai_toolkit_keeps_its_own_settings():
     own = {"prompt": "a cat", "negative_prompt": "dogs", "width": 512, "lora_scale": 0.5}
     assert config.value("validation.prompts") == [own, "plain"]
     assert config.leftovers() == {"sample.samples 1: walk": 3}
+
+
+def test_output_preservation_of_ai_toolkit_is_ours_for_one_subject_without_class_pictures():
+    train = {
+        "diff_output_preservation": True,
+        "diff_output_preservation_multiplier": 0.8,
+        "diff_output_preservation_class": "dog",
+    }
+    config = ForeignConfig("ai-toolkit", {"train": train})
+    read_prior(config)
+    found = [config.value(f"data.{key}") for key in ("prior", "class_prompt", "prior_loss_weight")]
+    assert found == ["output_preservation", "a photo of a dog", 0.8]
+    assert not config.leftovers()
+    off = ForeignConfig("ai-toolkit", {"train": train | {"diff_output_preservation": False}})
+    read_prior(off)
+    assert not off.settings
+    assert not off.leftovers()
+    several = ForeignConfig("ai-toolkit", {"train": train})
+    several.put("data.concepts", [{}], "datasets")
+    read_prior(several)
+    assert several.leftovers().keys() == {f"train.{key}" for key in train}

@@ -83,6 +83,8 @@ RULES = [
     Rule("sample.guidance_scale", "validation.guidance_scale", number),
     Rule("sample.sample_steps", "validation.num_inference_steps", number),
 ]
+PRESERVATION = "train.diff_output_preservation"
+PRESERVATION_KEYS = f"{PRESERVATION}_multiplier", f"{PRESERVATION}_class"
 SETS = "datasets"
 # of each of them
 SET_RULES = [
@@ -120,6 +122,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.put("lora.alpha", 1, "network.linear_alpha", note)
     read_prompts(config)
     read_sets(config, datasets)
+    read_prior(config)
     kept = config.take("datasets.keep_tokens")
     put_kept_tags(config, kept, "datasets.keep_tokens")
     read_average(config)
@@ -206,6 +209,20 @@ def read_prompts(config: ForeignConfig) -> None:
         # a data set's own caption wins
         note = "Captions beside the pictures win over it"
         config.put("data.instance_prompt", "[trigger]", "trigger_word", note)
+
+
+def read_prior(config: ForeignConfig) -> None:
+    """Output preservation, of one subject without class pictures; else it has no equal here."""
+    values = {key: config.values.get(key) for key in (PRESERVATION, *PRESERVATION_KEYS)}
+    is_on_there, weight, word = values.values()
+    if is_on(is_on_there):
+        if not word or config.value("data.concepts") or config.value("data.class_data_dir"):
+            return
+        config.put("data.prior", "output_preservation", PRESERVATION)
+        note = "There it stands for the trigger in each caption; here this one prompt is kept"
+        config.put("data.class_prompt", f"a photo of a {word}", PRESERVATION_KEYS[1], note)
+        config.put("data.prior_loss_weight", number(weight), PRESERVATION_KEYS[0])
+    config.ignore(values)
 
 
 def read_average(config: ForeignConfig) -> None:
