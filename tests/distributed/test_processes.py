@@ -18,7 +18,13 @@ from trainers.distributed.collectives import (
 from trainers.errors import UserError
 from trainers.run import run
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux")
+# a U-Net and a transformer; the others of their kind by hand
+FAMILIES = [
+    "sdxl",
+    "flux",
+    pytest.param("sd15", marks=pytest.mark.slow),
+    pytest.param("sd3", marks=pytest.mark.slow),
+]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 

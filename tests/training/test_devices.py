@@ -138,6 +138,7 @@ def test_steps_in_one_process_are_measured_for_every_family_and_option():
         assert row["mfu_percent"] > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_our_step_equal_and_times_it(tmp_path):
     """A rename had lost a name by which its gate cuts the photos as the task does."""
     script = [sys.executable, "scripts/benchmark", "--family=sd3", "--device=cpu", "--steps=3"]
