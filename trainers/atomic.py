@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from trainers.errors import UserError
 
-# what a killed program may leave: .NAME.32 hexadecimal digits.tmp, and an ending of the name's own
 CACHE_VARIABLE = "DIFFUSION_TRAINERS_CACHE"  # another folder than ~/.cache/diffusion-trainers
+# what a killed program may leave: .NAME.32 hexadecimal digits.tmp, and an ending of the name's own
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp(\.[^.]+)?")
 
 

@@ -21,14 +21,14 @@ from trainers.families import Family
 from trainers.families.held_out_loss import HeldOutLoss
 from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
-from trainers.families.trainable import TrainableDenoiser, evaluation_mode
+from trainers.families.trainable import TrainableDenoiser
 from trainers.lora import export, initial, proof
 from trainers.lora.layers import predict_base
 from trainers.lora.likeness import Likeness, make_likeness
 from trainers.publishing import model_card
 from trainers.run_folder import FINAL, PIPELINE, SAMPLES
 from trainers.training.facts import HELD_OUT, INITIAL_LORA, Facts
-from trainers.training.loop import Callback, averaged_weights, make_player
+from trainers.training.loop import Callback, averaged_weights, evaluation_mode, make_player
 from trainers.training.picture_facts import describe_pools
 
 STEPS_PRECOMPUTED = 32  # steps whose modulation is computed at once

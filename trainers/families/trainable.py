@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -67,16 +66,6 @@ class TrainableDenoiser(nn.Module):
         """Keep DistributedDataParallel from broadcasting these parameters when it wraps this."""
         # PyTorch reads this attribute; it has no public way to say it
         self._ddp_params_and_buffers_to_ignore = names
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """A context without dropout; the module trains again afterwards."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 def trained_encoders(family: Family, config: DreamBoothConfig) -> Sequence[str]:

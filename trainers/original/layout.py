@@ -50,28 +50,28 @@ class OriginalTensor:
     parts: tuple[str, ...]
     change: Change = Change.NONE
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The release's tensor of diffusers' tensors."""
-        whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    def reorder(self, whole: Tensor) -> Tensor:
+        """The tensor with its rows in the other order; twice gives it back."""
         match self.change:
             case Change.SWAPPED:
-                whole = whole.roll(len(whole) // 2, 0)
+                return whole.roll(len(whole) // 2, 0)
             case Change.TURNED:
-                whole = whole.T
-            case Change.KERNEL:
-                whole = whole[:, :, None, None]
+                return whole.T
+        return whole
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The release's tensor of diffusers' tensors."""
+        whole = self.reorder(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
+        if self.change is Change.KERNEL:
+            whole = whole[:, :, None, None]
         return whole.contiguous()
 
     def split(self, whole: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
         """The inverse of `join`; None where the parts would not have these shapes."""
-        match self.change:
-            case Change.SWAPPED:
-                whole = whole.roll(len(whole) // 2, 0)
-            case Change.TURNED:
-                whole = whole.T
-            case Change.KERNEL:
-                # some programs have saved it as a matrix
-                whole = whole.flatten(1)
+        whole = self.reorder(whole)
+        if self.change is Change.KERNEL:
+            # some programs have saved it as a matrix
+            whole = whole.flatten(1)
         rows = [shape[0] for shape in shapes]
         if whole.ndim == 0 or sum(rows) != len(whole):
             return None

@@ -6,6 +6,7 @@ A task yields losses by player; the loop steps that player's optimizer and resum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,6 +197,16 @@ def step_player(
     if accelerator.scaler:
         overflowed = (~norm.isfinite()).float()
         metrics["overflowed"] = overflowed.maximum(metrics.get("overflowed", overflowed))
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A context without dropout; the module trains again afterwards."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 class averaged_weights:  # noqa: N801 (it is called like a function)

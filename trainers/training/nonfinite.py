@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from trainers.config import Config
 from trainers.data.rng import SampleRng
-from trainers.training.loop import Batches, StepMetrics, Task
+from trainers.training.loop import Batches, StepMetrics, Task, evaluation_mode
 
 MAX_FINDINGS = 3  # findings in a message
 
@@ -108,8 +108,7 @@ class NonfiniteGuard:
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(self.accelerator.no_sync(module))
-                stack.callback(module.train)
-                module.eval()
+                stack.enter_context(evaluation_mode(module))
                 for name, layer in module.named_modules():
                     hook = partial(self.record, values, f"the output of {name}")
                     stack.callback(layer.register_forward_hook(hook).remove)
