@@ -126,7 +126,7 @@ def test_everything_is_as_before_when_it_is_over():
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("sd15", "train.ema_decay=0.9"),
+        pytest.param("sd15", "train.ema_decay=0.9", marks=pytest.mark.slow),
         ("sd3", "model.offload=true train.gradient_checkpointing=true"),
         ("flux", "model.modulation_cache=true validation.prompts=[a] validation.num_images=1"),
     ],

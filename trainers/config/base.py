@@ -94,6 +94,10 @@ class Config(Section):
         elif size > 2:
             yield f"train.train_batch_size={size // 2}: smaller batches"
 
+    def notes(self) -> Iterator[str]:
+        """What is allowed and yet has no effect, a sentence each."""
+        return iter(())
+
     def errors(self) -> rules.Errors:
         """Rules that one field's type cannot state, as (path, message)."""
         yield from rules.output_errors(self.output_dir)

@@ -182,6 +182,10 @@ class DreamBoothConfig(Config):
         if trains_text_encoder:
             yield "train.train_text_encoder=false: frees the text encoders"
 
+    def notes(self) -> Iterator[str]:
+        yield from super().notes()
+        yield from photo_rules.unused_numbers(self.data)
+
     def errors(self) -> Errors:
         yield from super().errors()
         yield from rules.base_errors(self.model)
