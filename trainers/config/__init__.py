@@ -13,11 +13,11 @@ from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
 )
 from trainers.config.from_scratch import ImagesConfig, ScratchConfig
 from trainers.config.gan import GanConfig
+from trainers.config.objective import ObjectiveConfig
 from trainers.config.photo_sections import ConceptConfig, PhotoSet
 from trainers.config.unet import PairsConfig, UNetConfig
 

@@ -20,10 +20,10 @@ from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
+from trainers.config.objective import ObjectiveConfig, objective_errors
 from trainers.config.trigger import fill_prompts
 from trainers.config.validation_metrics import HELD_OUT_LOSSES, LIKENESS, OF_LORA
 
@@ -198,7 +198,8 @@ class DreamBoothConfig(Config):
         yield from rules.likeness_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
-        yield from rules.training_errors(self.objective, self.optimizer, self.train)
+        yield from rules.training_errors(self.optimizer, self.train)
+        yield from objective_errors(self)
         if self.lora:
             yield from rules.lora_errors(self.lora, self.train, self.model.family)
             yield from rules.initial_lora_errors(self.lora.init_from, self.output_dir)

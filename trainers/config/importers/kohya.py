@@ -26,6 +26,7 @@ from trainers.config.importers.base import (
     sides,
     times,
 )
+from trainers.config.importers.objective import put_coarse_noise, put_loss, put_t_range
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
@@ -71,6 +72,7 @@ RULES = [
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
     Rule("noise_offset", "objective.noise_offset", positive),
+    Rule("ip_noise_gamma", "objective.input_perturbation", positive),
     Rule("discrete_flow_shift", "objective.shift", number),
     Rule("timestep_sampling", "objective.density", choose(DENSITIES)),
     Rule("optimizer_type", "optimizer.name", choose(OPTIMIZERS)),
@@ -134,6 +136,9 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     else:
         config.settings.pop("optimizer.text_encoder_lr", None)
     read_length(config)
+    put_t_range(config, "min_timestep", "max_timestep", 1000)
+    put_loss(config)
+    put_coarse_noise(config)
     read_subsets(config, datasets(tree))
     note = "Theirs counts tags of the prefix too" if config.value("data.caption_prefix") else ""
     put_kept_tags(config, config.take("keep_tokens"), "keep_tokens", note)
