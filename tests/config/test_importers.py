@@ -204,6 +204,21 @@ def test_losses_noise_and_times_are_ours(tmp_path, name):
     assert not {"loss_type", "huber_c", "min_timestep"} & imported.leftovers().keys()
 
 
+def test_arguments_of_an_optimizer_are_our_keys_or_its_own(tmp_path):
+    (tmp_path / "a.toml").write_text(
+        'network_module = "networks.lora"\nnetwork_dim = 4\nunet_lr = 1.0\n'
+        'optimizer_type = "Prodigy"\n'
+        'optimizer_args = ["weight_decay=0.01", "betas=0.9,0.99", "decouple=True", "d_coef=2"]'
+    )
+    imported = import_config(tmp_path / "a.toml")
+    assert imported.value("optimizer.name") == "prodigy"
+    assert imported.value("optimizer.betas") == [0.9, 0.99]
+    assert imported.value("optimizer.weight_decay") == 0.01
+    assert imported.value("optimizer.arguments") == {"decouple": True, "d_coef": 2}
+    assert "optimizer_args" not in imported.leftovers()
+    assert yaml.safe_load(imported.to_yaml()) == imported.tree()
+
+
 def test_a_loss_that_is_not_ours_is_left_over(tmp_path):
     text = 'network_module = "networks.lora"\nnetwork_dim = 4\nunet_lr = 1e-4\nloss_type = "l1"'
     (tmp_path / "a.toml").write_text(text)

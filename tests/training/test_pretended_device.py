@@ -14,7 +14,8 @@ from trainers.data import transfer
 from trainers.data.rng import SampleRng
 from trainers.run import run
 from trainers.training import loop
-from trainers.training.optimizers import EMA, make_optimizer
+from trainers.training.averages import EMA
+from trainers.training.optimizers import make_optimizer
 
 
 @pytest.fixture

@@ -42,6 +42,10 @@ class Config(Section):
             "adamw_8bit": "bitsandbytes",
             "paged_adamw_8bit": "bitsandbytes",
             "prodigy": "prodigyopt",
+            "lion": "lion_pytorch",
+            "came": "came_pytorch",
+            "schedule_free": "schedulefree",
+            "prodigy_schedule_free": "prodigyplus",
         },
         "tracking.report_to": {
             "tensorboard": "tensorboard",

@@ -172,7 +172,7 @@ class RectifiedFlow(Objective):
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
-            is_below = self.time_of(torch.tensor(middle, dtype=torch.float64)).item() < t
+            is_below = self.time_of(torch.tensor(middle)).item() < t
             low, high = (middle, high) if is_below != (self.density == "mode") else (low, middle)
         return (low + high) / 2
 

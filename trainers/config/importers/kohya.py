@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainers.config.base_sections import OPTIMIZER_KEYS
 from trainers.config.family_facts import (
     families_with,
     family_facts,
@@ -136,6 +138,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     else:
         config.settings.pop("optimizer.text_encoder_lr", None)
     read_length(config)
+    read_optimizer_arguments(config)
     put_t_range(config, "min_timestep", "max_timestep", 1000)
     put_loss(config)
     put_coarse_noise(config)
@@ -184,6 +187,26 @@ def read_length(config: ForeignConfig) -> None:
         config.put("optimizer.lr_warmup_steps", round(warmup * steps), "lr_warmup_steps")
     elif warmup:
         config.put("optimizer.lr_warmup_steps", int(warmup), "lr_warmup_steps")
+
+
+def read_optimizer_arguments(config: ForeignConfig) -> None:
+    """`optimizer_args`, a list of name=value, of an optimizer that is known here."""
+    optimizer, given = config.value("optimizer.name"), config.values.get("optimizer_args")
+    if optimizer is None or not isinstance(given, list):
+        return
+    config.used.add("optimizer_args")
+    others = {}
+    for name, _, text in (str(argument).partition("=") for argument in given):
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        value = list(value) if isinstance(value, tuple) else value
+        if name in OPTIMIZER_KEYS[optimizer]:
+            config.put(f"optimizer.{name}", value, "optimizer_args")
+        else:
+            others[name] = value
+    config.put("optimizer.arguments", others or None, "optimizer_args")
 
 
 def read_subsets(config: ForeignConfig, parts: Sequence[Any]) -> None:
