@@ -150,8 +150,7 @@ def describe_weights(config: Config, task: Task) -> str:
         number = f"{sum(weight.numel() for weight in weights.values()):,} parameters"
         if isinstance(config, DreamBoothConfig) and config.lora:
             num_layers = sum(".lora_A." in weight for weight in weights)
-            kind = "DoRA" if config.lora.use_dora else "LoRA"
-            texts.append(f"{kind} of rank {config.lora.rank} in {num_layers} layers: {number}")
+            texts.append(f"{config.lora.title} in {num_layers} layers: {number}")
         else:
             texts.append(f"{name}: {number}")
     return ", ".join(texts)

@@ -26,6 +26,7 @@ LIMITS = {
     "maxLength": "at most {} characters",
     "minItems": "at least {} items",
     "maxItems": "at most {} items",
+    "maxProperties": "at most {} names",
 }
 INTRODUCTION = """# {title}: every key
 
@@ -108,6 +109,8 @@ def type_text(part: Schema) -> str:
         return "path"
     if part["type"] == "null":
         return "null"
+    if part["type"] == "object":
+        return f"names and a {type_text(part['additionalProperties'])} for each"
     if part["type"] == "array":
         items = part.get("items") or part["prefixItems"][0]
         count = "" if "items" in part else f"{len(part['prefixItems'])} of "

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainers.config import dreambooth_rules as rules
-from trainers.config import photo_rules
+from trainers.config import lora_rules, photo_rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
@@ -18,12 +18,12 @@ from trainers.config.caption_rules import caption_errors, placeholder_errors
 from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
-    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     PromptsConfig,
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
+from trainers.config.lora_section import LoraConfig
 from trainers.config.trigger import fill_prompts
 from trainers.config.validation_metrics import HELD_OUT_LOSSES, LIKENESS, OF_LORA
 
@@ -196,5 +196,5 @@ class DreamBoothConfig(Config):
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
         if self.lora:
-            yield from rules.lora_errors(self.lora, self.train, self.model.family)
-            yield from rules.initial_lora_errors(self.lora.init_from, self.output_dir)
+            yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from lora_rules.initial_lora_errors(self.lora.init_from, self.output_dir)

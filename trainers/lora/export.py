@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from trainers.config import DreamBoothConfig
 from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
+from trainers.lora.peft_config import rank_settings
 from trainers.lora.peft_format import from_peft
 from trainers.publishing.model_card import package_versions
 from trainers.publishing.public import PRIVATE_SECTIONS, public_config
@@ -32,13 +34,16 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
     Programs disagree about where alpha is written; a file whose scale is one is right for all of
     them.
     """
-    config = module.peft_config[adapter]
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    scales = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
+            scales[name] = layer.scaling[adapter]
     state = {}
     for name, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items():
         tensor = tensor.detach().float()
-        if ".lora_B" in name:
-            tensor = tensor * scale
+        layer_name, _, is_b = name.partition(".lora_B")
+        if is_b:
+            tensor = tensor * scales[layer_name]
         state[prefix + name] = tensor.cpu().contiguous()
     return state
 
@@ -46,7 +51,11 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
 def lora_metadata(module: nn.Module) -> dict:
     """The PEFT config that fits `lora_state`."""
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
-    config["lora_alpha"] = config["r"]
+    ranks = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            ranks[name] = layer.r["default"]
+    config |= rank_settings(ranks)
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0
     # it may be a path on this machine, and diffusers does not read it

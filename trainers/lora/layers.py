@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -44,6 +45,7 @@ def add_lora(family: Family, config: LoraConfig, text_encoders: Sequence[str]) -
     """Freeze what the family has loaded, and put LoRA into its denoiser and these encoders."""
     add_adapter(family.denoiser, config, family.facts)
     own = {"target_modules": TEXT_ENCODER_LAYERS, "blocks": None}
+    own |= {"rank_pattern": {}, "alpha_pattern": {}}
     for name in text_encoders:
         add_adapter(getattr(family.pipe, name), config.model_copy(update=own))
     adapted = [layer for layer in family.denoiser.modules() if isinstance(layer, BaseTunerLayer)]
@@ -56,11 +58,18 @@ def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None
     They are float32 whatever the base's precision: in bfloat16 an Adam step would often round a
     weight back to where it was. facts: of the family whose denoiser the module is, for presets.
     """
+    layers = target_layers(module, config, facts)
+    ranks = values_by_layer(layers, config.rank_pattern, "rank_pattern")
+    # without an alpha that of a layer is its own rank
+    alphas = {} if config.alpha else dict(ranks)
+    alphas |= values_by_layer(layers, config.alpha_pattern, "alpha_pattern")
     peft_config = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha or config.rank,
+        rank_pattern=join_patterns(ranks),
+        alpha_pattern=join_patterns(alphas),
         lora_dropout=config.dropout,
-        target_modules=target_layers(module, config, facts),
+        target_modules=layers,
         init_lora_weights=PEFT_INIT[config.init_lora_weights],
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
@@ -113,6 +122,39 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
         for name in matched
         if blocks is None or name.startswith(tuple(f"{block}." for block in blocks))
     ]
+
+
+def values_by_layer(
+    layers: Sequence[str], patterns: Mapping[str, float], key: str
+) -> dict[str, float]:
+    """The value of each layer that a pattern names, by PEFT's rule: of several the first counts.
+
+    Raises: UserError for a pattern that decides about no layer, with names that are like it.
+    """
+    values: dict[str, float] = {}
+    for pattern, value in patterns.items():
+        named = [name for name in layers if fullmatch(rf"(.*\.)?({pattern})", name)]
+        if not named:
+            raise UserError(
+                f"lora.{key}: {pattern!r} names none of the {len(layers)} layers with LoRA. "
+                f"{suggest_layers(pattern, layers)}"
+            )
+        fresh = [name for name in named if name not in values]
+        if not fresh:
+            raise UserError(
+                f"lora.{key}: other patterns before {pattern!r} decide about each of the "
+                f"{len(named)} layers that it names: write it before them, or remove it"
+            )
+        values |= dict.fromkeys(fresh, value)
+    return values
+
+
+def join_patterns(values: Mapping[str, float]) -> dict[str, float]:
+    """The values of layers as one pattern for each value, since PEFT tries all on each layer."""
+    names: dict[float, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {f"^({'|'.join(own)})": value for value, own in names.items()}
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ def smallest_rank(energies: Sequence[float], share_kept: float = ENERGY_KEPT) ->
     return len(energies)
 
 
-def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
+def reduce_rank(lora: Lora, rank: int | Mapping[str, int]) -> tuple[Lora, float]:
     """The nearest updates of at most `rank` (Eckart and Young 1936), and how far off they are.
 
+    rank: of all layers, or of each by its name.
     The distance is the Frobenius norm of all layers' differences, relative to that of all updates.
     Raises: UserError for DoRA.
     """
@@ -94,8 +95,10 @@ def lora_from_difference(
     return truncate_factors(factors, rank)
 
 
-def truncate_factors(factors: Mapping[str, Factors], rank: int) -> tuple[Lora, float]:
-    """The updates of the largest `rank` singular values, and what the others are relative to all.
+def truncate_factors(
+    factors: Mapping[str, Factors], ranks: int | Mapping[str, int]
+) -> tuple[Lora, float]:
+    """The updates of the largest singular values, and what the others are relative to all.
 
     The square root of each singular value goes into a, and the same into b.
     """
@@ -103,6 +106,7 @@ def truncate_factors(factors: Mapping[str, Factors], rank: int) -> tuple[Lora, f
     lost = total = 0.0
     for name, layer in factors.items():
         u, s, v = layer.u, layer.s, layer.v
+        rank = ranks if isinstance(ranks, int) else ranks[name]
         root = s[:rank].sqrt()
         a = root[:, None] * v[:rank]
         b = u[:, :rank] * root

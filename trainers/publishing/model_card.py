@@ -179,7 +179,7 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
 def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     """What was trained, for the card's table."""
     lora = config.lora
-    trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
+    trained = f"{lora.title} ({lora.target_modules})" if lora else "all weights"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
     facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
