@@ -178,6 +178,8 @@ def describe_batch(batches: Batches) -> str:
 def describe_optimizer(config: Config) -> str:
     optimizer = config.optimizer
     text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g} {optimizer.lr_scheduler}"
+    if optimizer.lora_plus_ratio is not None:
+        text += f", of lora_B {optimizer.lora_plus_ratio:g} times that"
     if optimizer.lr_warmup_steps:
         text += f", {count(optimizer.lr_warmup_steps, 'step')} of warm-up"
     return text

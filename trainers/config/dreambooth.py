@@ -195,6 +195,8 @@ class DreamBoothConfig(Config):
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.objective, self.optimizer, self.train)
+        yield from lora_rules.lora_plus_errors(self.optimizer.lora_plus_ratio, self.lora)
         if self.lora:
             yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from lora_rules.start_errors(self.lora, self.model.quantization)
             yield from lora_rules.initial_lora_errors(self.lora.init_from, self.output_dir)

@@ -12,6 +12,7 @@ from trainers.config.family_facts import FamilyFacts, family_facts
 from trainers.config.layer_patterns import pattern_problem
 from trainers.config.lora_section import LoraConfig
 
+STARTS_FROM_BASE = ("pissa", "olora")
 LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
 
 
@@ -44,6 +45,34 @@ def pattern_errors(key: str, patterns: Mapping[str, float], facts: FamilyFacts) 
         problem = "a pattern is empty" if not pattern else pattern_problem(pattern, facts)
         if problem:
             yield key, problem
+
+
+def start_errors(lora: LoraConfig, quantization: str) -> Errors:
+    """What a start that takes a part of the base's weights cannot be combined with."""
+    if lora.init_lora_weights not in STARTS_FROM_BASE:
+        return
+    conflicts = {
+        "lora.use_dora": lora.use_dora,
+        "lora.dropout": lora.dropout > 0,
+        "lora.init_from": lora.init_from is not None,
+        f"model.quantization={quantization}": quantization in ("nf4", "int8"),
+    }
+    others = [path for path, is_set in conflicts.items() if is_set]
+    if others:
+        message = (
+            f"{lora.init_lora_weights} starts plain LoRA with a part of each whole weight, and "
+            f"cannot be combined with {', '.join(others)}: remove one of them"
+        )
+        yield "lora.init_lora_weights", message
+
+
+def lora_plus_errors(ratio: float | None, lora: LoraConfig | None) -> Errors:
+    """A rate for lora_B where there is none."""
+    if ratio is not None and lora is None:
+        message = (
+            "all weights are trained, and there is no lora_B with a rate of its own: remove it"
+        )
+        yield "optimizer.lora_plus_ratio", message
 
 
 def initial_lora_errors(source: str | None, output_dir: Path) -> Errors:

@@ -52,6 +52,7 @@ NAMES_BY_PATH = {
     "optimizer.name": "optimizer_type use_8bit_adam",
     "optimizer.learning_rate": "lr unet_lr transformer_lr base_lr",
     "optimizer.text_encoder_lr": "text_encoder_learning_rate te_lr",
+    "optimizer.lora_plus_ratio": "loraplus_lr_ratio loraplus_unet_lr_ratio",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.weight_decay": "adam_weight_decay",
     "optimizer.eps": "adam_epsilon",

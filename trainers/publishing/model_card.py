@@ -212,10 +212,12 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
     """How a run of any kind trained, for the card's table."""
     train, optimizer = config.train, config.optimizer
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
+    ratio = optimizer.lora_plus_ratio
+    fast = "" if ratio is None else f", of lora_B {ratio:g} times that"
     return {
         "Steps": f"{steps} of {batch} pictures",
         "Precision": {"no": "float32"}.get(train.mixed_precision, train.mixed_precision),
-        "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
+        "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}{fast}",
         "Seed": config.seed,
     }
 
