@@ -49,8 +49,11 @@ class LoraConfig(Section):
         min_length=1,
         max_length=1000,
     )
-    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field(
-        "gaussian", "Initialization of lora_A."
+    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal", "pissa", "olora"] = field(
+        "gaussian",
+        "Initialization of lora_A; pissa (Meng et al. 2024) and olora (Buyukakyuz 2024) start A "
+        "and B with a part of the base's weight, and are saved as LoRA of twice the rank for the "
+        "same base. Neither has a measurement yet.",
     )
     init_from: NameOrPath | None = field(
         None,

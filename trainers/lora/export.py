@@ -19,6 +19,7 @@ from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
 from trainers.lora.peft_config import rank_settings
 from trainers.lora.peft_format import from_peft
+from trainers.lora.started import StartedLinear
 from trainers.publishing.model_card import package_versions
 from trainers.publishing.public import PRIVATE_SECTIONS, public_config
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
@@ -34,16 +35,16 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
     Programs disagree about where alpha is written; a file whose scale is one is right for all of
     them.
     """
-    scales = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
-            scales[name] = layer.scaling[adapter]
+    layers = dict(module.named_modules())
     state = {}
     for name, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items():
+        layer_name, _, half = name.partition(".lora_")
+        layer = layers[layer_name]
+        if isinstance(layer, StartedLinear):
+            tensor = layer.factors(adapter)["AB".index(half[0])]
         tensor = tensor.detach().float()
-        layer_name, _, is_b = name.partition(".lora_B")
-        if is_b:
-            tensor = tensor * scales[layer_name]
+        if half.startswith("B"):
+            tensor = tensor * layer.scaling[adapter]
         state[prefix + name] = tensor.cpu().contiguous()
     return state
 
@@ -54,7 +55,8 @@ def lora_metadata(module: nn.Module) -> dict:
     ranks = {}
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
-            ranks[name] = layer.r["default"]
+            # what a layer started with is taken off by as many columns
+            ranks[name] = layer.r["default"] * (2 if isinstance(layer, StartedLinear) else 1)
     config |= rank_settings(ranks)
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -18,27 +16,12 @@ from trainers.config.family_facts import FamilyFacts
 from trainers.config.layer_patterns import fullmatch
 from trainers.errors import UserError
 from trainers.families import Family
+from trainers.lora.lora_linear import LoraLinear
+from trainers.lora.started import STARTS, StartedLinear, start_from_base
 
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 
-
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-class LoraLinear(lora.Linear):
-    """PEFT's layer for one adapter without dropout, with fewer passes over memory and less
-    Python."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return super().forward(x)
-        (name,) = self.lora_A
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        y, down = self.base_layer(x), F.linear(x, a.to(x.dtype))
-        output = torch.addmm(
-            y.flatten(0, -2), down.flatten(0, -2), b.to(y.dtype).t(), alpha=self.scaling[name]
-        )
-        return output.view_as(y)
 
 
 def add_lora(family: Family, config: LoraConfig, text_encoders: Sequence[str]) -> None:
@@ -58,7 +41,7 @@ def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None
     They are float32 whatever the base's precision: in bfloat16 an Adam step would often round a
     weight back to where it was. facts: of the family whose denoiser the module is, for presets.
     """
-    layers = target_layers(module, config, facts)
+    layers, start = target_layers(module, config, facts), config.init_lora_weights
     ranks = values_by_layer(layers, config.rank_pattern, "rank_pattern")
     # without an alpha that of a layer is its own rank
     alphas = {} if config.alpha else dict(ranks)
@@ -70,16 +53,20 @@ def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None
         alpha_pattern=join_patterns(alphas),
         lora_dropout=config.dropout,
         target_modules=layers,
-        init_lora_weights=PEFT_INIT[config.init_lora_weights],
+        # a start with a part of the base is made afterwards
+        init_lora_weights=PEFT_INIT.get(start, True),
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
     if not (config.dropout or config.use_dora):
-        peft_config._register_custom_module({nn.Linear: LoraLinear})
+        linear = StartedLinear if start in STARTS else LoraLinear
+        peft_config._register_custom_module({nn.Linear: linear})
     module.add_adapter(peft_config)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if start in STARTS:
+        start_from_base(module, start)
 
 
 def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None) -> list[str]:
