@@ -3,7 +3,8 @@
 import pytest
 
 from tests.shared.pictures import PICTURE
-from trainers.publishing.model_card import lora_readers, name_repository, write_dreambooth_card
+from trainers.publishing.model_card import name_repository, write_dreambooth_card
+from trainers.publishing.readers import lora_readers
 
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
 

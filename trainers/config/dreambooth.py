@@ -136,7 +136,8 @@ class DreamBoothConfig(Config):
     @property
     def writes_kohya(self) -> bool:
         """Whether a kohya file is written."""
-        if self.lora is None:
+        # of the other kinds the one file has names for all
+        if self.lora is None or self.lora.type != "lora":
             return False
         if self.lora.kohya is not None:
             return self.lora.kohya
@@ -198,5 +199,8 @@ class DreamBoothConfig(Config):
         yield from lora_rules.lora_plus_errors(self.optimizer.lora_plus_ratio, self.lora)
         if self.lora:
             yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from lora_rules.kind_errors(
+                self.lora, self.model.quantization, self.train.compile
+            )
             yield from lora_rules.start_errors(self.lora, self.model.quantization)
             yield from lora_rules.initial_lora_errors(self.lora.init_from, self.output_dir)

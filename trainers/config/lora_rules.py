@@ -10,10 +10,11 @@ from trainers.config.dreambooth_rules import HUB_PAGE, OTHER_FILES, SINGLE_FILE,
 from trainers.config.dreambooth_sections import DreamBoothTrainConfig
 from trainers.config.family_facts import FamilyFacts, family_facts
 from trainers.config.layer_patterns import pattern_problem
-from trainers.config.lora_section import LoraConfig
+from trainers.config.lora_section import TITLES, LoraConfig
 
 STARTS_FROM_BASE = ("pissa", "olora")
-LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
+CONVOLUTIONS = "attention+mlp+conv"
+LORA_PRESETS = ("attention", "attention+mlp", CONVOLUTIONS, "all-linear")
 
 
 def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig, family: str) -> Errors:
@@ -35,6 +36,9 @@ def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig, family: str) -> 
         problem = pattern_problem(lora.target_modules, facts)
         if problem:
             yield "lora.target_modules", problem
+    if lora.target_modules == CONVOLUTIONS and facts.kohya.denoiser != "unet":
+        message = f"the blocks of {facts.title} have no convolutions: use attention+mlp"
+        yield "lora.target_modules", message
     yield from pattern_errors("lora.rank_pattern", lora.rank_pattern, facts)
     yield from pattern_errors("lora.alpha_pattern", lora.alpha_pattern, facts)
 
@@ -66,12 +70,43 @@ def start_errors(lora: LoraConfig, quantization: str) -> Errors:
         yield "lora.init_lora_weights", message
 
 
+def kind_errors(lora: LoraConfig, quantization: str, compiles: bool) -> Errors:
+    """What LoKr and LoHa cannot be combined with, and keys that are theirs alone."""
+    for key in ("decompose_factor", "decompose_both"):
+        if lora.type != "lokr" and getattr(lora, key) != LoraConfig.model_fields[key].default:
+            message = f"has no effect with {lora.type}, only with lokr: remove it"
+            yield f"lora.{key}", message
+    if lora.type == "lora":
+        return
+    conflicts = {
+        "lora.dropout": lora.dropout > 0,
+        "lora.init_lora_weights": lora.init_lora_weights != "gaussian",
+        "lora.init_from": lora.init_from is not None,
+        "lora.use_dora": lora.use_dora,
+        "lora.use_rslora": lora.use_rslora,
+        "lora.kohya": bool(lora.kohya),
+        f"model.quantization={quantization}": quantization in ("nf4", "int8"),
+        "train.compile": compiles,
+    }
+    others = [path for path, is_set in conflicts.items() if is_set]
+    if others:
+        message = (
+            f"{TITLES[lora.type]} cannot be combined with {', '.join(others)}: remove one of them"
+        )
+        yield "lora.type", message
+
+
 def lora_plus_errors(ratio: float | None, lora: LoraConfig | None) -> Errors:
     """A rate for lora_B where there is none."""
-    if ratio is not None and lora is None:
+    if ratio is None:
+        return
+    if lora is None:
         message = (
             "all weights are trained, and there is no lora_B with a rate of its own: remove it"
         )
+        yield "optimizer.lora_plus_ratio", message
+    elif lora.type != "lora":
+        message = f"{TITLES[lora.type]} has no lora_B with a rate of its own: remove it"
         yield "optimizer.lora_plus_ratio", message
 
 

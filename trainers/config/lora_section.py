@@ -9,6 +9,7 @@ from pydantic import Field
 from trainers.config.base_sections import Section, field
 from trainers.config.bounds import Fraction, Name, NameOrPath
 
+TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 MAX_RANK, MAX_ALPHA = 4096, 65_536
 MAX_PATTERNS = 100
 
@@ -20,6 +21,11 @@ Alpha = Annotated[float, Field(gt=0, le=MAX_ALPHA, strict=True)]
 class LoraConfig(Section):
     """The low-rank update (LoRA): its size, its layers, and how it starts."""
 
+    type: Literal["lora", "lokr", "loha"] = field(
+        "lora",
+        "LoRA, or LoKr or LoHa of LyCORIS (Yeh et al. 2024): for ComfyUI, A1111 and PEFT, not for "
+        "diffusers' load_lora_weights. Neither has a measurement of what it learns yet.",
+    )
     rank: int = field(16, "Inner width of the low-rank update.", ge=1, le=MAX_RANK)
     alpha: float | None = field(
         None,
@@ -38,10 +44,19 @@ class LoraConfig(Section):
         "Alphas of layers of the denoiser, by the same patterns. No measurement of its use yet.",
         max_length=MAX_PATTERNS,
     )
+    decompose_factor: Literal[-1] | Annotated[int, Field(ge=1, le=MAX_RANK)] = field(
+        -1,
+        "Of lokr: the smaller of the two factors that a width is split into, where it divides it; "
+        "-1: the split that is nearest to a square.",
+    )
+    decompose_both: bool = field(
+        False, "Of lokr: the smaller factor is of the rank too, and not the larger alone."
+    )
     dropout: Fraction = field(0.0, "Dropout on the input of each LoRA layer.")
     target_modules: Name | Annotated[list[Name], Field(max_length=1000)] = field(
         "attention",
-        "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex.",
+        "A preset (attention, attention+mlp, attention+mlp+conv of a U-Net, all-linear), a list of "
+        "name endings, or one regex.",
     )
     blocks: list[Name] | None = field(
         None,
@@ -72,4 +87,5 @@ class LoraConfig(Section):
         """What it is called in a banner and on a card, such as LoRA of rank 4 to 16."""
         ranks = sorted({self.rank, *self.rank_pattern.values()})
         span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-        return f"{'DoRA' if self.use_dora else 'LoRA'} of rank {span}"
+        name = "DoRA" if self.use_dora else TITLES[self.type]
+        return f"{name} of rank {span}"

@@ -17,6 +17,8 @@ NAMES_BY_PATH = {
     "model.offload": "blocks_to_swap layer_offload_fraction",
     "lora": "network adapter peft",
     "lora.rank": "network_dim lora_rank linear dim r",
+    "lora.type": "algo peft_type lora_type network_type",
+    "lora.decompose_factor": "lokr_factor factor",
     "lora.alpha": "network_alpha lora_alpha linear_alpha",
     "lora.dropout": "network_dropout lora_dropout",
     "lora.init_from": "network_weights pretrained_lora_path lora_model_name init_lora",

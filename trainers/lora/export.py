@@ -17,6 +17,7 @@ from trainers.config import DreamBoothConfig
 from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
+from trainers.lora.lycoris_layers import read_layers
 from trainers.lora.peft_config import rank_settings
 from trainers.lora.peft_format import from_peft
 from trainers.lora.started import StartedLinear
@@ -76,8 +77,15 @@ def save_lora(
 
     Each is written aside first and then renamed, so that no half of a file is ever found.
     """
-    packed, state = {}, {}
     metadata = make_metadata(config, base_architecture(family))
+    if config.lora.type != "lora":
+        with working_folder(folder) as temporary:
+            file = temporary / WEIGHT_NAME
+            updates = read_layers(family, text_encoders)
+            load_format("kohya").write(updates, family, file, metadata)
+            file.replace(folder / WEIGHT_NAME)
+        return
+    packed, state = {}, {}
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
         own = lora_state(module, text_prefix(module))

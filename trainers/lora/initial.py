@@ -20,7 +20,7 @@ from trainers.lora.base_layers import name_prefix
 from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.low_rank import reduce_rank
-from trainers.lora.update import Lora, LoraUpdate, is_dora
+from trainers.lora.update import Lora, LoraUpdate, is_dora, is_lycoris
 from trainers.run_folder import WEIGHT_NAME
 from trainers.training.process_state import is_first_process
 from trainers.training.run_weights import find_run_weights, is_run
@@ -96,6 +96,11 @@ def fit_updates(
     updates: Lora, layers: dict[str, lora.LoraLayer], config: LoraConfig, path: Path
 ) -> Lora:
     """The updates, each at a rank of at most that of its layer. Raises: UserError."""
+    if is_lycoris(updates):
+        raise UserError(
+            f"lora.init_from: {path} is LoKr or LoHa, from which no run can start. The nearest "
+            "LoRA of a rank is written by scripts/export.py FILE --base MODEL --rank N"
+        )
     others = [name for name in updates if name not in layers]
     if others:
         untrained = sorted({name.partition(".")[0] for name in others})

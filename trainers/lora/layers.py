@@ -16,11 +16,13 @@ from trainers.config.family_facts import FamilyFacts
 from trainers.config.layer_patterns import fullmatch
 from trainers.errors import UserError
 from trainers.families import Family
+from trainers.lora import lycoris_layers
 from trainers.lora.lora_linear import LoraLinear
 from trainers.lora.started import STARTS, StartedLinear, start_from_base
 
 PEFT_INIT = {"gaussian": "gaussian", "kaiming": True, "orthogonal": "orthogonal"}
 
+PRESETS = ("attention", "attention+mlp", "attention+mlp+conv")
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -46,13 +48,31 @@ def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None
     # without an alpha that of a layer is its own rank
     alphas = {} if config.alpha else dict(ranks)
     alphas |= values_by_layer(layers, config.alpha_pattern, "alpha_pattern")
+    shared = {
+        "r": config.rank,
+        "rank_pattern": join_patterns(ranks),
+        "alpha_pattern": join_patterns(alphas),
+        "target_modules": layers,
+    }
+    is_lora = config.type == "lora"
+    make_config = make_lora_config if is_lora else lycoris_layers.make_config
+    module.add_adapter(make_config(config, shared))
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not is_lora:
+        lycoris_layers.start_layers(module)
+    elif start in STARTS:
+        start_from_base(module, start)
+
+
+def make_lora_config(config: LoraConfig, shared: Mapping[str, object]) -> PeftConfig:
+    """PEFT's config of LoRA or DoRA; shared: ranks and layers."""
+    start = config.init_lora_weights
     peft_config = PeftConfig(
-        r=config.rank,
         lora_alpha=config.alpha or config.rank,
-        rank_pattern=join_patterns(ranks),
-        alpha_pattern=join_patterns(alphas),
+        **shared,
         lora_dropout=config.dropout,
-        target_modules=layers,
         # a start with a part of the base is made afterwards
         init_lora_weights=PEFT_INIT.get(start, True),
         use_dora=config.use_dora,
@@ -61,12 +81,7 @@ def add_adapter(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None
     if not (config.dropout or config.use_dora):
         linear = StartedLinear if start in STARTS else LoraLinear
         peft_config._register_custom_module({nn.Linear: linear})
-    module.add_adapter(peft_config)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if start in STARTS:
-        start_from_base(module, start)
+    return peft_config
 
 
 def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | None) -> list[str]:
@@ -80,9 +95,12 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
     requested, blocks = config.target_modules, config.blocks
     if requested == "all-linear":
         matched = [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
-    elif isinstance(requested, str) and facts and requested in ("attention", "attention+mlp"):
-        endings = [ending for part in requested.split("+") for ending in facts.lora_targets[part]]
+    elif isinstance(requested, str) and facts and requested in PRESETS:
+        parts = requested.removesuffix("+conv").split("+")
+        endings = [ending for part in parts for ending in facts.lora_targets[part]]
         matched = [name for name in layers if facts.is_in_block(name) and ends_with(name, endings)]
+        if requested.endswith("+conv"):
+            matched += convolutions(module, facts)
     elif isinstance(requested, str):
         matched = [name for name in layers if fullmatch(requested, name)]
     else:
@@ -108,6 +126,16 @@ def target_layers(module: nn.Module, config: LoraConfig, facts: FamilyFacts | No
         name
         for name in matched
         if blocks is None or name.startswith(tuple(f"{block}." for block in blocks))
+    ]
+
+
+def convolutions(module: nn.Module, facts: FamilyFacts) -> list[str]:
+    """The full names of the convolutions in a U-Net's blocks, residual ones and samplers too."""
+    blocks = tuple({f"{block.partition('.')[0]}." for block in facts.blocks})
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv2d) and name.startswith(blocks)
     ]
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.errors import UserError
+from trainers.lora.lycoris import LycorisUpdate
+from trainers.lora.svd import svd_of_product
 from trainers.lora.update import Lora, LoraUpdate, is_dora
 
 ENERGY_KEPT = 0.99  # the share of the energy that the suggested rank keeps
@@ -29,15 +31,11 @@ class Factors:
     b_kernel: Sequence[int]  # of b, after (out, r)
 
 
-def svd(update: LoraUpdate) -> tuple[Tensor, Tensor, Tensor]:
-    """u (out, r), s (r,) and v (r, in x kernel) of B A, in float64.
-
-    They come from the thin factors: the product B A, which is much larger, is never made.
-    """
-    q, r = torch.linalg.qr(update.b.flatten(1).double())
-    p, t = torch.linalg.qr(update.a.flatten(1).double().T)
-    u, s, v = torch.linalg.svd(r @ t.T, full_matrices=False)
-    return q @ u, s, v @ p.T
+def svd(update: LoraUpdate | LycorisUpdate) -> tuple[Tensor, Tensor, Tensor]:
+    """u (out, r), s (r,) and v (r, in x kernel) of the update, in float64."""
+    if isinstance(update, LycorisUpdate):
+        return update.svd()
+    return svd_of_product(update.b.flatten(1).double(), update.a.flatten(1).double())
 
 
 def energy_by_rank(lora: Lora) -> list[float]:
@@ -75,7 +73,11 @@ def reduce_rank(lora: Lora, rank: int | Mapping[str, int]) -> tuple[Lora, float]
         )
     factors = {}
     for name, update in lora.items():
-        factors[name] = Factors(*svd(update), update.a.shape[1:], update.b.shape[2:])
+        if isinstance(update, LycorisUpdate):
+            kernels = update.shape[1:], [1] * (len(update.shape) - 2)
+        else:
+            kernels = update.a.shape[1:], update.b.shape[2:]
+        factors[name] = Factors(*svd(update), *kernels)
     return truncate_factors(factors, rank)
 
 

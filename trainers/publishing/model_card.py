@@ -18,7 +18,8 @@ from trainers.publishing.best import best_facts
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.publishing.picture_facts import picture_facts
 from trainers.publishing.public import is_local, public_config
-from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
+from trainers.publishing.readers import lora_readers, peft_parts
+from trainers.run_folder import CARD_NAME, PIPELINE
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -73,7 +74,8 @@ def write_dreambooth_card(
         prompt_code=code_span(prompt) if prompt else "",
         has_samples=bool(shared.validation.prompts),
         python=python_values(shared),
-        is_lora=config.lora is not None,
+        is_lora=config.lora is not None and config.lora.type == "lora",
+        peft_parts=peft_parts(shared),
         readers=lora_readers(shared),
         facts=markdown_table(
             {
@@ -102,30 +104,6 @@ def card_prompt(config: DreamBoothConfig) -> str:
     return next(iter([*config.validation.texts, *config.data.triggers]), "")
 
 
-def lora_readers(config: DreamBoothConfig) -> str:
-    """Which file is for which program besides diffusers; empty where all weights were trained."""
-    facts, lora = config.facts, config.lora
-    if lora is None:
-        return ""
-    if lora.use_dora:
-        return (
-            "diffusers and PEFT read this LoRA. ComfyUI, A1111 and Forge would leave out the "
-            "magnitudes of DoRA, which changes the pictures: for them "
-            "`python scripts/export.py RUN --format merged` writes a whole pipeline."
-        )
-    if facts.kohya.by_default and not config.writes_kohya:
-        return (
-            "ComfyUI, A1111 and Forge do not know the names in this file: for them "
-            "`python scripts/export.py RUN --format kohya` writes another."
-        )
-    file = KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
-    others = f"; {facts.readers}" if facts.readers else ""
-    return (
-        f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, strength "
-        f"1{others}."
-    )
-
-
 def name_repository(folder: Path, repo: str) -> None:
     """Put the repository's name into the code of a run's card, in place of an earlier one."""
     file = folder / CARD_NAME
@@ -145,7 +123,7 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
         relation["base_model_relation"] = "adapter" if config.lora else "finetune"
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
     if config.lora:
-        tags.append("lora")
+        tags += dict.fromkeys(["lora", config.lora.type])
     widget = []
     for i, prompt in enumerate(config.validation.texts):
         widget.append({"text": prompt, "output": {"url": f"samples/final/{i:02d}-0.png"}})
