@@ -80,7 +80,9 @@ class DreamBoothConfig(Config):
         # the tree is not validated yet: what is wrong in it is found afterwards
         preset = MEMORY_PRESETS.get(str(parts["train"].get("memory")), {})
         model, train = parts["model"], parts["train"]
-        is_frozen = tree.get("lora", {}) is not None
+        lora = tree.get("lora", {})
+        is_frozen = lora is not None
+        settings = lora if isinstance(lora, dict) else {}
         family = model.get("family", ModelConfig().family)
         obstacles = {
             "modulation_cache": (
@@ -92,6 +94,8 @@ class DreamBoothConfig(Config):
                 model.get("modulation_cache"),
                 model.get("offload"),
                 train.get("compile"),
+                settings.get("type") in ("lokr", "loha"),
+                settings.get("init_lora_weights") in lora_rules.STARTS_FROM_BASE,
             ),
         }
         possible = {key: is_frozen and not any(found) for key, found in obstacles.items()}
@@ -175,11 +179,16 @@ class DreamBoothConfig(Config):
                     "model.modulation_cache=true: a third of the base model's memory less, with "
                     "the same result"
                 )
-            yield (
-                "--config_file accelerate_configs/fsdp2.yaml: shards the base model over several "
-                "GPUs, with the same result"
-            )
-            yield "model.quantization=nf4: a quarter of the base model's memory, with rounding"
+            if self.lora.type == "lora":
+                yield (
+                    "--config_file accelerate_configs/fsdp2.yaml: shards the base model over "
+                    "several GPUs, with the same result"
+                )
+                if self.lora.init_lora_weights not in lora_rules.STARTS_FROM_BASE:
+                    yield (
+                        "model.quantization=nf4: a quarter of the base model's memory, with "
+                        "rounding"
+                    )
         if trains_text_encoder:
             yield "train.train_text_encoder=false: frees the text encoders"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ MERGE = "have the program that made it merge it into a whole model"
 class LycorisScale:
     """PEFT's rule: alpha / rank for every layer, whole factors or not."""
 
-    alphas: PeftScale = field(default_factory=PeftScale)
-    ranks: PeftScale = field(default_factory=PeftScale)
+    alphas: PeftScale
+    ranks: PeftScale  # the rank of each layer, in place of an alpha
 
     def scale(self, module: str) -> float:
-        return (self.alphas.layer_alpha(module) or 1.0) / (self.ranks.layer_alpha(module) or 1.0)
+        return self.alphas.layer_alpha(module) / self.ranks.layer_alpha(module)
 
 
 def parse_scale(config: Mapping[str, object], where: str) -> LycorisScale:
@@ -51,6 +51,9 @@ def parse_scale(config: Mapping[str, object], where: str) -> LycorisScale:
     for key, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern")):
         number = check_number(config.get(key), key, where)
         values.append(PeftScale(number, parse_pattern(config.get(pattern), where)))
+    ranks = values[1]
+    if min([ranks.alpha, *ranks.alphas.values()]) < 1:
+        raise UserError(f"{where}: it has a rank below 1")
     return LycorisScale(*values)
 
 

@@ -73,7 +73,14 @@ def read_layer(layer: LycorisLayer) -> LycorisUpdate:
     first = FACTORS[kind][0]
     scaled = first if first in tensors else f"{first}_a"
     tensors[scaled] = tensors[scaled] * layer.scaling[ADAPTER]
-    return LycorisUpdate(tensors, tuple(layer.get_base_layer().weight.shape))
+    return LycorisUpdate(tensors, weight_shape(layer.get_base_layer()))
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """By what the layer says of itself: its weight may wait elsewhere (model.offload)."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return (layer.out_features, layer.in_features)
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 # The licenses that the Hub knows by these ids; others are "other" with a name and a link.
 HUB_LICENSES = ("creativeml-openrail-m", "openrail++", "apache-2.0")
 
+STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
+
 METRICS_HEADING = "## Evaluation"
 # The lines of a card's code that name the run's folder or repository.
 REPOSITORY_LINES = (
@@ -158,6 +160,8 @@ def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     """What was trained, for the card's table."""
     lora = config.lora
     trained = f"{lora.title} ({lora.target_modules})" if lora else "all weights"
+    if lora and lora.init_lora_weights in STARTS:
+        trained += f", started by {STARTS[lora.init_lora_weights]}: its file has twice the rank"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
     facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
