@@ -260,6 +260,11 @@ def test_numbers_that_are_not_finite_are_refused(sd15, tmp_path):
     state = {"lokr_w1": torch.full((2, 2), float("nan")), "lokr_w2": torch.ones(4, 4)}
     with pytest.raises(UserError, match="NaN or infinite"):
         read_lora(written(tmp_path, state), sd15)
+    state = {"hada_w1_a": torch.ones(8, 1), "hada_w1_b": torch.ones(1, 8)}
+    state |= {"hada_w2_a": torch.ones(8, 1), "hada_w2_b": torch.ones(1, 8)}
+    for alpha, message in ((torch.ones(2), "alpha is one number"), (torch.tensor(1e39), "alpha")):
+        with pytest.raises(UserError, match=message):
+            read_lora(written(tmp_path, state | {"alpha": alpha}), sd15)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from trainers.lora.layer_tensors import (
     LayerTensors,
     Shapes,
     check_overlaps,
+    check_size,
     check_unknown,
 )
 from trainers.lora.lycoris import FACTORS, HALVES, LOHA, LOKR, TITLES, LycorisUpdate, tensor_names
@@ -74,6 +75,7 @@ def read_tensors(
     for layer in layers:
         (name,) = layer.rows.layers
         tensors = {kind: loaded[key] for kind, key in layer.keys.items()}
+        check_size(file, layer.keys.get(ALPHA), 1, "alpha is one number")
         alpha = tensors.pop(ALPHA, None)
         tensors = {kind: tensor.float() for kind, tensor in tensors.items()}
         check_layer(file, layer.stem, tensors, shapes[name])
@@ -82,6 +84,8 @@ def read_tensors(
             factor = scale.scale(name.partition(".")[2])
         else:
             factor = lycoris_scale(tensors, kind, alpha)
+        if not math.isfinite(factor):
+            raise UserError(f"{file.path}: {layer.keys[ALPHA]} is {factor}, no strength of a layer")
         first = FACTORS[kind][0]
         scaled = first if first in tensors else f"{first}_a"
         tensors[scaled] = tensors[scaled] * factor
