@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,13 +23,17 @@ from trainers.from_scratch.image_sets import ImageBatches
 from trainers.original.convert import diffusers_folder
 from trainers.publishing.best import describe_best
 from trainers.publishing.markdown import plain_text
-from trainers.publishing.model_card import card_prompt, lora_readers
+from trainers.publishing.model_card import card_prompt
+from trainers.publishing.readers import lora_readers
 from trainers.run_folder import BEST, CARD_NAME, MODEL, PIPELINE, REPORT_NAME, WEIGHT_NAME
 from trainers.training.loop import Batches, Task
 
 DEVICE_NAMES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # by kind of run: the script that uses its result, with what follows the run folder
 NEXT_SCRIPTS = {"autoencoder": "encode.py {run} PICTURES", "unet": "translate.py {run} PICTURES"}
+
+# of the name of an adapter's weight: where that of its layer ends
+PART_OF_LAYER = re.compile(r"\.(?:lora|lokr|hada)_")
 
 Rows = Iterable[tuple[str, str]]
 
@@ -149,9 +154,8 @@ def describe_weights(config: Config, task: Task) -> str:
         weights = trainable_parameters(player.module)
         number = f"{sum(weight.numel() for weight in weights.values()):,} parameters"
         if isinstance(config, DreamBoothConfig) and config.lora:
-            num_layers = sum(".lora_A." in weight for weight in weights)
-            kind = "DoRA" if config.lora.use_dora else "LoRA"
-            texts.append(f"{kind} of rank {config.lora.rank} in {num_layers} layers: {number}")
+            num_layers = len({PART_OF_LAYER.split(weight)[0] for weight in weights})
+            texts.append(f"{config.lora.title} in {num_layers} layers: {number}")
         else:
             texts.append(f"{name}: {number}")
     return ", ".join(texts)
@@ -179,6 +183,8 @@ def describe_batch(batches: Batches) -> str:
 def describe_optimizer(config: Config) -> str:
     optimizer = config.optimizer
     text = f"{optimizer.name}, learning rate {optimizer.learning_rate:g} {optimizer.lr_scheduler}"
+    if optimizer.lora_plus_ratio is not None:
+        text += f", of lora_B {optimizer.lora_plus_ratio:g} times that"
     if optimizer.lr_warmup_steps:
         text += f", {count(optimizer.lr_warmup_steps, 'step')} of warm-up"
     return text
@@ -228,5 +234,6 @@ def describe_result(config: DreamBoothConfig) -> Rows:
     if is_single_file(base):
         # of what it is converted to, for it may lack parts that diffusers' own reader asks for
         base = str(diffusers_folder(config.model))
-    yield "diffusers", f'{load}("{base}")\npipe.load_lora_weights("{run}")'
+    if config.lora.type == "lora":
+        yield "diffusers", f'{load}("{base}")\npipe.load_lora_weights("{run}")'
     yield "others", plain_text(lora_readers(config)).replace(" RUN ", f" {shlex.quote(str(run))} ")

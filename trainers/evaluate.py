@@ -11,8 +11,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from trainers.atomic import write_atomic
 from trainers.config import DreamBoothConfig
 from trainers.config.trigger import fill_given
@@ -21,9 +19,10 @@ from trainers.data.folders import collect_image_files
 from trainers.data.photo_sets import load_instance_pictures
 from trainers.data.pictures import Picture, picture_from_file
 from trainers.errors import UserError
+from trainers.families import Family
+from trainers.lora.files import read_lora
 from trainers.lora.likeness import decode_square
 from trainers.lora.low_rank import energy_by_rank, smallest_rank
-from trainers.lora.peft_format import from_peft
 from trainers.lora.sampler import LoraSampler, PromptSeeds, save_pictures
 from trainers.metrics.feature_networks import FeatureNetwork
 from trainers.metrics.lora_quality import (
@@ -110,7 +109,7 @@ def evaluate(
         "rows": rows,
         "strength": strength,
         "best": keep_best(run, rows[1:], sampler.folders) if options.checkpoints else None,
-        **rank_usage(weights.folder),
+        **rank_usage(weights.folder, sampler.family),
         "memorisation": find_memorization(networks[0], generated, training_pixels),
     }
     file = (run if options.step is None else out) / EVALUATION_NAME
@@ -174,12 +173,10 @@ def keep_best(run: Path, rows: Sequence[MetricsRow], folders: dict[str, Path]) -
     return name
 
 
-def rank_usage(folder: Path) -> dict[str, int | dict[str, float]]:
-    """How much of the LoRA each rank holds, and the smallest that would do."""
-    # DoRA's magnitudes are no low-rank update
-    weights = load_file(folder / WEIGHT_NAME).items()
-    plain = {name: value for name, value in weights if "magnitude" not in name}
-    energies = energy_by_rank(from_peft(plain))
+def rank_usage(folder: Path, family: Family) -> dict[str, int | dict[str, float]]:
+    """How much of the LoRA each rank holds, and the smallest that would do; of DoRA without its
+    magnitudes."""
+    energies = energy_by_rank(read_lora(folder / WEIGHT_NAME, family))
     spectrum = {str(rank): share for rank, share in enumerate(energies, 1)}
     return {"suggested_rank": smallest_rank(energies), "spectrum": spectrum}
 

@@ -16,6 +16,7 @@ LIMITS = {
     "number": ("minimum", "maximum"),
     "array": ("maxItems",),
     "string": ("maxLength",),
+    "object": ("maxProperties",),
 }
 # pydantic's schema states both kinds of limits
 ALTERNATIVES = {"minimum": "exclusiveMinimum", "maximum": "exclusiveMaximum"}
@@ -33,8 +34,12 @@ def unlimited(name, schema, definitions):
     parts += [(f"{name}[]", part) for part in schema.get("prefixItems", ())]
     if "items" in schema:
         parts.append((f"{name}[]", schema["items"]))
+    for key in ("additionalProperties", "propertyNames"):
+        if isinstance(schema.get(key), dict):
+            parts.append((f"{name}{{}}", schema[key]))
     lacking = []
-    for limit in LIMITS.get(kind, ()):
+    # a section has its keys; a table has any
+    for limit in () if "properties" in schema else LIMITS.get(kind, ()):
         value = schema.get(limit, schema.get(ALTERNATIVES.get(limit)))
         if value is None or not math.isfinite(value):
             lacking.append(f"{name}: {limit}")
@@ -54,6 +59,7 @@ def test_a_key_without_limits_would_be_noticed():
         steps: int = 1
         rate: float | None = None
         names: list[str] = field([], "")
+        table: dict[str, int] = field({}, "")
 
     schema = Careless.model_json_schema()
     lacking = unlimited("careless", schema, {})
@@ -62,6 +68,8 @@ def test_a_key_without_limits_would_be_noticed():
         "careless.rate",
         "careless.names",
         "careless.names[]",
+        "careless.table",
+        "careless.table{}",
     }
 
 

@@ -167,8 +167,6 @@ KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 @pytest.mark.parametrize(
     ("names", "meaning"),
     [
-        ([f"{KOHYA}.lokr_w1", f"{KOHYA}.lokr_w2"], "a LoKr"),
-        ([f"{KOHYA}.hada_w1_a"], "a LoHa"),
         ([f"{KOHYA}.oft_blocks"], "an OFT"),
         (["unet.conv_in.oft_R.weight"], "an OFT"),
         ([f"{KOHYA}.a1.weight"], "a GLoRA"),

@@ -18,7 +18,8 @@ from trainers.distributed.trained_weights import trainable_parameters
 from trainers.errors import UserError
 from trainers.families import FAMILIES
 from trainers.lora.export import lora_state
-from trainers.lora.layers import LoraLinear, add_lora, target_layers
+from trainers.lora.layers import add_lora, target_layers
+from trainers.lora.lora_linear import LoraLinear
 
 
 def under(block, *layers):

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.shared.pictures import PICTURE
-from trainers.publishing.model_card import lora_readers, name_repository, write_dreambooth_card
+from trainers.publishing.model_card import name_repository, write_dreambooth_card
+from trainers.publishing.readers import lora_readers
 
 KOHYA = "pytorch_lora_weights_kohya.safetensors"
 
@@ -17,6 +18,8 @@ KOHYA = "pytorch_lora_weights_kohya.safetensors"
         ("flux", [], "put `pytorch_lora_weights.safetensors` into"),
         ("flux", ["lora.kohya=true"], f"put `{KOHYA}` into"),
         ("flux", ["lora.use_dora=true"], "leave out the magnitudes of DoRA"),
+        ("sd15", ["lora.type=lokr"], "put `pytorch_lora_weights.safetensors` into"),
+        ("flux", ["lora.type=loha"], "put `pytorch_lora_weights.safetensors` into"),
         ("flux", ["lora=null"], ""),
     ],
 )
@@ -30,6 +33,17 @@ def test_the_card_names_a_file_for_comfyui_only_where_it_reads_one(
     assert expected in lora_readers(config)
     assert lora_readers(config) in text
     assert ("into `models/loras`" in text) == expected.startswith("put")
+
+
+def test_the_code_of_a_card_loads_what_diffusers_does_not_by_peft(settings):
+    config = settings("lora.type=lokr", "train.train_text_encoder=true")
+    config.output_dir.mkdir()
+    write_dreambooth_card(config, 4, 1e-7, [PICTURE])
+    text = (config.output_dir / "README.md").read_text()
+    assert "pipe.load_lora_weights(" not in text
+    for part in ("unet", "text_encoder"):
+        assert f'PeftModel.from_pretrained(pipe.{part}, "FOLDER/{part}")' in text
+    assert "| Trained | LoKr of rank 2 (attention), with the text encoder |" in text
 
 
 def test_a_card_names_its_repository_and_after_another_push_the_other(settings):

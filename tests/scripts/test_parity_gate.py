@@ -12,7 +12,7 @@ from trainers.families import base as family_module
 from trainers.families.flux import Flux
 from trainers.families.sd3 import SD3
 from trainers.families.sd15 import SD15
-from trainers.lora.layers import LoraLinear
+from trainers.lora.lora_linear import LoraLinear
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -100,6 +100,9 @@ def prodigy_errors(optimizer: OptimizerConfig) -> Errors:
     if optimizer.text_encoder_lr is not None:
         message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
         yield "optimizer.text_encoder_lr", message
+    if optimizer.lora_plus_ratio is not None:
+        message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
+        yield "optimizer.lora_plus_ratio", message
 
 
 def output_errors(folder: Path) -> Errors:

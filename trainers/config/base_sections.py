@@ -105,6 +105,13 @@ class OptimizerConfig(Section):
     text_encoder_lr: LearningRate | None = field(
         None, "Learning rate of the text encoder; null means learning_rate."
     )
+    lora_plus_ratio: float | None = field(
+        None,
+        "LoRA+ (Hayou et al. 2024): the learning rate of lora_B is this many times that of lora_A; "
+        "the paper has 16 for language models, here it has no measurement. null: one rate.",
+        ge=1,
+        le=1000,
+    )
     betas: tuple[Fraction, Fraction] = field((0.9, 0.999), "Adam's running averages.")
     weight_decay: float = field(1e-2, "Decoupled weight decay.", ge=0, le=10)
     # float32 rounds what is much smaller to zero

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainers.config import dreambooth_rules as rules
-from trainers.config import photo_rules
+from trainers.config import lora_rules, photo_rules
 from trainers.config.base import Config
 from trainers.config.base_rules import Errors
 from trainers.config.base_sections import field
@@ -18,11 +18,11 @@ from trainers.config.caption_rules import caption_errors, placeholder_errors
 from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
-    LoraConfig,
     ModelConfig,
     PromptsConfig,
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
+from trainers.config.lora_section import LoraConfig
 from trainers.config.objective import ObjectiveConfig, objective_errors
 from trainers.config.trigger import fill_prompts
 from trainers.config.validation_metrics import HELD_OUT_LOSSES, LIKENESS, OF_LORA
@@ -80,7 +80,9 @@ class DreamBoothConfig(Config):
         # the tree is not validated yet: what is wrong in it is found afterwards
         preset = MEMORY_PRESETS.get(str(parts["train"].get("memory")), {})
         model, train = parts["model"], parts["train"]
-        is_frozen = tree.get("lora", {}) is not None
+        lora = tree.get("lora", {})
+        is_frozen = lora is not None
+        settings = lora if isinstance(lora, dict) else {}
         family = model.get("family", ModelConfig().family)
         obstacles = {
             "modulation_cache": (
@@ -92,6 +94,8 @@ class DreamBoothConfig(Config):
                 model.get("modulation_cache"),
                 model.get("offload"),
                 train.get("compile"),
+                settings.get("type") in ("lokr", "loha"),
+                settings.get("init_lora_weights") in lora_rules.STARTS_FROM_BASE,
             ),
         }
         possible = {key: is_frozen and not any(found) for key, found in obstacles.items()}
@@ -136,7 +140,8 @@ class DreamBoothConfig(Config):
     @property
     def writes_kohya(self) -> bool:
         """Whether a kohya file is written."""
-        if self.lora is None:
+        # of the other kinds the one file has names for all
+        if self.lora is None or self.lora.type != "lora":
             return False
         if self.lora.kohya is not None:
             return self.lora.kohya
@@ -174,11 +179,16 @@ class DreamBoothConfig(Config):
                     "model.modulation_cache=true: a third of the base model's memory less, with "
                     "the same result"
                 )
-            yield (
-                "--config_file accelerate_configs/fsdp2.yaml: shards the base model over several "
-                "GPUs, with the same result"
-            )
-            yield "model.quantization=nf4: a quarter of the base model's memory, with rounding"
+            if self.lora.type == "lora":
+                yield (
+                    "--config_file accelerate_configs/fsdp2.yaml: shards the base model over "
+                    "several GPUs, with the same result"
+                )
+                if self.lora.init_lora_weights not in lora_rules.STARTS_FROM_BASE:
+                    yield (
+                        "model.quantization=nf4: a quarter of the base model's memory, with "
+                        "rounding"
+                    )
         if trains_text_encoder:
             yield "train.train_text_encoder=false: frees the text encoders"
 
@@ -199,7 +209,12 @@ class DreamBoothConfig(Config):
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.optimizer, self.train)
+        yield from lora_rules.lora_plus_errors(self.optimizer.lora_plus_ratio, self.lora)
         yield from objective_errors(self)
         if self.lora:
-            yield from rules.lora_errors(self.lora, self.train, self.model.family)
-            yield from rules.initial_lora_errors(self.lora.init_from, self.output_dir)
+            yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)
+            yield from lora_rules.kind_errors(
+                self.lora, self.model.quantization, self.train.compile
+            )
+            yield from lora_rules.start_errors(self.lora, self.model.quantization)
+            yield from lora_rules.initial_lora_errors(self.lora.init_from, self.output_dir)

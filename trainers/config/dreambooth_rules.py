@@ -12,15 +12,13 @@ from trainers.config.base_sections import OptimizerConfig
 from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
-    LoraConfig,
     ModelConfig,
 )
 from trainers.config.family_facts import families_with, family_facts, family_names
-from trainers.config.layer_patterns import pattern_problem
+from trainers.config.lora_section import LoraConfig
 
 HUB_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 MAX_PROMPT_SHOWN = 60  # characters
-LORA_PRESETS = ("attention", "attention+mlp", "all-linear")
 SINGLE_FILE = ".safetensors"
 OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft")
 
@@ -204,51 +202,3 @@ def training_errors(optimizer: OptimizerConfig, train: DreamBoothTrainConfig) ->
     if optimizer.text_encoder_lr is not None and not train.train_text_encoder:
         message = "the text encoder does not train: set train.train_text_encoder: true"
         yield "optimizer.text_encoder_lr", message
-
-
-def lora_errors(lora: LoraConfig, train: DreamBoothTrainConfig, family: str) -> Errors:
-    if lora.use_dora and lora.kohya:
-        message = (
-            "cannot be combined with lora.use_dora, because kohya's format stores plain LoRA only: "
-            "remove one of them"
-        )
-        yield "lora.kohya", message
-    if lora.use_dora and train.train_text_encoder:
-        message = (
-            "cannot be combined with train.train_text_encoder, because no program loads DoRA into "
-            "a text encoder: remove one of them"
-        )
-        yield "lora.use_dora", message
-    is_preset = lora.target_modules in LORA_PRESETS
-    if isinstance(lora.target_modules, str) and not is_preset:
-        problem = pattern_problem(lora.target_modules, family_facts(family))
-        if problem:
-            yield "lora.target_modules", problem
-
-
-def initial_lora_errors(source: str | None, output_dir: Path) -> Errors:
-    """A LoRA to start from that cannot be one, as far as can be seen without reading it."""
-    if source is None:
-        return
-    path = Path(source.rpartition("@")[0] or source)
-    if not source.strip():
-        message = "must not be empty: write a file, RUN, RUN@STEP or USER/NAME on the Hub, or null"
-        yield "lora.init_from", message
-    elif "://" in source:
-        page = HUB_PAGE.match(source)
-        name = page[1] if page else "USER/NAME of a repository on the Hub, or a file"
-        yield "lora.init_from", f"{source} is an address: write {name}"
-    elif is_kind(path, lambda folder: folder.resolve() == output_dir.resolve()):
-        message = (
-            f"{source} is this run's own folder. To train it longer, remove the key and raise "
-            "train.max_train_steps; for a new run that starts from it, set another output_dir"
-        )
-        yield "lora.init_from", message
-    elif is_path_like(source) and not any(is_kind(p, Path.exists) for p in (Path(source), path)):
-        yield "lora.init_from", f"no such file or folder: {source}"
-
-
-def is_path_like(name: str) -> bool:
-    """Whether a name can be none on the Hub."""
-    has_ending = name.lower().endswith((SINGLE_FILE, *OTHER_FILES))
-    return has_ending or name[0] in "./~" or name.count("/") != 1 or "\\" in name

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from trainers.config.base_sections import (
     PRECISION_HELP,
@@ -14,14 +12,7 @@ from trainers.config.base_sections import (
     ValidationConfig,
     field,
 )
-from trainers.config.bounds import (
-    Fraction,
-    Guidance,
-    Name,
-    NameOrPath,
-    Prompt,
-    Seed,
-)
+from trainers.config.bounds import Guidance, Name, NameOrPath, Prompt, Seed
 from trainers.config.family_facts import (
     default_family,
     family_facts,
@@ -100,43 +91,6 @@ class ModelConfig(Section):
         "allow_schnell",
         False,
         "train the schnell model although training undoes its distillation.",
-    )
-
-
-class LoraConfig(Section):
-    """The low-rank update (LoRA): its size, its layers, and how it starts."""
-
-    rank: int = field(16, "Inner width of the low-rank update.", ge=1, le=4096)
-    alpha: float | None = field(
-        None,
-        "The update is scaled by alpha / rank; null means alpha = rank.",
-        gt=0,
-        le=65_536,
-    )
-    dropout: Fraction = field(0.0, "Dropout on the input of each LoRA layer.")
-    target_modules: Name | Annotated[list[Name], Field(max_length=1000)] = field(
-        "attention",
-        "A preset (attention, attention+mlp, all-linear), a list of name endings, or one regex.",
-    )
-    blocks: list[Name] | None = field(
-        None,
-        "Only layers in these blocks, such as [transformer_blocks.3].",
-        min_length=1,
-        max_length=1000,
-    )
-    init_lora_weights: Literal["gaussian", "kaiming", "orthogonal"] = field(
-        "gaussian", "Initialization of lora_A."
-    )
-    init_from: NameOrPath | None = field(
-        None,
-        "Start from this LoRA: a file or PEFT folder, RUN, RUN@STEP, or USER/NAME on the Hub; null "
-        "starts anew.",
-    )
-    use_dora: bool = field(False, "Weight-decomposed LoRA (DoRA).")
-    use_rslora: bool = field(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
-    kohya: bool | None = field(
-        None,
-        "Also write the file that ComfyUI, A1111 and sd-scripts read; null: where readers need it.",
     )
 
 

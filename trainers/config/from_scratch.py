@@ -87,6 +87,8 @@ class ScratchConfig(Config):
 
     def errors(self) -> Errors:
         yield from super().errors()
+        special = SpecialKeys(["dreambooth"], "optimizer", ["text_encoder_lr", "lora_plus_ratio"])
+        yield from irrelevant_keys(self, self.kind, [special])
         data = self.data
         if (data.image_dir is None) == (data.dataset_name is None):
             message = "set exactly one source of pictures, either this or data.image_dir"

@@ -119,11 +119,7 @@ def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> list[str]:
             precision not in ("no", "bf16"),
             f"set mixed_precision: bf16 or no, not {precision}",
         ),
-        (
-            config.kind == "dreambooth" and config.data.preserves_outputs,
-            "data.prior=output_preservation has not been tried with it: use "
-            "accelerate_configs/multi_gpu.yaml or fsdp2.yaml, or set data.prior=class_images",
-        ),
+        *untried(config),
         (
             not config.can_accumulate,
             "it trains one network, and here are two: use accelerate_configs/multi_gpu.yaml",
@@ -140,6 +136,24 @@ def plugin_errors(config: Config, plugin: DeepSpeedPlugin) -> list[str]:
     ]
     errors = [message for is_wrong, message in checks if is_wrong]
     return errors + (zero3_errors(config) if plugin.zero_stage == 3 else [])
+
+
+def untried(config: Config) -> list[tuple[bool, str]]:
+    """What DreamBooth has that nobody has trained with it."""
+    if config.kind != "dreambooth":
+        return []
+    return [
+        (
+            config.data.preserves_outputs,
+            "data.prior=output_preservation has not been tried with it: use "
+            "accelerate_configs/multi_gpu.yaml or fsdp2.yaml, or set data.prior=class_images",
+        ),
+        (
+            config.lora is not None and config.lora.type != "lora",
+            "lora.type has been tried with it as lora alone: use "
+            "accelerate_configs/multi_gpu.yaml, or set lora.type=lora",
+        ),
+    ]
 
 
 def zero3_errors(config: Config) -> list[str]:

@@ -32,6 +32,11 @@ def make_shard_function(config: Config, accelerator: Accelerator) -> ShardFuncti
             "FSDP2 cuts the frozen base of a LoRA among the processes, and here nothing is "
             "frozen: use DDP"
         )
+    if config.lora.type != "lora":
+        raise UserError(
+            f"FSDP2 has not been tried with lora.type={config.lora.type}: use "
+            "accelerate_configs/multi_gpu.yaml, or set lora.type=lora"
+        )
     if config.model.quantization in ("int8", "fp8"):
         raise UserError(
             f"FSDP2 cannot cut weights in {config.model.quantization}: use model.quantization: "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from torch import Tensor
 
@@ -121,11 +121,12 @@ def without_lora(family: Family) -> Iterator[None]:
             layer.enable_adapters(enabled=True)
 
 
-def lora_layers(family: Family) -> list[LoraLayer]:
+def lora_layers(family: Family) -> list[BaseTunerLayer]:
     """Those of all parts of the pipeline that are loaded."""
     names = family.denoiser_name, *family.text_encoder_names
     parts = [part for name in names if (part := getattr(family.pipe, name)) is not None]
-    return [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer)]
+    modules = [module for part in parts for module in part.modules()]
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
 
 
 def write_samples(

@@ -37,17 +37,23 @@ class TrainableDenoiser(nn.Module):
         return self.family.denoise(self.denoiser, x_t, t, text)
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict]:
-        """The optimizer's groups, one for each part that trains, with its peak learning rate."""
+        """The optimizer's groups with their peak learning rates, one for each part that trains.
+
+        By LoRA+ (Hayou et al. 2024) it is two, of which one has the part's lora_B.
+        """
         text_encoder_lr = config.text_encoder_lr
         if text_encoder_lr is None:
             text_encoder_lr = config.learning_rate
         rates = [(self.denoiser, config.learning_rate), (self.text_encoders, text_encoder_lr)]
+        ratio = config.lora_plus_ratio
         groups = []
         for part, rate in rates:
-            parameters = list(trainable_parameters(part).values())
-            if parameters:
-                groups.append({"params": parameters, "lr": rate})
-        return groups
+            slow, fast = [], []
+            for name, parameter in trainable_parameters(part).items():
+                is_fast = ratio is not None and ".lora_B." in name
+                (fast if is_fast else slow).append(parameter)
+            groups += [{"params": slow, "lr": rate}, {"params": fast, "lr": rate * (ratio or 1)}]
+        return [group for group in groups if group["params"]]
 
     def freeze_unread_layers(self) -> None:
         """Train no layer of a text encoder whose output is not read.

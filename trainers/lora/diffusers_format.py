@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trainers.errors import UserError
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, text_prefix
+from trainers.lora.lycoris import LOHA
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
 from trainers.lora.peft_format import components, to_peft
-from trainers.lora.update import Lora, Rows
+from trainers.lora.update import Lora, Rows, is_lycoris
 from trainers.original.layout import TEXT_LEVEL
 from trainers.tensor_file import TensorFile, write_tensors
 
@@ -34,7 +36,14 @@ def layer_names(family: Family) -> dict[str, Rows]:
 
 
 def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
-    header = metadata | {"format": "pt", METADATA_KEY: adapter_metadata(lora, family)}
+    header = metadata | {"format": "pt"}
+    if not is_lycoris(lora):
+        header[METADATA_KEY] = adapter_metadata(lora, family)
+    elif next(iter(lora.values())).kind == LOHA:
+        raise UserError(
+            "diffusers reads no LoHa: write it with --format peft, kohya or merged, or with --rank "
+            "N as the nearest plain LoRA"
+        )
     write_tensors(to_peft(lora), path, header)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from trainers.config import DreamBoothConfig
 from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
+from trainers.lora.lycoris_layers import read_layers
+from trainers.lora.peft_config import rank_settings
 from trainers.lora.peft_format import from_peft
+from trainers.lora.started import StartedLinear
 from trainers.publishing.model_card import package_versions
 from trainers.publishing.public import PRIVATE_SECTIONS, public_config
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
@@ -32,13 +36,16 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
     Programs disagree about where alpha is written; a file whose scale is one is right for all of
     them.
     """
-    config = module.peft_config[adapter]
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    layers = dict(module.named_modules())
     state = {}
     for name, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items():
+        layer_name, _, half = name.partition(".lora_")
+        layer = layers[layer_name]
+        if isinstance(layer, StartedLinear):
+            tensor = layer.factors(adapter)["AB".index(half[0])]
         tensor = tensor.detach().float()
-        if ".lora_B" in name:
-            tensor = tensor * scale
+        if half.startswith("B"):
+            tensor = tensor * layer.scaling[adapter]
         state[prefix + name] = tensor.cpu().contiguous()
     return state
 
@@ -46,7 +53,12 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
 def lora_metadata(module: nn.Module) -> dict:
     """The PEFT config that fits `lora_state`."""
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
-    config["lora_alpha"] = config["r"]
+    ranks = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            # what a layer started with is taken off by as many columns
+            ranks[name] = layer.r["default"] * (2 if isinstance(layer, StartedLinear) else 1)
+    config |= rank_settings(ranks)
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0
     # it may be a path on this machine, and diffusers does not read it
@@ -65,8 +77,15 @@ def save_lora(
 
     Each is written aside first and then renamed, so that no half of a file is ever found.
     """
-    packed, state = {}, {}
     metadata = make_metadata(config, base_architecture(family))
+    if config.lora.type != "lora":
+        with working_folder(folder) as temporary:
+            file = temporary / WEIGHT_NAME
+            updates = read_layers(family, text_encoders)
+            load_format("kohya").write(updates, family, file, metadata)
+            file.replace(folder / WEIGHT_NAME)
+        return
+    packed, state = {}, {}
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
         own = lora_state(module, text_prefix(module))

@@ -11,19 +11,30 @@ from torch import Tensor
 
 from trainers.errors import UserError
 from trainers.families import Family
-from trainers.lora import diffusers_format, peft_format
+from trainers.lora import diffusers_format, lycoris_files, peft_format
 from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.formats import all_layer_names
 from trainers.lora.layer_tensors import ALPHA, MAGNITUDE, A, B, LayerTensors, Shapes, find_layers
+from trainers.lora.lycoris import has_lycoris
+from trainers.lora.lycoris_layers import put_on
 from trainers.lora.peft_config import PeftScale
-from trainers.lora.update import Lora, LoraUpdate, Rows, is_dora, split_update, swap_halves
+from trainers.lora.update import (
+    Lora,
+    LoraUpdate,
+    Rows,
+    is_dora,
+    is_lycoris,
+    split_update,
+    swap_halves,
+)
 from trainers.tensor_file import TensorFile, read_header
 
 
 def read_lora(path: Path, family: Family) -> Lora:
     """The updates in a LoRA file or PEFT folder, every tensor of which was used.
 
-    Raises: UserError for what is not whole, not finite, not LoRA or DoRA, or not for this base.
+    Raises: UserError for what is not whole, not finite, not LoRA, DoRA, LoKr or LoHa, or not for
+    this base.
     """
     adapters = peft_format.find_adapters(path, family) if path.is_dir() else {}
     if path.is_dir() and not adapters:
@@ -41,6 +52,10 @@ def read_lora(path: Path, family: Family) -> Lora:
 def read_file(path: Path, family: Family) -> Lora:
     """The updates in a file with any program's names."""
     file = read_header(path)
+    if has_lycoris(file.tensors):
+        config = path.parent / peft_format.CONFIG_NAME
+        is_peft = path.name == peft_format.TENSORS_NAME
+        return read_lycoris(file, all_layer_names(family), family, config if is_peft else None)
     scales = diffusers_format.read_scales(file)
     if not scales and path.name == peft_format.TENSORS_NAME:
         config = path.parent / peft_format.CONFIG_NAME
@@ -52,7 +67,7 @@ def read_adapter(folder: Path, component: str, family: Family) -> Lora:
     """The updates in a folder that PEFT wrote for a component. Raises: UserError."""
     if component not in (family.denoiser_name, *family.clip_encoders):
         raise UserError(f"{folder} is for {component}, on which no program loads a LoRA")
-    scale = peft_format.read_scale(folder / peft_format.CONFIG_NAME)
+    config = folder / peft_format.CONFIG_NAME
     tensors = folder / peft_format.TENSORS_NAME
     old = tensors.with_suffix(".bin")
     # the reader of headers says what such a file is
@@ -60,7 +75,20 @@ def read_adapter(folder: Path, component: str, family: Family) -> Lora:
     names = peft_format.component_names(family, component)
     if component == family.denoiser_name:
         names = all_layer_names(family) | names
+    if has_lycoris(file.tensors):
+        return read_lycoris(file, names, family, config)
+    scale = peft_format.read_scale(config)
     return read_tensors(file, names, adaptable_shapes(family), {component: scale})
+
+
+def read_lycoris(
+    file: TensorFile, names: Mapping[str, Rows], family: Family, config: Path | None
+) -> Lora:
+    """The updates in a file of LoKr or LoHa; config: that of PEFT, if it has one."""
+    scale = None
+    if config is not None:
+        scale = lycoris_files.parse_scale(peft_format.read_config(config), str(config))
+    return lycoris_files.read_tensors(file, names, adaptable_shapes(family), scale)
 
 
 def read_tensors(
@@ -136,7 +164,19 @@ def load_lora(family: Family, path: Path) -> None:
     diffusers loads it from a file of its own format, whose header has the scale of each layer.
     """
     lora = read_lora(path, family)
+    if is_lycoris(lora):
+        put_on(family, lora)
+        return
     with TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         diffusers_format.write(lora, family, file, {})
         family.pipe.load_lora_weights(folder, weight_name=file.name)
+
+
+def load_run_file(family: Family, file: Path, adapter: str | None = None) -> None:
+    """Put a file that a run wrote on the loaded pipeline; by diffusers, where it reads such a
+    file."""
+    if has_lycoris(read_header(file).tensors):
+        put_on(family, read_lora(file, family), adapter or "default")
+    else:
+        family.pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)

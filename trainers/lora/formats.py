@@ -46,6 +46,7 @@ READ_FORMATS = {
     "comfyui": "trainers.lora.comfyui",
     "released_unet": "trainers.lora.released_unet",
     "onetrainer": "trainers.lora.onetrainer",
+    "simpletuner": "trainers.lora.simpletuner",
     "xlabs": "trainers.lora.xlabs",
 }
 

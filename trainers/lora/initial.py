@@ -20,7 +20,7 @@ from trainers.lora.base_layers import name_prefix
 from trainers.lora.files import read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.low_rank import reduce_rank
-from trainers.lora.update import Lora, LoraUpdate, is_dora
+from trainers.lora.update import Lora, LoraUpdate, is_dora, is_lycoris
 from trainers.run_folder import WEIGHT_NAME
 from trainers.training.process_state import is_first_process
 from trainers.training.run_weights import find_run_weights, is_run
@@ -95,7 +95,12 @@ def adapted_layers(
 def fit_updates(
     updates: Lora, layers: dict[str, lora.LoraLayer], config: LoraConfig, path: Path
 ) -> Lora:
-    """The updates at a rank of at most that of the config. Raises: UserError."""
+    """The updates, each at a rank of at most that of its layer. Raises: UserError."""
+    if is_lycoris(updates):
+        raise UserError(
+            f"lora.init_from: {path} is LoKr or LoHa, from which no run can start. The nearest "
+            "LoRA of a rank is written by scripts/export.py FILE --base MODEL --rank N"
+        )
     others = [name for name in updates if name not in layers]
     if others:
         untrained = sorted({name.partition(".")[0] for name in others})
@@ -106,19 +111,21 @@ def fit_updates(
         )
     if is_dora(updates) and not config.use_dora:
         raise UserError(f"lora.init_from: {path} is DoRA: set lora.use_dora: true")
-    rank = max(update.rank for update in updates.values())
-    if rank <= config.rank:
+    ranks = {name: layers[name].r[ADAPTER] for name in updates}
+    if all(update.rank <= ranks[name] for name, update in updates.items()):
         return updates
+    rank = max(update.rank for update in updates.values())
     if is_dora(updates):
         raise UserError(
             f"lora.init_from: {path} is DoRA of rank {rank}, whose nearest of a lower rank is not "
             f"known: set lora.rank: {rank} or more"
         )
-    reduced, lost = reduce_rank(updates, config.rank)
+    reduced, lost = reduce_rank(updates, ranks)
     if is_first_process():
+        own = " and lora.rank_pattern" if config.rank_pattern else ""
         print(
-            f"lora.init_from: of rank {rank}, lora.rank={config.rank} keeps all but {lost:.2%} of "
-            "the updates (Frobenius norm)"
+            f"lora.init_from: of rank {rank}, lora.rank={config.rank}{own} keeps all but "
+            f"{lost:.2%} of the updates (Frobenius norm)"
         )
     return reduced
 

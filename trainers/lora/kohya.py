@@ -7,6 +7,7 @@ several of diffusers' layers as its rows. Which is which stands in the families'
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
 from trainers.lora.names import released_rows, text_encoder_layers, underscored
 from trainers.lora.released_unet import unet_rows
-from trainers.lora.update import Layers, Lora, Rows, is_dora, stack_updates, swap_halves
+from trainers.lora.update import (
+    Layers,
+    Lora,
+    Rows,
+    is_dora,
+    is_lycoris,
+    stack_updates,
+    swap_halves,
+)
 from trainers.tensor_file import write_tensors
 
 SUFFIX = ".safetensors"
@@ -69,16 +78,22 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
         )
     kohya = family.facts.kohya
     layers = adaptable_layers(family)
-    state = to_kohya(lora, layers, written_names(family, layers))
+    names = written_names(family, layers)
+    module, arguments = kohya.network_module, {}
+    if is_lycoris(lora):
+        module, arguments = "lycoris.kohya", {"algo": next(iter(lora.values())).kind}
+        state = to_lycoris(lora, names, kohya.by_default)
+    else:
+        state = to_kohya(lora, layers, names)
     ranks = {update.rank for update in lora.values()}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     own = {
         "ss_v2": "False",
         "ss_base_model_version": kohya.base_model_version,
-        "ss_network_module": kohya.network_module,
+        "ss_network_module": module,
         "ss_network_dim": dim,
         "ss_network_alpha": dim,
-        "ss_network_args": "{}",
+        "ss_network_args": json.dumps(arguments),
     }
     content = save(state, own)
     # a safetensors file begins with the length of its header, after which the tensors come
@@ -103,4 +118,21 @@ def to_kohya(lora: Lora, layers: Layers, names: Mapping[str, Rows]) -> dict[str,
         state[f"{stem}.lora_down.weight"] = update.a.contiguous()
         state[f"{stem}.lora_up.weight"] = update.b.contiguous()
         state[f"{stem}.alpha"] = torch.tensor(float(update.rank))
+    return state
+
+
+def to_lycoris(lora: Lora, names: Mapping[str, Rows], has_own_names: bool) -> dict[str, Tensor]:
+    """The tensors of LoKr or LoHa; alpha is the rank.
+
+    Where programs know diffusers' names as well they are those, without an alpha, which diffusers
+    does not know: a layer of the release may be several of its, and such an update is of one.
+    """
+    stems = {rows.layers[0]: stem for stem, rows in names.items()} if has_own_names else {}
+    state = {}
+    for layer, update in lora.items():
+        stem = stems.get(layer, layer)
+        for name, tensor in update.tensors.items():
+            state[f"{stem}.{name}"] = tensor.contiguous()
+        if has_own_names:
+            state[f"{stem}.alpha"] = torch.tensor(float(update.rank))
     return state

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainers.errors import UserError
+from trainers.lora.lycoris import LycorisUpdate
+from trainers.lora.svd import svd_of_product
 from trainers.lora.update import Lora, LoraUpdate, is_dora
 
 ENERGY_KEPT = 0.99  # the share of the energy that the suggested rank keeps
@@ -29,15 +31,11 @@ class Factors:
     b_kernel: Sequence[int]  # of b, after (out, r)
 
 
-def svd(update: LoraUpdate) -> tuple[Tensor, Tensor, Tensor]:
-    """u (out, r), s (r,) and v (r, in x kernel) of B A, in float64.
-
-    They come from the thin factors: the product B A, which is much larger, is never made.
-    """
-    q, r = torch.linalg.qr(update.b.flatten(1).double())
-    p, t = torch.linalg.qr(update.a.flatten(1).double().T)
-    u, s, v = torch.linalg.svd(r @ t.T, full_matrices=False)
-    return q @ u, s, v @ p.T
+def svd(update: LoraUpdate | LycorisUpdate) -> tuple[Tensor, Tensor, Tensor]:
+    """u (out, r), s (r,) and v (r, in x kernel) of the update, in float64."""
+    if isinstance(update, LycorisUpdate):
+        return update.svd()
+    return svd_of_product(update.b.flatten(1).double(), update.a.flatten(1).double())
 
 
 def energy_by_rank(lora: Lora) -> list[float]:
@@ -61,9 +59,10 @@ def smallest_rank(energies: Sequence[float], share_kept: float = ENERGY_KEPT) ->
     return len(energies)
 
 
-def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
+def reduce_rank(lora: Lora, rank: int | Mapping[str, int]) -> tuple[Lora, float]:
     """The nearest updates of at most `rank` (Eckart and Young 1936), and how far off they are.
 
+    rank: of all layers, or of each by its name.
     The distance is the Frobenius norm of all layers' differences, relative to that of all updates.
     Raises: UserError for DoRA.
     """
@@ -74,7 +73,11 @@ def reduce_rank(lora: Lora, rank: int) -> tuple[Lora, float]:
         )
     factors = {}
     for name, update in lora.items():
-        factors[name] = Factors(*svd(update), update.a.shape[1:], update.b.shape[2:])
+        if isinstance(update, LycorisUpdate):
+            kernels = update.shape[1:], [1] * (len(update.shape) - 2)
+        else:
+            kernels = update.a.shape[1:], update.b.shape[2:]
+        factors[name] = Factors(*svd(update), *kernels)
     return truncate_factors(factors, rank)
 
 
@@ -94,8 +97,10 @@ def lora_from_difference(
     return truncate_factors(factors, rank)
 
 
-def truncate_factors(factors: Mapping[str, Factors], rank: int) -> tuple[Lora, float]:
-    """The updates of the largest `rank` singular values, and what the others are relative to all.
+def truncate_factors(
+    factors: Mapping[str, Factors], ranks: int | Mapping[str, int]
+) -> tuple[Lora, float]:
+    """The updates of the largest singular values, and what the others are relative to all.
 
     The square root of each singular value goes into a, and the same into b.
     """
@@ -103,6 +108,7 @@ def truncate_factors(factors: Mapping[str, Factors], rank: int) -> tuple[Lora, f
     lost = total = 0.0
     for name, layer in factors.items():
         u, s, v = layer.u, layer.s, layer.v
+        rank = ranks if isinstance(ranks, int) else ranks[name]
         root = s[:rank].sqrt()
         a = root[:, None] * v[:rank]
         b = u[:, :rank] * root

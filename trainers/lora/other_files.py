@@ -37,8 +37,6 @@ MERGE = "have the program that made it merge it into a whole model"
 # Relatives of LoRA, whose tensors stand beside or instead of its two.
 RELATIVES = (
     Kind("a LoRA with embeddings bundled in it", r"^bundle_emb\.", "save the LoRA without them"),
-    Kind("a LoKr (LyCORIS)", r"\.lokr_|^lycoris_.*lokr", MERGE),
-    Kind("a LoHa (LyCORIS)", r"\.hada_", MERGE),
     Kind("an OFT or BOFT", r"\.(oft_|boft_|oft_blocks)", MERGE),
     Kind("a GLoRA (LyCORIS)", r"\.[ab][12]\.weight$", MERGE),
     Kind("an (IA)^3", r"\.on_input$|\.ia3_l$", MERGE),

@@ -125,19 +125,23 @@ def parse_json_object(text: str, where: str) -> dict[str, object]:
 
 def make_config(lora: Lora) -> dict[str, object]:
     """PEFT's config of one component's updates by module; alpha is the rank in each layer."""
-    ranks = [update.rank for update in lora.values()]
+    ranks = {name: update.rank for name, update in lora.items()}
+    return rank_settings(ranks) | {"target_modules": sorted(lora), "use_dora": is_dora(lora)}
+
+
+def rank_settings(ranks: Mapping[str, int]) -> dict[str, object]:
+    """What PEFT's config says of the layers' ranks, which are their alphas too."""
+    values = list(ranks.values())
     # layers of another rank than most are named one by one
-    common_rank = max(set(ranks), key=ranks.count)
+    common_rank = max(set(values), key=values.count)
     special = {}
-    for name, update in lora.items():
-        if update.rank != common_rank:
+    for name, rank in ranks.items():
+        if rank != common_rank:
             # without ^ it would also be every layer whose name ends like that
-            special["^" + re.escape(name)] = update.rank
+            special["^" + re.escape(name)] = rank
     return {
         "r": common_rank,
         "lora_alpha": common_rank,
         "rank_pattern": special,
         "alpha_pattern": special,
-        "target_modules": sorted(lora),
-        "use_dora": is_dora(lora),
     }

@@ -11,9 +11,11 @@ from torch import Tensor
 from trainers.errors import UserError
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers, name_prefix
+from trainers.lora.lycoris import LycorisUpdate
+from trainers.lora.lycoris_files import make_peft_config
 from trainers.lora.names import component_layers
 from trainers.lora.peft_config import PeftScale, make_config, parse_json_object, parse_scale
-from trainers.lora.update import Lora, LoraUpdate, Rows
+from trainers.lora.update import Lora, LoraUpdate, Rows, is_lycoris
 from trainers.tensor_file import write_tensors
 
 SUFFIX = ""
@@ -61,6 +63,11 @@ def find_adapters(path: Path, family: Family) -> dict[str, Path]:
 
 def read_scale(config: Path) -> PeftScale:
     """The scales in an adapter_config.json. Raises: UserError."""
+    return parse_scale(read_config(config), str(config))
+
+
+def read_config(config: Path) -> dict[str, object]:
+    """An adapter_config.json. Raises: UserError."""
     try:
         text = config.read_text("utf-8")
     except (OSError, ValueError) as error:
@@ -68,7 +75,7 @@ def read_scale(config: Path) -> PeftScale:
             f"{config} cannot be read ({error}). It has the alpha of the tensors beside it, "
             "without which their strength is not known"
         ) from error
-    return parse_scale(parse_json_object(text, str(config)), str(config))
+    return parse_json_object(text, str(config))
 
 
 def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> None:
@@ -82,7 +89,9 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
         for name, update in lora.items():
             if name.startswith(prefix):
                 own[name.removeprefix(prefix)] = update
-        PeftConfig(**make_config(own)).save_pretrained(path / component)
+        plain = None if is_lycoris(own) else PeftConfig(**make_config(own))
+        config = plain or make_peft_config(own, path)
+        config.save_pretrained(path / component)
         state = {MODEL_PREFIX + key: value for key, value in to_peft(own).items()}
         write_tensors(state, path / component / TENSORS_NAME, {"format": "pt"})
 
@@ -107,6 +116,9 @@ def to_peft(lora: Lora) -> dict[str, Tensor]:
     """
     state = {}
     for name, update in lora.items():
+        if isinstance(update, LycorisUpdate):
+            state |= {f"{name}.{key}": tensor for key, tensor in update.tensors.items()}
+            continue
         state[f"{name}.lora_A.weight"] = update.a.contiguous()
         state[f"{name}.lora_B.weight"] = update.b.contiguous()
         if update.magnitude is not None:

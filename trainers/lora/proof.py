@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peft.tuners.lycoris_utils import LycorisLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from trainers.families import Family
 from trainers.families.sampling import PromptEncoder
 from trainers.lora.base_layers import name_prefix
 from trainers.lora.export import lora_state
-from trainers.lora.files import read_lora
+from trainers.lora.files import load_run_file, read_lora
+from trainers.lora.lycoris import has_lycoris
 from trainers.lora.update import max_relative_difference
 from trainers.run_folder import KOHYA_NAME, PIPELINE, WEIGHT_NAME
 
@@ -94,7 +96,7 @@ def reload_export(config: DreamBoothConfig, encoder: CachedEncoder) -> Family:
     reloaded = open_family(model, trained.device, trained.dtype, trained.memory.shard)
     reloaded.load("vae", reloaded.denoiser_name, *encoder.loaded_encoders)
     if config.lora:
-        reloaded.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME)
+        load_run_file(reloaded, folder / WEIGHT_NAME)
         parts = (reloaded.denoiser_name, *encoder.trained_encoders)
         check_keys(reloaded, parts, folder / WEIGHT_NAME)
     return reloaded
@@ -115,6 +117,9 @@ def check_kohya(family: Family, folder: Path) -> None:
 def check_keys(reloaded: Family, names: Sequence[str], file: Path) -> None:
     """Every tensor in the file must be found in its layer. Raises: ExportError."""
     written, loaded = load_file(file), {}
+    if has_lycoris(written):
+        check_lycoris(reloaded, names, file)
+        return
     for name in names:
         module = getattr(reloaded.pipe, name)
         for adapter in getattr(module, "peft_config", {}):
@@ -128,4 +133,25 @@ def check_keys(reloaded: Family, names: Sequence[str], file: Path) -> None:
         raise ExportError(
             f"{len(mismatched)} of {len(written)} tensors in {file.name} were not loaded as they "
             f"were written, for example {mismatched[:3]}"
+        )
+
+
+def check_lycoris(reloaded: Family, names: Sequence[str], file: Path) -> None:
+    """Each layer must add what the file says by the rules of ComfyUI. Raises: ExportError."""
+    lora, wrong = read_lora(file, reloaded), []
+    for component in names:
+        module = getattr(reloaded.pipe, component)
+        prefix = name_prefix(component, module)
+        for name, layer in module.named_modules():
+            if not isinstance(layer, LycorisLayer):
+                continue
+            update = lora.pop(prefix + name, None)
+            delta = layer.get_delta_weight([*layer.scaling][-1]).flatten(1).cpu()
+            # the same products in another order
+            if update is None or not torch.allclose(delta, update.delta_weight(), 1e-4, 1e-6):
+                wrong.append(prefix + name)
+    if wrong or lora:
+        raise ExportError(
+            f"{file.name}: {len(wrong)} layers add something else than the file says, and "
+            f"{len(lora)} are not there, for example {[*wrong, *lora][:3]}"
         )

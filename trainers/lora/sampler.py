@@ -23,7 +23,7 @@ from trainers.families import Family
 from trainers.families.sampling import sample_picture
 from trainers.families.trainable import TrainableDenoiser, trained_encoders
 from trainers.lora.export import save_lora
-from trainers.lora.files import read_lora
+from trainers.lora.files import load_run_file, read_lora
 from trainers.lora.layers import add_lora
 from trainers.lora.proof import check_keys
 from trainers.progress import track
@@ -82,7 +82,7 @@ class LoraSampler:
             read_lora(folder / WEIGHT_NAME, family)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a base may hold several, says PEFT
-                family.pipe.load_lora_weights(folder, weight_name=WEIGHT_NAME, adapter_name=name)
+                load_run_file(family, folder / WEIGHT_NAME, name)
             check_keys(family, (family.denoiser_name, *text_encoders), folder / WEIGHT_NAME)
         family.apply_memory_options()
         self.family, self.config = family, config

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainers.lora.lycoris import LycorisUpdate
+
 
 @dataclass(frozen=True)
 class LoraUpdate:
@@ -40,7 +42,7 @@ class LoraUpdate:
 
 
 # By component and module, as in "unet.mid_block.attentions.0.proj_in".
-Lora = dict[str, LoraUpdate]
+Lora = dict[str, LoraUpdate | LycorisUpdate]
 
 # Every layer of a base model that LoRA can be on, by the same names, and its number of outputs.
 Layers = Mapping[str, int]
@@ -57,6 +59,11 @@ class Rows:
 
 def is_dora(lora: Lora) -> bool:
     return any(update.magnitude is not None for update in lora.values())
+
+
+def is_lycoris(lora: Lora) -> bool:
+    """Whether the updates are LoKr or LoHa, which are no plain product B A."""
+    return any(isinstance(update, LycorisUpdate) for update in lora.values())
 
 
 def swap_halves(update: LoraUpdate) -> LoraUpdate:
@@ -131,6 +138,10 @@ def max_relative_difference(a: Lora, b: Lora) -> float:
 
 def relative_difference(a: LoraUpdate | None, b: LoraUpdate | None) -> float:
     """||B A - B' A'|| / ||B A||, or the same of the magnitudes of DoRA where it is larger."""
+    if isinstance(a, LycorisUpdate) or isinstance(b, LycorisUpdate):
+        none = torch.zeros(())
+        expected, found = (update.delta_weight().double() if update else none for update in (a, b))
+        return divide(float((expected - found).norm()), float(expected.norm()))
     if a and b and torch.equal(a.a, b.a) and torch.equal(a.b, b.b):
         difference = 0.0
     else:

@@ -18,13 +18,16 @@ from trainers.publishing.best import best_facts
 from trainers.publishing.markdown import code_span, escape_markdown, markdown_table
 from trainers.publishing.picture_facts import picture_facts
 from trainers.publishing.public import is_local, public_config
-from trainers.run_folder import CARD_NAME, KOHYA_NAME, PIPELINE, WEIGHT_NAME
+from trainers.publishing.readers import lora_readers, peft_parts
+from trainers.run_folder import CARD_NAME, PIPELINE
 
 PACKAGES = ("diffusion-trainers", "torch", "diffusers", "transformers", "peft", "accelerate")
 TEMPLATES = Path(__file__).parent / "templates"
 
 # The licenses that the Hub knows by these ids; others are "other" with a name and a link.
 HUB_LICENSES = ("creativeml-openrail-m", "openrail++", "apache-2.0")
+
+STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
 
 METRICS_HEADING = "## Evaluation"
 # The lines of a card's code that name the run's folder or repository.
@@ -73,7 +76,8 @@ def write_dreambooth_card(
         prompt_code=code_span(prompt) if prompt else "",
         has_samples=bool(shared.validation.prompts),
         python=python_values(shared),
-        is_lora=config.lora is not None,
+        is_lora=config.lora is not None and config.lora.type == "lora",
+        peft_parts=peft_parts(shared),
         readers=lora_readers(shared),
         facts=markdown_table(
             {
@@ -102,30 +106,6 @@ def card_prompt(config: DreamBoothConfig) -> str:
     return next(iter([*config.validation.texts, *config.data.triggers]), "")
 
 
-def lora_readers(config: DreamBoothConfig) -> str:
-    """Which file is for which program besides diffusers; empty where all weights were trained."""
-    facts, lora = config.facts, config.lora
-    if lora is None:
-        return ""
-    if lora.use_dora:
-        return (
-            "diffusers and PEFT read this LoRA. ComfyUI, A1111 and Forge would leave out the "
-            "magnitudes of DoRA, which changes the pictures: for them "
-            "`python scripts/export.py RUN --format merged` writes a whole pipeline."
-        )
-    if facts.kohya.by_default and not config.writes_kohya:
-        return (
-            "ComfyUI, A1111 and Forge do not know the names in this file: for them "
-            "`python scripts/export.py RUN --format kohya` writes another."
-        )
-    file = KOHYA_NAME if config.writes_kohya else WEIGHT_NAME
-    others = f"; {facts.readers}" if facts.readers else ""
-    return (
-        f"ComfyUI: put `{file}` into `models/loras` and choose it in a *Load LoRA* node, strength "
-        f"1{others}."
-    )
-
-
 def name_repository(folder: Path, repo: str) -> None:
     """Put the repository's name into the code of a run's card, in place of an earlier one."""
     file = folder / CARD_NAME
@@ -145,7 +125,7 @@ def dreambooth_metadata(config: DreamBoothConfig) -> ModelCardData:
         relation["base_model_relation"] = "adapter" if config.lora else "finetune"
     tags = ["text-to-image", "diffusers", "diffusers-training", "dreambooth"]
     if config.lora:
-        tags.append("lora")
+        tags += dict.fromkeys(["lora", config.lora.type])
     widget = []
     for i, prompt in enumerate(config.validation.texts):
         widget.append({"text": prompt, "output": {"url": f"samples/final/{i:02d}-0.png"}})
@@ -179,7 +159,9 @@ def python_values(config: DreamBoothConfig) -> dict[str, Any]:
 def base_facts(config: DreamBoothConfig) -> dict[str, object]:
     """What was trained, for the card's table."""
     lora = config.lora
-    trained = f"LoRA of rank {lora.rank} ({lora.target_modules})" if lora else "all weights"
+    trained = f"{lora.title} ({lora.target_modules})" if lora else "all weights"
+    if lora and lora.init_lora_weights in STARTS:
+        trained += f", started by {STARTS[lora.init_lora_weights]}: its file has twice the rank"
     if config.train.train_text_encoder:
         trained += ", with the text encoder"
     facts = {"Base model": config.model.pretrained_model_name_or_path, "Trained": trained}
@@ -212,10 +194,12 @@ def training_facts(config: Config, steps: int) -> dict[str, object]:
     """How a run of any kind trained, for the card's table."""
     train, optimizer = config.train, config.optimizer
     batch = f"{train.train_batch_size} x {train.gradient_accumulation_steps}"
+    ratio = optimizer.lora_plus_ratio
+    fast = "" if ratio is None else f", of lora_B {ratio:g} times that"
     return {
         "Steps": f"{steps} of {batch} pictures",
         "Precision": {"no": "float32"}.get(train.mixed_precision, train.mixed_precision),
-        "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}",
+        "Optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}{fast}",
         "Seed": config.seed,
     }
 

@@ -118,7 +118,7 @@ def describe_run(config: Config) -> str:
     """What was trained, in a line."""
     data = config.data
     if isinstance(config, DreamBoothConfig):
-        subject = f"A LoRA of rank {config.lora.rank} for" if config.lora else "All weights of"
+        subject = f"A {config.lora.title} for" if config.lora else "All weights of"
         base = config.model.pretrained_model_name_or_path
         prompts = ", ".join(f"“{prompt}”" for prompt in data.instance_prompts)
         noun = "prompt" if len(data.instance_prompts) == 1 else "prompts"

@@ -72,6 +72,7 @@ CHANGEABLE_KEYS = {
     "data.strict",
 }
 
+PATTERN_KEYS = "lora.rank_pattern", "lora.alpha_pattern"
 # class pictures are drawn as the validation prompts are
 CLASS_PICTURE_KEYS = ("negative_prompt", "num_inference_steps", "guidance_scale")
 # a run that ends early does so after a validation, by what that measures
@@ -126,6 +127,8 @@ def config_facts(config: Config) -> Facts:
         # however they are written
         sides = config.data.resolutions
         facts["data.resolution"] = sides if len(sides) > 1 else sides[0]
+        # of several patterns that name a layer the first counts
+        facts |= {path: [*facts[path].items()] for path in PATTERN_KEYS if path in facts}
     if config.optimizer.lr_scheduler.startswith("constant"):
         # such a run may be made longer
         del facts[STEPS_KEY]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.config.family_facts import family_named
+from trainers.config.importers.adapters import is_unet, put_convolutions, put_kind, put_lokr
 from trainers.config.importers.base import (
     OPTIMIZERS,
     SCHEDULES,
@@ -96,7 +97,7 @@ SET_RULES = [
     Rule("alpha_mask", "use_alpha_mask", only_if_on),
 ]
 WITHOUT_EFFECT = (
-    "type device name model.arch model.low_vram network.type save.dtype "
+    "type device name model.arch model.low_vram save.dtype "
     "datasets.caption_ext datasets.cache_latents datasets.cache_latents_to_disk train.train_unet "
     "train.noise_scheduler train.skip_first_sample train.disable_sampling sample.sampler "
     "sample.width sample.height sample.walk_seed sample.sample_start_step performance_log_every"
@@ -121,6 +122,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     if not config.value("lora.alpha"):
         note = "Its default is 1; ours is the rank"
         config.put("lora.alpha", 1, "network.linear_alpha", note)
+    read_network(config)
     read_prompts(config)
     read_sets(config, datasets)
     put_t_range(config, "train.min_denoising_steps", "train.max_denoising_steps", 1000)
@@ -133,6 +135,18 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.put("train.mixed_precision", precision, "train.dtype")
     config.ignore(WITHOUT_EFFECT)
     return config
+
+
+def read_network(config: ForeignConfig) -> None:
+    """The kind of adapter, and its convolutions, which a transformer does not have."""
+    kind = put_kind(config, config.values.get("network.type", "lora"), "network.type")
+    if kind == "lokr":
+        put_lokr(config, "network.lokr_factor", "network.lokr_full_rank")
+    if is_unet(config.value("model.family")):
+        if positive(config.values.get("network.conv")):
+            put_convolutions(config, "network.conv", "network.conv_alpha", 1)
+    else:
+        config.ignore(["network.conv", "network.conv_alpha"])
 
 
 def mappings(values: Any, name: str) -> list[Mapping[str, Any]]:

@@ -8,10 +8,17 @@ from typing import Any
 
 from trainers.config.base_sections import OPTIMIZER_KEYS
 from trainers.config.family_facts import (
+    default_family,
     families_with,
     family_facts,
     family_named,
     family_names,
+)
+from trainers.config.importers.adapters import (
+    is_unet,
+    put_convolutions,
+    put_kind,
+    put_lokr,
 )
 from trainers.config.importers.base import (
     OPTIMIZERS,
@@ -31,6 +38,15 @@ from trainers.config.importers.base import (
 from trainers.config.importers.objective import put_coarse_noise, put_loss, put_t_range
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
+LYCORIS = "lycoris.kohya"
+# modules that train the text encoder of a U-Net too unless they are told not to
+WITH_TEXT_ENCODER = ("networks.lora", "networks.lokr", "networks.loha", LYCORIS)
+LYCORIS_PRESETS = {
+    "full": "attention+mlp+conv",
+    "full-lin": "attention+mlp",
+    "attn-mlp": "attention+mlp",
+    "attn-only": "attention",
+}
 DENSITIES = {"uniform": "uniform", "sigmoid": "logit_normal", "shift": "logit_normal"}
 SHORT_PROMPT = 75  # tokens of CLIP, without the marks of beginning and end
 
@@ -132,11 +148,11 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     note = "" if "network_alpha" in config.values else "Its default is 1; ours is the rank"
     config.put("lora.alpha", alpha, "network_alpha", note)
     unet_only = is_on(config.take("network_train_unet_only"))
-    # networks.lora trains the text encoder too unless it is told not to
-    if module == "networks.lora" and not unet_only:
+    if module in WITH_TEXT_ENCODER and not unet_only:
         config.put("train.train_text_encoder", True, "network_train_unet_only (off)")
     else:
         config.settings.pop("optimizer.text_encoder_lr", None)
+    read_network(config, module, family)
     read_length(config)
     read_optimizer_arguments(config)
     put_t_range(config, "min_timestep", "max_timestep", 1000)
@@ -171,11 +187,44 @@ def read_family(config: ForeignConfig, module: str) -> str | None:
         family = family_named(switches[0])
         config.put("model.family", family, switches[0])
         return family
+    if module in (LYCORIS, "networks.lokr", "networks.loha"):
+        family = default_family()
+        config.put("model.family", family, "network_module", "It is for all: is it this one?")
+        return family
     family, facts = family_named(module), map(family_facts, family_names())
     titles = [own.title for own in facts if own.kohya.network_module == module]
     note = f"It is that of {' and '.join(titles)}: is it this one?" if len(titles) > 1 else ""
     config.put("model.family", family, "network_module", note)
     return family
+
+
+def read_network(config: ForeignConfig, module: str, family: str | None) -> None:
+    """The kind of adapter and what network_args say, each of which is a key of its own."""
+    arguments = config.take("network_args") or []
+    for item in arguments.split() if isinstance(arguments, str) else arguments:
+        key, _, value = str(item).partition("=")
+        config.values[f"network_args.{key.strip()}"] = value.strip().strip("\"'")
+    named = module.rpartition(".")[2]
+    kind = put_kind(config, named if named in ("lokr", "loha") else "lora", "network_module")
+    if module == LYCORIS:
+        kind = put_kind(config, config.values.get("network_args.algo", "lora"), "network_args.algo")
+    if kind == "lokr":
+        keys = (f"network_args.{key}" for key in ("factor", "full_matrix", "decompose_both"))
+        put_lokr(config, *keys)
+    for key in ("network_args.loraplus_unet_lr_ratio", "network_args.loraplus_lr_ratio"):
+        config.put("optimizer.lora_plus_ratio", positive(config.take(key)), key)
+    preset = LYCORIS_PRESETS.get(str(config.values.get("network_args.preset", "full")))
+    has_convolutions = positive(config.values.get("network_args.conv_dim")) is not None
+    if module == LYCORIS:
+        has_convolutions = preset == LYCORIS_PRESETS["full"]
+    if has_convolutions and is_unet(family):
+        # LyCORIS has the alpha of all where it is not told
+        default = config.value("lora.alpha") if module == LYCORIS else 1
+        keys = "network_args.conv_dim", "network_args.conv_alpha"
+        put_convolutions(config, *keys, default)
+    elif module == LYCORIS and preset:
+        config.put("lora.target_modules", preset.removesuffix("+conv"), "network_args.preset")
+    config.ignore(["network_args.preset"] if preset else [])
 
 
 def read_length(config: ForeignConfig) -> None:

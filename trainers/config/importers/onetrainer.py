@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainers.config.family_facts import family_named
+from trainers.config.importers.adapters import put_kind
 from trainers.config.importers.base import (
     OPTIMIZERS,
     ForeignConfig,
@@ -90,6 +91,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     alpha = number(config.take("lora_alpha", 1))
     note = "" if "lora_alpha" in config.values else "Its default is 1; ours is the rank"
     config.put("lora.alpha", alpha, "lora_alpha", note)
+    put_kind(config, config.values.get("peft_type", "LORA"), "peft_type")
     if str(config.values.get("training_method")) == "FINE_TUNE":
         config.leave_out("lora", "training_method")
     read_length(config)

@@ -39,7 +39,7 @@ def import_config(path: Path) -> ForeignConfig:
         raise UserError(f"{path} is not text") from None
     if diffusers_scripts.is_command(text):
         return diffusers_scripts.read(text)
-    tree = parse(path, text)
+    tree = simpletuner.with_lycoris(parse(path, text), path.parent)
     for module in (ai_toolkit, onetrainer, simpletuner, kohya):
         if module.is_config(tree):
             return module.read(tree)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trainers.config.family_facts import family_named
+from trainers.config.importers.adapters import put_kind, put_lokr
 from trainers.config.importers.base import (
     OPTIMIZERS,
     SHARED_RULES,
@@ -83,7 +86,7 @@ SET_RULES = [
     Rule("repeats", "repeats", visits),
 ]
 WITHOUT_EFFECT = (
-    "model_type lora_type aspect_bucket_rounding minimum_image_size resolution_type "
+    "model_type aspect_bucket_rounding minimum_image_size resolution_type "
     "num_train_epochs resume_from_checkpoint tracker_run_name validation_torch_compile "
     "disable_benchmark disable_tf32 skip_file_discovery validation_resolution"
 ).split()
@@ -102,6 +105,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         if name.endswith("_guidance_value"):
             config.put("model.guidance_scale", number(config.take(name)), name)
     put_loss(config)
+    read_lycoris(config)
     read_backends(config)
     if str(config.values.get("model_type", "lora")) == "full":
         config.leave_out("lora", "model_type")
@@ -113,6 +117,44 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.put("train.ema_decay", decay, "ema_decay")
     config.ignore(WITHOUT_EFFECT)
     return config
+
+
+def with_lycoris(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config with the LyCORIS file that it names in it, where that can be found and read."""
+    found = dict(tree)
+    for key in [name for name in tree if name.lstrip("-") == "lycoris_config"]:
+        for place in (folder, folder.parent, Path.cwd()):
+            try:
+                content = json.loads((place / str(tree[key])).read_text("utf-8"))
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(content, dict):
+                found[key] = content
+                break
+    return found
+
+
+def read_lycoris(config: ForeignConfig) -> None:
+    """The kind of adapter, where LyCORIS makes it; what it says of single layers is left over."""
+    if str(config.take("lora_type", "standard")).lower() != "lycoris":
+        return
+    prefix = "lycoris_config."
+    config.apply(
+        [
+            Rule(f"{prefix}linear_dim", "lora.rank", number),
+            Rule(f"{prefix}linear_alpha", "lora.alpha", number),
+        ]
+    )
+    kind = put_kind(config, config.values.get(f"{prefix}algo", "lora"), f"{prefix}algo")
+    if kind == "lokr":
+        keys = (f"{prefix}{key}" for key in ("factor", "full_matrix", "decompose_both"))
+        put_lokr(config, *keys)
+    modules = f"{prefix}apply_preset.target_module"
+    if set(config.values.get(modules) or ()) == {"Attention", "FeedForward"}:
+        config.put("lora.target_modules", "attention+mlp", modules)
+        config.ignore([modules])
+    if number(config.values.get(f"{prefix}multiplier")) == 1:
+        config.ignore([f"{prefix}multiplier"])
 
 
 def read_backends(config: ForeignConfig) -> None:
