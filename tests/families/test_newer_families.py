@@ -18,6 +18,7 @@ from tests.shared.oracles import assert_trained_alike
 from tests.shared.processes import call
 from tests.shared.runs import PRIOR, VARIED_CAPTIONS, first_gradients, lora, losses, run_steps
 from trainers import dreambooth, memory_plan
+from trainers.config.family_facts import family_facts
 from trainers.data.rng import SampleRng
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.efficiency.apply import open_family
@@ -141,6 +142,16 @@ def test_checkpointed_blocks_give_the_same_gradients(settings, name, kind):
     )
     assert plain.keys() == checkpointed.keys()
     assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
+
+
+def test_compiled_blocks_give_the_same_gradients(settings, name):
+    if "train.compile=True" in family_facts(name).refused:
+        pytest.skip("it is refused")
+    plain, fast = (
+        blocks.gradients(*blocks.build(settings(LENGTH, *more, family=name)))
+        for more in ((), (blocks.COMPILED,))
+    )
+    blocks.assert_close(plain, fast)
 
 
 @pytest.mark.parametrize("overrides", [(), (CHECKPOINTED,), ("lora=null",)], ids=str)

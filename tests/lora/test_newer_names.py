@@ -5,8 +5,12 @@ import pytest
 from diffusers.loaders.lora_conversion_utils import (
     _convert_kohya_flux2_lora_to_diffusers,
     _convert_non_diffusers_flux2_lora_to_diffusers,
+    _convert_non_diffusers_z_image_lora_to_diffusers,
 )
-from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
+)
 from safetensors.torch import load_file
 
 from tests.shared.language_models import READ_BY_LANGUAGE_MODELS
@@ -21,12 +25,22 @@ from trainers.lora.names import base_architecture, released_rows
 from trainers.lora.update import max_relative_difference
 from trainers.tensor_file import read_header
 
-CHECKPOINTS = {"flux2_klein": convert_flux2_transformer_checkpoint_to_diffusers}
-KOHYA = {"flux2_klein": _convert_kohya_flux2_lora_to_diffusers}
+CHECKPOINTS = {
+    "flux2_klein": convert_flux2_transformer_checkpoint_to_diffusers,
+    "z_image": convert_z_image_transformer_checkpoint_to_diffusers,
+}
+KOHYA = {
+    "flux2_klein": _convert_kohya_flux2_lora_to_diffusers,
+    "z_image": _convert_non_diffusers_z_image_lora_to_diffusers,
+}
+# the other one takes diffusers' names alone after ComfyUI's prefix
 COMFYUI = {"flux2_klein": _convert_non_diffusers_flux2_lora_to_diffusers}
 # what these converters leave out, or do not turn as the one of checkpoints does
-UNREAD_FROM_KOHYA = {"flux2_klein": ("_modulation", "norm_out")}
-NOT_TURNED = {"flux2_klein": ("norm_out",)}
+UNREAD_FROM_KOHYA = {
+    "flux2_klein": ("stream_modulation", "norm_out"),
+    "z_image": ("all_x_embedder", "all_final_layer"),
+}
+NOT_TURNED = {"flux2_klein": ("norm_out",), "z_image": ()}
 
 
 @pytest.fixture(scope="module", params=READ_BY_LANGUAGE_MODELS)
@@ -105,7 +119,8 @@ def test_comfyuis_files_are_read_as_diffusers_reads_them(family, name, tmp_path)
             first, _, last = kind.partition(".")
             renamed[f"{names[stem]}.{kinds[first]}.{last}"] = tensor
     check(products(read_state(renamed, family, tmp_path)), products(lora))
-    check(from_diffusers(COMFYUI[name](dict(renamed))), products(lora))
+    if name in COMFYUI:
+        check(from_diffusers(COMFYUI[name](dict(renamed))), products(lora))
 
 
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", "base_model.model.", ""])
@@ -153,7 +168,8 @@ ARCHITECTURES = {
     "flux2_klein": {
         "Flux.2-klein-4b": {"num_attention_heads": 24},
         "Flux.2-klein-9b": {"num_attention_heads": 32},
-    }
+    },
+    "z_image": {"Z-Image": {}},
 }
 
 

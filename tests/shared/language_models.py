@@ -1,11 +1,11 @@
 """Families whose prompts a language model reads: their pipelines' own calls, and what they show."""
 
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, ZImagePipeline
 
 from tests.shared.families import FACTOR
 
-READ_BY_LANGUAGE_MODELS = ("flux2_klein",)
+READ_BY_LANGUAGE_MODELS = ("flux2_klein", "z_image")
 TOKENS = 40  # of which a chat's marks take the first and the last
 LENGTH = f"model.max_sequence_length={TOKENS}"
 STEPS = 50  # by which a pipeline may choose its shift
@@ -65,4 +65,12 @@ def flux2_klein_velocity(pipe, x_t, t, prompts):
     return pipe._unpatchify_latents(pipe._unpack_latents_with_ids(tokens, ids))
 
 
-VELOCITIES = {Flux2KleinPipeline: flux2_klein_velocity}
+def z_image_velocity(pipe, x_t, t, prompts):
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": TOKENS}
+    words, _ = pipe.encode_prompt([*prompts], **options)
+    frames = list(x_t.unsqueeze(2).unbind())
+    v = pipe.transformer(frames, (1000 - 1000 * t) / 1000, words).sample
+    return -torch.stack(v).squeeze(2)
+
+
+VELOCITIES = {Flux2KleinPipeline: flux2_klein_velocity, ZImagePipeline: z_image_velocity}

@@ -2,13 +2,16 @@
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
-from transformers import AddedToken, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AddedToken, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 # what the released template makes of one message of a user, in its own line breaks
 CHAT_TEMPLATE = (
@@ -19,6 +22,14 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
+AUTOENCODER = {
+    "block_out_channels": (4, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+}
 WORDS = ("user", "assistant")  # each a token, as in the released vocabulary
 
 
@@ -71,14 +82,7 @@ def make_flux2_klein(**index: bool) -> Flux2KleinPipeline:
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=False,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-    )
+    vae = AutoencoderKLFlux2(**AUTOENCODER)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.3, 2)
     return Flux2KleinPipeline(
@@ -88,4 +92,29 @@ def make_flux2_klein(**index: bool) -> Flux2KleinPipeline:
         text_encoder=make_qwen3(),
         tokenizer=make_qwen_tokenizer(),
         **index,
+    )
+
+
+def make_z_image() -> ZImagePipeline:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=8,
+        axes_dims=[4, 2, 2],
+        axes_lens=[640, 32, 32],
+    )
+    with torch.no_grad():
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=AutoencoderKL(scaling_factor=0.4, shift_factor=0.2, **AUTOENCODER),
+        text_encoder=make_qwen3(Qwen3Model, layers=3),
+        tokenizer=make_qwen_tokenizer(),
     )

@@ -27,7 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.shared.tiny_language_models import make_flux2_klein
+from tests.shared.tiny_language_models import make_flux2_klein, make_z_image
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -229,6 +229,7 @@ MAKERS = {
     "sd3": make_sd3,
     "flux": make_flux,
     "flux2_klein": make_flux2_klein,
+    "z_image": make_z_image,
 }
 
 
