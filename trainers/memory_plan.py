@@ -159,7 +159,10 @@ def training_peak(
 
 
 def longest_prompt(config: DreamBoothConfig) -> str:
-    """Of those that stand in the config: captions are not read here."""
+    """Of those that stand in the config, for captions are not read here; empty where all are as
+    long, because they are padded."""
+    if not any(encoder.unpadded for encoder in config.facts.text_encoders.values()):
+        return ""
     data = config.data
     return max([*data.instance_prompts, *data.class_prompts, ""], key=len)
 
