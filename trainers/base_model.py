@@ -20,9 +20,8 @@ from trainers.data.file_digests import FileDigests, part_digest, part_files
 from trainers.distributed.fsdp import ShardFunction
 from trainers.errors import UserError
 from trainers.original.convert import diffusers_folder, settings_folder
-from trainers.original.layout import TEXT_LEVEL, TIED
 from trainers.original.settings import read_index
-from trainers.original.weights import meta_model
+from trainers.original.weights import meta_model, missing_tensors
 from trainers.run_folder import BASE_DIGESTS_NAME
 from trainers.tensor_file import read_header
 
@@ -141,12 +140,7 @@ class LoadedBase:
             if path.suffix == ".safetensors":
                 found |= read_header(path).tensors.keys()
         if found and part in self.text_encoder_names:
-            known = {key.removeprefix(TEXT_LEVEL) for key in found}
-            known |= {TIED} if "shared.weight" in known else set()
-            known |= {"shared.weight"} if TIED in known else set()
-            wanted = self.meta_model(part).state_dict()
-            missing = [key for key in wanted if key.removeprefix(TEXT_LEVEL) not in known]
-            self.refuse_missing(part, missing)
+            self.refuse_missing(part, missing_tensors(self.meta_model(part), found))
 
     def refuse_missing(self, part: str, names: Sequence[str]) -> None:
         """Raises: UserError where there is a name."""

@@ -124,6 +124,7 @@ class Planner:
         phases = [data.cache, config.validation.draws_pictures]
         sampled = config.validation.largest_size(data.max_resolution)
         settings = [data.max_resolution, sampled, train.gradient_checkpointing]
+        settings += [memory_plan.longest_prompt(config)]
         return [self.model_facts(config), lora, batch, settings, phases, device]
 
     def model_facts(self, config: DreamBoothConfig) -> list:

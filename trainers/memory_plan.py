@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers.config import DreamBoothConfig, ModelConfig
 from trainers.config.dreambooth_rules import is_single_file
 from trainers.cpu_memory import resident_bytes
+from trainers.data.file_digests import TEXT_SUFFIXES
 from trainers.distributed.fsdp import get_blocks
 from trainers.efficiency.compilation import enable_checkpointing
 from trainers.efficiency.modulation import adaptive_norms
@@ -112,7 +113,7 @@ def download_configs(model: ModelConfig) -> Path:
         return settings_folder(model)
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.txt", "*.model"]
+    patterns = [f"*{suffix}" for suffix in TEXT_SUFFIXES]
     try:
         return Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # of the HTTP library, which differs between versions of the client
@@ -138,7 +139,7 @@ def training_peak(
     rows = config.train.train_batch_size * (2 if config.data.uses_prior else 1)
     side = config.data.max_resolution // family.vae_scale_factor
     with FakeTensorMode(allow_non_fake_inputs=True):
-        condition = encode_nothing(family, rows)
+        condition = encode_nothing(family, rows, longest_prompt(config))
         with MemoryMeter() as meter:
             denoiser.to_empty(device="cpu").train()
             x = torch.empty(rows, family.vae_config["latent_channels"], side, side)
@@ -157,15 +158,27 @@ def training_peak(
     return peak, counter.get_total_flops()
 
 
-def encode_nothing(family: Family, rows: int) -> dict[str, Tensor]:
-    """What the denoiser is called with for `rows` empty prompts, by text encoders without weights.
+def longest_prompt(config: DreamBoothConfig) -> str:
+    """Of those that stand in the config, for captions are not read here; empty where all are as
+    long, because they are padded."""
+    if not any(encoder.unpadded for encoder in config.facts.text_encoders.values()):
+        return ""
+    data = config.data
+    return max([*data.instance_prompts, *data.class_prompts, ""], key=len)
 
-    The encoders are gone afterwards, as in a run.
+
+def encode_nothing(family: Family, rows: int, prompt: str) -> dict[str, Tensor]:
+    """What the denoiser is called with for `rows` prompts, by text encoders without weights.
+
+    prompt: gives their length, where the denoiser is given no more than that. The encoders are
+    gone afterwards, as in a run.
     """
     text = {}
     for name in family.text_encoder_names:
         with unset_fake_temporarily():
-            num_tokens = len(family.tokenize(name, ""))
+            ids = family.tokenize(name, prompt)
+            lengths = family.count_words(name, ids[None]).values()
+            num_tokens = int(next(iter(lengths), len(ids)))
             encoder = family.new_meta_model(name).to(family.dtype)
         family.pipe.register_modules(**{name: encoder.to_empty(device="cpu")})
         with torch.no_grad():

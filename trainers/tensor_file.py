@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,17 @@ def read_header(path: Path) -> TensorFile:
     if not tensors:
         raise UserError(f"{path}: there is no tensor in it")
     return TensorFile(path, metadata, tensors)
+
+
+def read_tensor(paths: Iterable[Path], name: str) -> Tensor:
+    """One tensor, from that of several files which has it. Raises: UserError if none has."""
+    paths = [path for path in paths if path.suffix == ".safetensors"]
+    for path in paths:
+        with open_safetensors(path) as opened:
+            if name in opened.keys():  # noqa: SIM118
+                return opened.get_tensor(name)
+    found = ", ".join(map(str, paths)) or "no file of weights"
+    raise UserError(f"there is no {name} in {found}: fetch the base again")
 
 
 def check_weights(folder: Path) -> None:

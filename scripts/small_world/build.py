@@ -83,7 +83,7 @@ def main() -> None:
         "vae": lambda assets: make_autoencoder(WORK / "vae"),
         "pictures": lambda assets: make_pictures(WORK / "pictures.parquet"),
     }
-    for family in FAMILIES:
+    for family in STEPS:
         stages[family] = partial(make_base, family)
     parser = make_parser(__doc__)
     help = f"By default all of {', '.join(stages)}."

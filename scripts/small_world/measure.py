@@ -135,9 +135,9 @@ def sample(
 def max_sequence_length(config: DreamBoothConfig) -> int | None:
     """How many tokens the T5 reads; None without one."""
     family = FAMILIES[config.model.family]
-    if family.t5_encoder is None:
+    if family.long_encoder is None:
         return None
-    tokens = family.facts.text_encoders[family.t5_encoder].tokens
+    tokens = family.facts.text_encoders[family.long_encoder].tokens
     return config.model.max_sequence_length or tokens
 
 

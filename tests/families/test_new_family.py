@@ -83,7 +83,7 @@ def test_it_is_found_by_its_name(made_up):
     assert NAME in FAMILIES
     assert FAMILIES[NAME] is made_up
     assert made_up.clip_encoders == ("text_encoder",)
-    assert made_up.t5_encoder is None
+    assert made_up.long_encoder is None
 
 
 def test_keys_that_it_does_not_understand_are_refused(config):

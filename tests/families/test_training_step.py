@@ -112,5 +112,5 @@ def test_a_cached_prompt_depends_on_how_much_of_it_the_t5_reads(settings, tmp_pa
         for part in ten.family.text_encoder_names
     }
     assert changed == {
-        part: part == ten.family.t5_encoder for part in ten.family.text_encoder_names
+        part: part == ten.family.long_encoder for part in ten.family.text_encoder_names
     }

@@ -205,7 +205,8 @@ def test_the_settings_are_those_of_the_release_that_a_file_is_of(files):
         "sd3": "stabilityai/stable-diffusion-3.5-medium",
         "flux": "black-forest-labs/FLUX.1-dev",
     }
-    assert all(family_facts(name).single_file.settings[""] for name in family_names())
+    facts = map(family_facts, family_names())
+    assert all(own.single_file.settings[""] for own in facts if own.single_file)
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "a/b.gguf", "x.pt"])

@@ -10,7 +10,7 @@ from signal import SIGKILL
 
 from tests.shared import image_sets, processes, runs, small_runs
 from tests.shared.small_runs import KINDS, measure_quickly
-from tests.shared.tiny_pipelines import save_pipelines
+from tests.shared.tiny_pipelines import SavedPipelines
 from trainers.config import loading
 from trainers.config.base import Config
 from trainers.run_folder import list_checkpoints
@@ -29,7 +29,7 @@ def config_maker(root: Path) -> Callable[[str, str, int], Config]:
     photos = image_sets.write_photos(make_folder("photos"))
     bars = image_sets.write_bars(make_folder("bars"))
     blobs = image_sets.write_blobs(make_folder("blobs"))
-    tuned = runs.config_maker(save_pipelines(make_folder), photos, root)
+    tuned = runs.config_maker(SavedPipelines(make_folder), photos, root)
     small = small_runs.config_maker(bars, blobs, make_folder("runs"))
 
     def make(trainer, name, saves):

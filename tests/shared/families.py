@@ -23,7 +23,19 @@ FACTOR = 2  # pixels per latent of the tiny autoencoders
 @pytest.fixture(scope="session")
 def pipes(bases):
     """Family name -> the plain pipeline, to look at and to call."""
-    return {name: DiffusionPipeline.from_pretrained(folder) for name, folder in bases.items()}
+    return LoadedPipelines(bases)
+
+
+class LoadedPipelines(dict):
+    """Each is loaded when it is first asked for."""
+
+    def __init__(self, bases):
+        super().__init__()
+        self.bases = bases
+
+    def __missing__(self, name):
+        self[name] = DiffusionPipeline.from_pretrained(self.bases[name])
+        return self[name]
 
 
 def guided(name):

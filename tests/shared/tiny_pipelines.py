@@ -1,5 +1,7 @@
 """Tiny pipelines with random weights in the true diffusers layout."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from diffusers import (
@@ -24,6 +26,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from tests.shared.tiny_language_models import make_flux2_klein, make_z_image
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -219,21 +223,42 @@ def make_flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-MAKERS = {"sd15": make_sd15, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
+MAKERS = {
+    "sd15": make_sd15,
+    "sdxl": make_sdxl,
+    "sd3": make_sd3,
+    "flux": make_flux,
+    "flux2_klein": make_flux2_klein,
+    "z_image": make_z_image,
+}
 
 
-def save_pipelines(make_folder):
-    """Family name -> folder of its tiny pipeline, which `make_folder(name)` makes."""
-    folders = {name: make_folder(name) for name in MAKERS}
-    for name, folder in folders.items():
-        MAKERS[name]().save_pretrained(folder)
-    return folders
+class SavedPipelines(Mapping):
+    """Family name -> folder of its tiny pipeline, which is written when it is first asked for."""
+
+    def __init__(self, make_folder):
+        """make_folder: of a name, makes an empty folder."""
+        self.make_folder, self.folders = make_folder, {}
+
+    def __getitem__(self, name):
+        if name not in self.folders:
+            folder = self.make_folder(name)
+            with torch.random.fork_rng():
+                MAKERS[name]().save_pretrained(folder)
+            self.folders[name] = folder
+        return self.folders[name]
+
+    def __iter__(self):
+        return iter(MAKERS)
+
+    def __len__(self):
+        return len(MAKERS)
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     """Family name -> folder of its tiny pipeline."""
-    return save_pipelines(tmp_path_factory.mktemp)
+    return SavedPipelines(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from accelerate.state import AcceleratorState
 
 from tests.pretend_cuda import PretendCuda
 from tests.shared.by_hand import by_hand_but
-from tests.shared.families import UNETS
+from tests.shared.families import FLOWS, UNETS
+from tests.shared.language_models import READ_BY_LANGUAGE_MODELS
 from tests.shared.pretended_runs import (
     LOG_EVERY,
     OPTIONS,
@@ -38,10 +39,11 @@ SAVING = {
 }
 SLOW = {
     f"{family}-{precision}-{name}": options + " " + SHOWN
-    for family in ("sd15", "sdxl", "sd3", "flux")
+    for family in (*UNETS, *FLOWS, *READ_BY_LANGUAGE_MODELS)
     for precision in ("bf16", "fp16", "no")
     for name, options in SAVING.items()
     if not (family in UNETS and name in ("offload", "modulation-cache", "fp8"))
+    and not (family in READ_BY_LANGUAGE_MODELS and name in ("modulation-cache", "text-encoder"))
 }
 
 

@@ -24,8 +24,8 @@ from trainers.config.sample_prompts import PromptItems, SamplePrompt, as_setting
 FamilyName = Literal[family_names()]
 
 
-def t5_tokens() -> str:
-    """How many tokens each family's T5 reads."""
+def long_tokens() -> str:
+    """How many tokens each family's T5 or language model reads."""
     parts = []
     for name in family_names():
         facts = family_facts(name)
@@ -68,7 +68,8 @@ class ModelConfig(Section):
     )
     max_sequence_length: int | None = field(
         None,
-        f"Tokens that the T5 reads; null means the pipeline's own number ({t5_tokens()}).",
+        "Tokens that the T5 or the language model reads; null means the pipeline's own number "
+        f"({long_tokens()}).",
         ge=1,
         le=512,
     )

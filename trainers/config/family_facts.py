@@ -32,6 +32,11 @@ class TextEncoderFacts(Facts):
     lora: bool = False
     # how many it reads unless the config says otherwise; None: its tokenizer's number
     tokens: int | None = Field(None, ge=1, le=512)
+    # settings of its tokenizer's chat template, where it is a language model that is told a prompt
+    # as the words of a user
+    chat: dict[str, bool] | None = None
+    # whether the denoiser is given a prompt's own tokens alone, without what pads them
+    unpadded: bool = False
     # its last layers that the denoiser is given nothing of, and that so have nothing to learn
     unread_layers: int = Field(0, ge=0)
 
@@ -60,7 +65,8 @@ class KohyaFacts(Facts):
     by_default: bool = False
     # whether the U-Net's blocks are numbered through, as in Stability's code
     released_unet: bool = False
-    base_model_version: str  # sd-scripts' ss_base_model_version
+    # sd-scripts' ss_base_model_version; by modelspec's id where each base model has its own
+    base_model_version: str | dict[str, str]
     network_module: str  # sd-scripts' ss_network_module
     blocks: list[KohyaBlock] = []  # layers that do not lie there have one name in both
     # layers whose scale and shift diffusers has in the other order; {last}: the last block

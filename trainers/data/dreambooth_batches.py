@@ -159,7 +159,7 @@ class DreamBoothBatches:
                 masks.append(torch.ones_like(mask) if row.is_told else mask)
             geometry.append(crop.geometry(picture.facts.size))
             texts.append(self.encoder.text_inputs(self.text(step, row, picture)))
-        text = {name: self.stack_on_device([row[name] for row in texts]) for name in texts[0]}
+        text = {name: self.stack_text([row[name] for row in texts]) for name in texts[0]}
         batch = {
             "moments": self.stack_on_device(moments),
             "text": text,
@@ -175,6 +175,11 @@ class DreamBoothBatches:
 
     def stack_on_device(self, rows: list[Tensor]) -> Tensor:
         return torch.stack([send(row, self.device) for row in rows])
+
+    def stack_text(self, rows: list[Tensor]) -> Tensor:
+        """On the device; numbers, one of each prompt, decide shapes and stay where they can be
+        read without a wait."""
+        return self.stack_on_device(rows) if rows[0].ndim else torch.stack(rows).cpu()
 
     def crops(self) -> Iterator[tuple[Picture, Crop]]:
         """Every view of every picture that a step may ask for."""

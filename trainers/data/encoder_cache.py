@@ -36,7 +36,7 @@ class Encoders(Protocol):
     """What the cache needs of a model family: encoders loaded by name and freed together."""
 
     text_encoder_names: Sequence[str]
-    t5_encoder: str | None
+    long_encoder: str | None
     max_sequence_length: int
 
     def load(self, *names: str) -> None: ...
@@ -132,7 +132,7 @@ class CachedEncoder:
     def compute_prompt_key(self, name: str, prompt: str) -> str:
         parts = [self.family.component_digest(name), self.family.tokenizer_digest(name)]
         # how much the encoder reads, where it can be chosen and is
-        length = self.family.max_sequence_length if name == self.family.t5_encoder else None
+        length = self.family.max_sequence_length if name == self.family.long_encoder else None
         chunks = self.family.num_chunks(name)
         facts = {"chunks": chunks} if chunks > 1 else {}
         return cache_key(prompt=prompt, encoder=parts, length=length, **facts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainers.data.known_values import KnownValues, describe_state
 
 # the settings and vocabularies of a part; weights are told by their own endings
-TEXT_SUFFIXES = (".json", ".txt", ".model")
+TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 WEIGHT_SUFFIXES = (".safetensors", ".bin")  # the first that is there is loaded
 SHA256 = re.compile("[0-9a-f]{64}")
 

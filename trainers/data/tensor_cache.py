@@ -142,7 +142,7 @@ def entry_checksum(key: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(key.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].view(torch.uint8).numpy().data)
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ from trainers.config.family_facts import FamilyFacts, family_facts, family_names
 from trainers.data.caption_checks import WordTokens
 from trainers.data.rng import SampleRng
 from trainers.data.transfer import send
+from trainers.families.chat_prompts import chat_text, count_chat_tokens
 from trainers.families.long_prompts import join_chunks, split_chunks, tokenize_chunks
 from trainers.families.objective import Objective
 from trainers.families.objectives import RectifiedFlow, resolution_shift
@@ -37,7 +38,8 @@ class Family(LoadedBase, ABC):
 
     facts: ClassVar[FamilyFacts]
     clip_encoders: ClassVar[tuple[str, ...]]  # the text encoders that LoRA can train
-    t5_encoder: ClassVar[str | None]  # the text encoder whose number of tokens can be chosen
+    # the text encoder whose number of tokens can be chosen: a T5 or a language model
+    long_encoder: ClassVar[str | None]
     probe_time: float = 0.5  # a time in the middle of the schedule
 
     @property
@@ -54,12 +56,12 @@ class Family(LoadedBase, ABC):
             CLASSES[name] = cls
         encoders = cls.facts.text_encoders
         cls.clip_encoders = tuple(key for key, encoder in encoders.items() if encoder.lora)
-        cls.t5_encoder = next((key for key, encoder in encoders.items() if encoder.tokens), None)
+        cls.long_encoder = next((key for key, encoder in encoders.items() if encoder.tokens), None)
 
     @property
     def max_sequence_length(self) -> int:
-        """How many tokens the T5 reads; 0 without one."""
-        tokens = self.facts.text_encoders[self.t5_encoder].tokens if self.t5_encoder else 0
+        """How many tokens the text encoder `long_encoder` reads; 0 without one."""
+        tokens = self.facts.text_encoders[self.long_encoder].tokens if self.long_encoder else 0
         return self.model.max_sequence_length or tokens
 
     def make_objective(self, config: ObjectiveConfig, latent_size: tuple[int, int]) -> Objective:
@@ -70,8 +72,12 @@ class Family(LoadedBase, ABC):
         options = config.model_dump(include={f.name for f in fields(RectifiedFlow)} - {"shift"})
         # a token is a patch of 2 x 2 latents
         tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
-        shifts = {"auto": resolution_shift(self.pipe.scheduler.config, tokens), "none": 1.0}
+        shifts = {"auto": self.scheduler_shift(tokens), "none": 1.0}
         return RectifiedFlow(**options, shift=shifts.get(config.shift, config.shift))
+
+    def scheduler_shift(self, tokens: int) -> float:
+        """The factor by which the pipeline shifts the times of a picture of `tokens` tokens."""
+        return resolution_shift(self.pipe.scheduler.config, tokens)
 
     @abstractmethod
     def encode_text(self, name: str, ids: Tensor) -> dict[str, Tensor]:
@@ -94,7 +100,7 @@ class Family(LoadedBase, ABC):
         t (B,) are times in the objective's units.
         """
 
-    def pipeline_arguments(self, condition: Condition) -> dict[str, Tensor]:
+    def pipeline_arguments(self, condition: Condition) -> dict[str, Tensor | list[Tensor]]:
         """The condition as keyword arguments of the pipeline's own call."""
         return {PIPELINE_ARGUMENTS[name]: value for name, value in condition.items()}
 
@@ -131,6 +137,10 @@ class Family(LoadedBase, ABC):
         mean, logvar = moments.chunk(2, 1)
         # diffusers bounds the log-variance alike
         z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * rng.normal(mean.shape)
+        return self.normalize(z)
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """The autoencoder's latents (B, C, h, w) in the denoiser's units."""
         shift = self.vae_config.get("shift_factor") or 0.0
         return (z - shift) * self.vae_config["scaling_factor"]
 
@@ -146,14 +156,34 @@ class Family(LoadedBase, ABC):
         tokenizer = getattr(self.pipe, tokenizer_name(name))
         if self.num_chunks(name) > 1:
             return tokenize_chunks(tokenizer, prompt, self.num_chunks(name))
-        length = self.max_sequence_length if name == self.t5_encoder else tokenizer.model_max_length
+        length = (
+            self.max_sequence_length if name == self.long_encoder else tokenizer.model_max_length
+        )
+        if (chat := self.facts.text_encoders[name].chat) is not None:
+            prompt = chat_text(tokenizer, prompt, chat)
         tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)
         return torch.tensor(tokens.input_ids)
+
+    def is_word(self, name: str, ids: Tensor) -> Tensor:
+        """Which of the token ids (B, L) are a prompt's own, and not what pads it."""
+        return ids != getattr(self.pipe, tokenizer_name(name)).pad_token_id
+
+    def count_words(self, name: str, ids: Tensor) -> dict[str, Tensor]:
+        """{NAME_length: (B,)}, how many of the token ids (B, L) are a prompt's own, where the
+        denoiser is given these alone; else {}.
+
+        Shapes depend on it, so it stays in the CPU's memory, where it can be read without a wait.
+        """
+        if not self.facts.text_encoders[name].unpadded:
+            return {}
+        return {f"{name}_length": self.is_word(name, ids).sum(1)}
 
     def count_tokens(self, name: str, prompt: str) -> tuple[int, int, str]:
         """How many tokens a prompt has, how many `tokenize` keeps, and the text of the others."""
         tokenizer = getattr(self.pipe, tokenizer_name(name))
         ids, length = tokenizer(prompt, verbose=False).input_ids, len(self.tokenize(name, prompt))
+        if (chat := self.facts.text_encoders[name].chat) is not None:
+            return count_chat_tokens(tokenizer, prompt, chat, length)
         # but for the first chunk, the marks of beginning and end are no tokens of the prompt
         length -= 2 * (self.num_chunks(name) - 1)
         # the last token that is kept marks the end
@@ -179,8 +209,8 @@ class Family(LoadedBase, ABC):
 
     @torch.no_grad()
     def encode_prompts(self, name: str, ids: Tensor) -> dict[str, Tensor]:
-        """`encode_ids` without gradients; the ids need not be on the device."""
-        return self.encode_ids(name, send(ids, self.device))
+        """`encode_ids` without gradients, and `count_words`; the ids need not be on the device."""
+        return self.encode_ids(name, send(ids, self.device)) | self.count_words(name, ids)
 
 
 CLASSES: dict[str, type[Family]] = {}  # families whose modules have been imported

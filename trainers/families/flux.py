@@ -29,13 +29,13 @@ class Flux(Family):
 
     def encode_text(self, name, ids):
         output = getattr(self.pipe, name)(ids)
-        if name == self.t5_encoder:
+        if name == self.long_encoder:
             return {name: output.last_hidden_state}  # (B, L, 4096)
         return {name: output.pooler_output}  # (B, 768)
 
     def condition(self, text):
         return {
-            "encoder_hidden_states": text[self.t5_encoder],
+            "encoder_hidden_states": text[self.long_encoder],
             "pooled_projections": text["text_encoder"],
         }
 

@@ -20,7 +20,7 @@ class SD3(Family):
 
     def encode_text(self, name, ids):
         encoder = getattr(self.pipe, name)
-        if name == self.t5_encoder:
+        if name == self.long_encoder:
             return {name: encoder(ids)[0]}  # (B, L, 4096)
         output = encoder(ids, output_hidden_states=True)
         # the last layer but one (B, 77, C), and the projected token of the end (B, C)
@@ -30,7 +30,7 @@ class SD3(Family):
         width = self.denoiser_config["joint_attention_dim"]
         clip = torch.cat([text[name] for name in self.clip_encoders], -1)  # (B, 77, 768 + 1280)
         clip = F.pad(clip, (0, width - clip.shape[-1]))  # (B, 77, 4096)
-        t5 = text.get(self.t5_encoder)
+        t5 = text.get(self.long_encoder)
         # the pipeline puts zeros where the T5 is left out
         if t5 is None:
             t5 = clip.new_zeros(len(clip), self.max_sequence_length, width)

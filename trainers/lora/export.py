@@ -18,6 +18,7 @@ from trainers.families import Family
 from trainers.lora.base_layers import text_prefix
 from trainers.lora.formats import load_format
 from trainers.lora.lycoris_layers import read_layers
+from trainers.lora.names import base_architecture
 from trainers.lora.peft_config import rank_settings
 from trainers.lora.peft_format import from_peft
 from trainers.lora.started import StartedLinear
@@ -122,16 +123,6 @@ def make_metadata(config: DreamBoothConfig, architecture: str) -> dict[str, str]
         "diffusion_trainers.config": shared.model_dump_json(exclude=set(PRIVATE_SECTIONS)),
         "diffusion_trainers.versions": json.dumps(package_versions()),
     }
-
-
-def base_architecture(family: Family) -> str:
-    """modelspec's id of the base model, told from its denoiser: a local folder has any name."""
-    settings = family.denoiser_config
-    for name, wanted in family.facts.architecture.items():
-        # the last one wants nothing
-        if all(settings.get(key) == value for key, value in wanted.items()):
-            return name
-    raise AssertionError("a family's last architecture has no conditions")
 
 
 def save_pipeline(family: Family, text_encoders: Sequence[str], folder: Path) -> None:

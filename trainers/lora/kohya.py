@@ -18,7 +18,13 @@ from torch import Tensor
 from trainers.errors import UserError
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
-from trainers.lora.names import released_rows, text_encoder_layers, underscored
+from trainers.lora.names import (
+    base_architecture,
+    diffusers_rows,
+    released_rows,
+    text_encoder_layers,
+    underscored,
+)
 from trainers.lora.released_unet import unet_rows
 from trainers.lora.update import (
     Layers,
@@ -41,13 +47,14 @@ def layer_names(family: Family) -> dict[str, Rows]:
     """Every name that a layer of the base has in such files."""
     layers = adaptable_layers(family)
     facts = family.facts.kohya
-    # the names of diffusers too, which other programs write for each U-Net
-    names = underscored(facts.prefixes[facts.denoiser], released_rows(layers, facts))
+    # the names of diffusers too, which other programs write
+    rows = diffusers_rows(layers, facts.denoiser) | released_rows(layers, facts)
+    names = underscored(facts.prefixes[facts.denoiser], rows)
     names |= written_names(family, layers)
-    first = family.clip_encoders[0]
-    for layer in text_encoder_layers(family, layers)[first]:
-        for prefix in FIRST_TEXT_ENCODER:
-            names |= underscored(prefix, {layer: Rows((f"{first}.{layer}",))})
+    for first in family.clip_encoders[:1]:
+        for layer in text_encoder_layers(family, layers)[first]:
+            for prefix in FIRST_TEXT_ENCODER:
+                names |= underscored(prefix, {layer: Rows((f"{first}.{layer}",))})
     return names
 
 
@@ -87,9 +94,12 @@ def write(lora: Lora, family: Family, path: Path, metadata: dict[str, str]) -> N
         state = to_kohya(lora, layers, names)
     ranks = {update.rank for update in lora.values()}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    version = kohya.base_model_version
+    if not isinstance(version, str):
+        version = version[base_architecture(family)]
     own = {
         "ss_v2": "False",
-        "ss_base_model_version": kohya.base_model_version,
+        "ss_base_model_version": version,
         "ss_network_module": module,
         "ss_network_dim": dim,
         "ss_network_alpha": dim,

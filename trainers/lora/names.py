@@ -38,6 +38,22 @@ def released_rows(layers: Iterable[str], facts: KohyaFacts) -> dict[str, Rows]:
     return rows
 
 
+def diffusers_rows(layers: Iterable[str], component: str) -> dict[str, Rows]:
+    """The layers of a component by the names that they have in diffusers."""
+    own = component_layers(layers, component)
+    return {layer: Rows((f"{component}.{layer}",)) for layer in own}
+
+
 def underscored(prefix: str, rows: Mapping[str, Rows]) -> dict[str, Rows]:
     """The names as kohya writes them: a prefix, and underscores for dots."""
     return {prefix + name.replace(".", "_"): value for name, value in rows.items()}
+
+
+def base_architecture(family: Family) -> str:
+    """modelspec's id of the base model, told from its denoiser: a local folder has any name."""
+    settings = family.denoiser_config
+    for name, wanted in family.facts.architecture.items():
+        # the last one wants nothing
+        if all(settings.get(key) == value for key, value in wanted.items()):
+            return name
+    raise AssertionError("a family's last architecture has no conditions")

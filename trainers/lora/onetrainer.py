@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from trainers.families import Family
 from trainers.lora.base_layers import adaptable_layers
-from trainers.lora.names import component_layers, underscored
+from trainers.lora.names import diffusers_rows, underscored
 from trainers.lora.update import Rows
 
 
 def layer_names(family: Family) -> dict[str, Rows]:
     """Every name that a layer of the denoiser has in such files; text encoders have kohya's."""
     part = family.denoiser_name
-    layers = component_layers(adaptable_layers(family), part)
-    return underscored(f"lora_{part}_", {layer: Rows((f"{part}.{layer}",)) for layer in layers})
+    return underscored(f"lora_{part}_", diffusers_rows(adaptable_layers(family), part))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -91,11 +91,10 @@ LIKELY_MODELS = [
 
 
 @cache
-def telling_names() -> list[tuple[str, str]]:
-    """Patterns of layers' names and the model that they give away, the surest first."""
+def family_patterns() -> list[tuple[str, str]]:
+    """Patterns of layers' names and the family that they give away."""
     families = map(family_facts, family_names())
-    of_families = [(facts.telling_names, facts.title) for facts in families if facts.telling_names]
-    return CERTAIN_MODELS + of_families + LIKELY_MODELS
+    return [(facts.telling_names, facts.title) for facts in families if facts.telling_names]
 
 
 def describe_other_file(tensors: Mapping[str, TensorInfo]) -> str:
@@ -136,12 +135,16 @@ def describe(kind: Kind, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def guess_model(names: Iterable[str]) -> str:
-    """The model that has layers of these names; empty where nothing gives it away."""
+    """The model that has layers of these names, or those that may; empty where nothing gives it
+    away."""
     names = list(names)
-    for pattern, model in telling_names():
-        search: Callable[[str], object] = re.compile(pattern).search
-        if any(search(name) for name in names):
-            return model
+    for patterns in (CERTAIN_MODELS, family_patterns(), LIKELY_MODELS):
+        found = [
+            model for pattern, model in patterns if any(map(re.compile(pattern).search, names))
+        ]
+        if found:
+            # but for families, the first pattern is the surest
+            return " or ".join(found) if patterns is family_patterns() else found[0]
     return ""
 
 

@@ -68,7 +68,8 @@ def read_checkpoint(path: Path) -> tuple[str, Checkpoint]:
         )
     if family is None or any(".lora_" in name for name in tensors):
         what = "a LoRA, for which there is lora.init_from" if is_lora(tensors) else "none of these"
-        titles = ", ".join(family_facts(name).title for name in family_names())
+        families = [family_facts(name) for name in family_names()]
+        titles = ", ".join(facts.title for facts in families if facts.single_file)
         raise UserError(
             f"{path}: a base is a model of one of the families {titles}, with all its layers. This "
             f"file is {what}"

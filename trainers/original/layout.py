@@ -14,7 +14,7 @@ from trainers.original import unet, vae
 from trainers.original.names import rename, swapped_layers
 
 TEXT_LEVEL = "text_model."  # of CLIP's names, which transformers 5 left out of some
-TIED = "encoder.embed_tokens.weight"  # of a T5, which is its `shared.weight`
+TIED, SHARED = "encoder.embed_tokens.weight", "shared.weight"  # two names of a T5's embedding
 
 # OpenCLIP's names of what a layer of CLIP has, beside its joint queries, keys and values
 OPEN_CLIP = {

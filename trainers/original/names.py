@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from trainers.config.family_facts import KohyaBlock, KohyaFacts
 
+NUMBERED = re.compile(r"\w+\.(\d+)\.")  # what is in a list of blocks, and the number of its block
+
 
 def rename(layers: Iterable[str], blocks: Iterable[KohyaBlock]) -> dict[str, list[str]]:
     """Each other name of layers of the denoiser, and the layers that are its rows.
@@ -19,9 +21,9 @@ def rename(layers: Iterable[str], blocks: Iterable[KohyaBlock]) -> dict[str, lis
             other_by_part |= {part: (name, parts) for part in parts}
     names = {}
     for layer in layers:
-        block = re.match(r"\w*blocks\.(\d+)", layer) if other_by_part else None
+        block = NUMBERED.match(layer) if other_by_part else None
         number = block[1] if block else ""
-        pattern = layer.replace(f"blocks.{number}.", "blocks.{}.", 1) if block else layer
+        pattern = layer.replace(f".{number}.", ".{}.", 1) if block else layer
         other, parts = other_by_part.get(pattern, (pattern, [pattern]))
         names[other.replace("{}", number)] = [part.replace("{}", number) for part in parts]
     return names

@@ -19,7 +19,7 @@ from trainers.original.checkpoint import Checkpoint
 from trainers.original.weights import WEIGHT_NAMES
 
 INDEX_NAME = "model_index.json"
-SETTINGS_FILES = ("*.json", "*.txt", "*.model")
+SETTINGS_FILES = tuple(f"*{suffix}" for suffix in TEXT_SUFFIXES)
 # what a pipeline may have and no training needs
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -11,10 +11,17 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainers.errors import UserError
 from trainers.original.checkpoint import Checkpoint
-from trainers.original.layout import TEXT_LEVEL, OriginalTensor, component_tensors
+from trainers.original.layout import (
+    SHARED,
+    TEXT_LEVEL,
+    TIED,
+    OriginalTensor,
+    component_tensors,
+)
 from trainers.tensor_file import open_safetensors
 
 MAX_SHARD = 4 * 2**30  # bytes of a file of weights, about; as much is in memory at a time
@@ -79,6 +86,24 @@ def meta_model(folder: Path, component: str, kind: Sequence[str]) -> nn.Module:
         model_class = getattr(transformers, name)
         config = model_class.config_class.from_pretrained(folder, subfolder=component)
         return model_class(config)
+
+
+def missing_tensors(model: PreTrainedModel, found: Iterable[str]) -> list[str]:
+    """The tensors of a text encoder that its files, which have `found`, lack.
+
+    Files may leave out a tensor that is another one's, and have a level of names that the model
+    lacks, or lack one.
+    """
+    levels = (TEXT_LEVEL, f"{model.base_model_prefix}.")
+
+    def bare(name: str) -> str:
+        return next((name.removeprefix(one) for one in levels if name.startswith(one)), name)
+
+    known = set(map(bare, found))
+    for one, other in {TIED: SHARED, **model.all_tied_weights_keys}.items():
+        pair = {bare(one), bare(other)}
+        known |= pair if pair & known else set()
+    return [name for name in model.state_dict() if bare(name) not in known]
 
 
 def shards(
