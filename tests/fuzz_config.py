@@ -23,8 +23,10 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.shared.schema_limits import outside
 from trainers.config import KINDS, Config, loading
-from trainers.config.bounds import MAX_PATH_LENGTH
 from trainers.errors import UserError
 
 SECONDS_PER_CASE = 20  # a case takes milliseconds, or one time limit of a slow regex
@@ -61,15 +63,6 @@ PIECES += ("!!x ", "|", ">", "---\n", "...\n", "%YAML 9.9\n", "\x85", "\u2028", 
 BOMB = "a0: &a0 [x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 11)
 )
-PYTHON_TYPES = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "null": type(None),
-}
 
 
 class HangError(BaseException):
@@ -197,33 +190,6 @@ def cases(folder: Path, count: int, seed: int) -> Iterator[Case]:
             content = mutate_bytes(content, rng)
         overrides = [random_override(original, rng) for _ in range(rng.choice((0, 0, 1, 2)))]
         yield Case(content, overrides)
-
-
-def outside(value: Any, schema: dict, definitions: dict) -> bool:
-    """Whether a value lies outside of every alternative that the schema has for it."""
-    if "$ref" in schema:
-        schema = definitions[schema["$ref"].rpartition("/")[2]]
-    if "anyOf" in schema:
-        return all(outside(value, part, definitions) for part in schema["anyOf"])
-    if "enum" in schema or "const" in schema:
-        return value not in schema.get("enum", [schema.get("const")])
-    kind = schema["type"]
-    if not isinstance(value, PYTHON_TYPES[kind]) or isinstance(value, bool) != (kind == "boolean"):
-        return True
-    if kind == "object":
-        parts = [(value[key], schema["properties"][key]) for key in value]
-        return any(outside(part, inner, definitions) for part, inner in parts)
-    if kind == "array":
-        inner = schema.get("prefixItems") or [schema["items"]] * len(value)
-        is_long = len(value) > schema["maxItems"]
-        return is_long or any(map(outside, value, inner, [definitions] * len(value)))
-    if kind == "string":
-        return len(value) > schema.get("maxLength", MAX_PATH_LENGTH)
-    if kind in ("null", "boolean"):
-        return False
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
-    high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    return not low <= value <= high
 
 
 def check_config(config: Config, folder: Path) -> str | None:

@@ -69,14 +69,15 @@ class Stream:
         return False
 
 
-def holders_of(name: str, value: object) -> list[ModuleType]:
-    """The modules outside of torch that have a function of torch under its name."""
-    found = []
-    for module in list(sys.modules.values()):
-        is_torch = getattr(module, "__name__", "torch").split(".")[0] == "torch"
-        if not is_torch and vars(module).get(name) is value:
-            found.append(module)
-    return found
+def modules_outside() -> list[ModuleType]:
+    """The modules that are not torch's own, and may have taken a function from it."""
+    loaded = list(sys.modules.items())
+    return [module for key, module in loaded if key.partition(".")[0] != "torch"]
+
+
+def holders_of(name: str, value: object, modules: list[ModuleType]) -> list[ModuleType]:
+    """Those of the modules that have a function of torch under its name."""
+    return [module for module in modules if vars(module).get(name) is value]
 
 
 class PretendCuda(AbstractContextManager):
@@ -90,8 +91,10 @@ class PretendCuda(AbstractContextManager):
         self.check = OperationCheck(self.memory)
         self.stack = ExitStack()
         self.functions: list[tuple[str, object, object]] = []
+        self.modules: list[ModuleType] = []
 
     def __enter__(self) -> PretendCuda:
+        self.modules = modules_outside()
         PretendedCalls(self.memory, self.check).install(self.replace)
         for name, value in self.cuda_functions().items():
             self.replace(torch.cuda, name, value)
@@ -111,8 +114,9 @@ class PretendCuda(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self.stack.close()
         # a module that was imported inside has taken ours
+        modules = modules_outside()
         for name, real, value in self.functions:
-            for module in holders_of(name, value):
+            for module in holders_of(name, value, modules):
                 setattr(module, name, real)
 
     def replace(self, owner: object, name: str, value: object) -> None:
@@ -121,7 +125,7 @@ class PretendCuda(AbstractContextManager):
         if owner is torch and isinstance(real, BuiltinFunctionType):
             self.functions.append((name, real, value))
             # `from torch import tensor` in a library that was imported before
-            for module in holders_of(name, real):
+            for module in holders_of(name, real, self.modules):
                 self.stack.enter_context(mock.patch.object(module, name, value))
 
     def cuda_functions(self) -> dict[str, object]:

@@ -19,7 +19,6 @@ from trainers.efficiency.apply import configure_blocks, open_family
 from trainers.encoded_pictures import prepare_batches
 from trainers.families import Family
 from trainers.families.held_out_loss import HeldOutLoss
-from trainers.families.objectives import mean_square
 from trainers.families.sampling import write_samples
 from trainers.families.trainable import TrainableDenoiser
 from trainers.lora import export, initial, proof
@@ -71,15 +70,15 @@ class DreamBooth:
         self.callbacks: list[Callback] = []
 
     def losses(self, batch: dict, rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weighted squared error; `DreamBoothBatches` gives the shapes in `batch`."""
+        """Yield the weighted error; `DreamBoothBatches` gives the shapes in `batch`."""
         x0, eps, t = self.draw_inputs(batch, rng)
-        objective = self.objective(x0.shape[-2:])
-        x_t = objective.corrupt(x0, eps, t)
+        objective, mask = self.objective(x0.shape[-2:]), batch.get("mask")
+        x_t = objective.corrupt(x0, objective.perturbed(eps, rng), t)
         own, *kept = passes(batch, rng, x_t, t)
         base = [self.predict(*last, is_base=True) for last in kept]  # of the last rows, if any
         prediction = self.predict(*own)
         # (B,); a named target would stay in memory until the backward pass is over
-        error = mean_square(prediction, objective.target(x0, eps, t), batch.get("mask"), *base)
+        error = objective.error(t, prediction, objective.target(x0, eps, t), mask, *base)
         yield "denoiser", (batch["weight"] * objective.weight(t) * error).sum()
 
     def predict(self, key: Hashable, inputs: tuple, is_base: bool = False) -> Tensor:

@@ -185,7 +185,7 @@ class SimulatedTask:
         self.accelerator = Accelerator(cpu=True)
         trained = [p for p in family.denoiser.parameters() if p.requires_grad]
         # the other optimizers keep less, and look at what they compute
-        adamw = config.optimizer.model_copy(update={"name": "adamw"})
+        adamw = config.optimizer.model_copy(update={"name": "adamw", "arguments": {}})
         optimizer = make_optimizer(adamw, [{"params": trained, "lr": 0.0}])
         self.players = {"denoiser": Player(family.denoiser, optimizer)}
 

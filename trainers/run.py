@@ -32,7 +32,7 @@ from trainers.training.facts import Facts, resume_facts
 from trainers.training.failures import friendly_errors, stop_advice
 from trainers.training.loop import Batches, StopReason, Task, train
 from trainers.training.nonfinite import DivergenceError, NonfiniteGuard
-from trainers.training.optimizers import make_lr_schedule
+from trainers.training.optimizers import make_lr_schedule, try_optimizer
 from trainers.training.process_state import restored_process
 from trainers.training.run_state import RunState
 from trainers.training.status import recorded_warnings
@@ -73,6 +73,7 @@ def train_and_export(
 ) -> None:
     for preset, values in settings.applied_presets.items():
         accelerator.print(preset, "is", *(f"{path}={value}" for path, value in values.items()))
+    try_optimizer(settings.optimizer)
     processes = ProcessGroup(accelerator)
     task, batches, inputs = build_task(settings, accelerator, shard)
     facts = resume_facts(settings, accelerator, inputs)

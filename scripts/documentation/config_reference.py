@@ -110,7 +110,7 @@ def type_text(part: Schema) -> str:
     if part["type"] == "null":
         return "null"
     if part["type"] == "object":
-        return f"names and a {type_text(part['additionalProperties'])} for each"
+        return f"names, each with: {type_text(part['additionalProperties'])}"
     if part["type"] == "array":
         items = part.get("items") or part["prefixItems"][0]
         count = "" if "items" in part else f"{len(part['prefixItems'])} of "

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from trainers.config import OptimizerConfig, TrainConfig
 from trainers.data.rng import SampleRng, derive_seed
+from trainers.training.averages import EMA
 from trainers.training.loop import Player, train
-from trainers.training.optimizers import EMA, make_lr_schedule, make_optimizer
+from trainers.training.optimizers import make_lr_schedule, make_optimizer
 
 from .judge import Judge
 from .world import (

@@ -1,6 +1,7 @@
 """Each optimizer has the settings that it takes; another is an error, as is a rate
 that teaches nothing, and a warm-up fits into its run."""
 
+import re
 import sys
 import warnings
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 
 from tests.shared.processes import ROOT
 from trainers.config import OptimizerConfig, loading
-from trainers.config.base_sections import OPTIMIZER_KEYS
+from trainers.config.base_sections import FINDS_RATE, OPTIMIZER_KEYS
 from trainers.errors import UserError
 from trainers.training.optimizers import LR_SCHEDULES, OPTIMIZERS, make_optimizer
 
@@ -23,8 +24,9 @@ OTHER_BY_SCHEDULE = {"lr_num_cycles": 3, "lr_power": 2.0}
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Every optional package can be found."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    """Every optional package can be found but one."""
+    found = {"no_such_package": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.get(name, True))
 
 
 def refused(settings, *overrides, family="sd15"):
@@ -41,7 +43,7 @@ def test_the_tables_of_optimizers_agree():
 @pytest.mark.parametrize("key", OTHER)
 def test_a_setting_is_taken_or_refused_by_name(settings, installed, name, key):
     overrides = [f"optimizer.name={name}", f"optimizer.{key}={OTHER[key]}"]
-    if name == "prodigy":
+    if name in FINDS_RATE:
         overrides.append("optimizer.learning_rate=1")
     else:
         overrides.append("optimizer.learning_rate=1e-4")
@@ -131,3 +133,32 @@ def test_a_warm_up_that_fits_is_left_alone(settings):
     with pytest.warns(UserWarning, match=r"50 steps of warm-up .* takes 5"):
         config = settings(*overrides, "optimizer.lr_warmup_steps=50")
     assert config.optimizer.lr_warmup_steps == 5
+
+
+MISTAKES = {
+    "name=torch.optim.SGD,betas=[0.8,0.9]": "optimizer.betas: has no effect with torch.optim.SGD",
+    "name=no_such_package.Lion": "optimizer.name: there is no package no_such_package here",
+    "name=lions": "optimizer.name: 'lions' is not one of adamw, .*did you mean lion",
+    "arguments={lr: 1.0}": "optimizer.arguments: lr has a key of its own: set .*learning_rate",
+    "arguments={betas: [0.5]}": "optimizer.arguments: betas has a key of its own",
+    "arguments={a: {b: 1}}": "optimizer.arguments: must be a number, a text",
+    "name=schedule_free,lr_scheduler=cosine": "lr_scheduler: cosine has no place with schedule_",
+    "name=prodigy_schedule_free,learning_rate=1e-4": "optimizer.learning_rate: 0.0001 is a rate",
+}
+
+
+@pytest.mark.parametrize("overrides", MISTAKES)
+def test_what_an_optimizer_cannot_have_is_told(settings, installed, overrides):
+    parts = re.split(r",(?=[a-z_]+=)", overrides)
+    (line,) = refused(settings, *(f"optimizer.{part}" for part in parts))
+    assert re.search(MISTAKES[overrides], line)
+
+
+def test_an_average_beside_a_schedule_free_optimizer_is_refused(settings, installed):
+    (line,) = refused(settings, "optimizer.name=schedule_free", "train.ema_decay=0.9")
+    assert line == "train.ema_decay: schedule_free averages the weights itself: remove this"
+
+
+def test_lion_has_the_averages_of_its_paper_unless_others_are_given():
+    assert OptimizerConfig(name="lion").betas == (0.9, 0.99)
+    assert OptimizerConfig(name="lion", betas=(0.5, 0.6)).betas == (0.5, 0.6)

@@ -50,7 +50,14 @@ def ended(ranks):
     return [rank.exitcode for rank in ranks]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_process_stops_both_after_the_same_step(long, settings, tmp_path, number):
     ranks = started(long, tmp_path)
     os.kill(ranks[1].pid, number)
@@ -69,8 +76,15 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(long, settings, 
     assert_close(whole, long)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("victim", "environment"),
+    [
+        pytest.param(0, {}, id="first, DDP"),
+        pytest.param(1, FSDP, id="second, FSDP2"),
+        pytest.param(1, {}, id="second, DDP", marks=pytest.mark.slow),
+        pytest.param(0, FSDP, id="first, FSDP2", marks=pytest.mark.slow),
+    ],
+)
 def test_when_one_process_is_killed_the_other_ends_with_a_message_and_the_run_goes_on(
     long, settings, tmp_path, victim, environment
 ):

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate import PartialState
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
+from tests.shared.families import ALL
 from tests.shared.processes import launch
 from tests.shared.runs import PRIOR, VARIED_CAPTIONS, assert_close
 from trainers.config import loading
@@ -18,13 +20,7 @@ from trainers.distributed.collectives import (
 from trainers.errors import UserError
 from trainers.run import run
 
-# a U-Net and a transformer; the others of their kind by hand
-FAMILIES = [
-    "sdxl",
-    "flux",
-    pytest.param("sd15", marks=pytest.mark.slow),
-    pytest.param("sd3", marks=pytest.mark.slow),
-]
+FAMILIES = by_hand_but(EACH_TIME, ALL)
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 

@@ -4,6 +4,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.families import ALL
 from tests.shared.processes import launch
 from tests.shared.runs import (
@@ -51,7 +52,7 @@ def sizes(config):
     return [bucket.size for bucket in batches.buckets]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", by_hand_but(EACH_TIME, ALL))
 def test_three_steps_and_three_more_equal_six(mixed, family):
     straight, parts = mixed("straight", family=family), mixed("parts", family=family)
     run(straight)
@@ -61,7 +62,7 @@ def test_three_steps_and_three_more_equal_six(mixed, family):
     assert sizes(straight) == SIZES[family]
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", by_hand_but(EACH_TIME, ALL))
 def test_accumulation_equals_one_batch(mixed, family):
     one = mixed("one", "train.train_batch_size=4", family=family)
     run(one)

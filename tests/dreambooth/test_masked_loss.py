@@ -17,7 +17,7 @@ from tests.shared.runs import (
 )
 from trainers import dreambooth
 from trainers.errors import UserError
-from trainers.families.objectives import mean_square
+from trainers.families.objective import sample_means
 from trainers.run import run
 
 
@@ -50,7 +50,7 @@ def test_ones_are_no_mask_to_the_bit():
     results = []
     for weight in (None, torch.ones(3, 1, 7, 5)):
         error.grad = None
-        means = mean_square(error, torch.zeros(()), weight)
+        means = sample_means(error.square(), weight)
         means.sum().backward()
         results.append((means.detach(), error.grad))
     assert all(torch.equal(plain, masked) for plain, masked in zip(*results, strict=True))
@@ -59,15 +59,14 @@ def test_ones_are_no_mask_to_the_bit():
 def test_the_scale_depends_on_no_masks_size():
     constant, random = torch.full((4, 2, 8, 8), 3.0), torch.rand(4, 2, 8, 8)
     weight = torch.rand(4, 1, 8, 8) * torch.tensor([1, 0.5, 0.1, 1e-3]).view(4, 1, 1, 1)
-    zero = torch.zeros(())
-    torch.testing.assert_close(mean_square(constant, zero, weight), torch.full((4,), 9.0))
-    scaled = mean_square(random, zero, weight / 7)
-    torch.testing.assert_close(mean_square(random, zero, weight), scaled)
+    torch.testing.assert_close(sample_means(constant.square(), weight), torch.full((4,), 9.0))
+    scaled = sample_means(random.square(), weight / 7)
+    torch.testing.assert_close(sample_means(random.square(), weight), scaled)
 
 
 def test_a_sample_of_which_nothing_counts_gives_zero():
     error = torch.randn(2, 3, 4, 4, requires_grad=True)
-    means = mean_square(error, torch.zeros(()), torch.zeros(2, 1, 4, 4))
+    means = sample_means(error.square(), torch.zeros(2, 1, 4, 4))
     means.sum().backward()
     assert means.tolist() == [0, 0]
     assert not error.grad.any()

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.families import ALL, FLOWS, TEXT, guided, whole
 from tests.shared.processes import launch
 from tests.shared.runs import (
@@ -112,7 +113,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("more", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", by_hand_but(EACH_TIME, ALL))
 def test_three_steps_and_three_more_equal_six(settings, tmp_path, family, more):
     one, parts = (
         settings(*KEPT, *more, f"output_dir={tmp_path}/{name}", family=family)
@@ -233,7 +234,6 @@ def test_each_concept_keeps_its_own_class_and_masks_none_of_it(settings, photos,
 
 REFUSED = {
     ("lora=null",): "data.prior: output_preservation asks the base",
-    ("data.num_class_images=3",): "data.num_class_images: 3, but",
     ("data.class_data_dir=somewhere",): "data.class_data_dir: somewhere, but",
     ("data.class_prompt=null",): "data.class_prompt: data.prior=output_preservation requires",
     (
@@ -242,6 +242,12 @@ REFUSED = {
         OTHERS,
     ): "data.preserve_prompts: has no effect without",
 }
+
+
+@pytest.mark.parametrize("prior", ["output_preservation", "none"])
+def test_a_number_of_class_pictures_that_has_no_effect_is_told(settings, prior):
+    with pytest.warns(UserWarning, match=f"num_class_images=3 has no effect: .*{prior}"):
+        settings("data.class_prompt=c", f"data.prior={prior}", "data.num_class_images=3")
 
 
 @pytest.mark.parametrize("overrides", REFUSED, ids=str)

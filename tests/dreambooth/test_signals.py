@@ -30,7 +30,7 @@ def undisturbed(settings, tmp_path):
     return final
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_and_the_same_command_give_the_same_weights(
     undisturbed, tmp_path, seed
 ):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.processes import call
 from trainers import cpu_memory, dreambooth, memory_plan
 from trainers.config import loading
@@ -14,6 +15,7 @@ from trainers.training.loop import train
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 CHECKPOINTED = "train.gradient_checkpointing=true"
+LESS_TO_REMEMBER = ("adamw_8bit", "paged_adamw_8bit", "adafactor")
 
 
 def real_peak(settings):
@@ -27,7 +29,7 @@ def real_peak(settings):
         return start + meter.peak_bytes - before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_hand_but(EACH_TIME, FAMILIES))
 @pytest.mark.parametrize(
     "overrides", [(), (CHECKPOINTED, "lora.rank=8"), ("lora=null", "data.resolution=32")]
 )
@@ -61,21 +63,22 @@ def test_on_a_cpu_the_libraries_count_and_what_is_kept_of_a_step(settings):
         assert alone[phase] == pytest.approx(expected, abs=1)
 
 
+@pytest.mark.slow
 def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_more(settings):
     def peak(*overrides):
         return memory_plan.plan_memory(
             settings(*overrides, family="flux"), torch.float32, has_cpu_memory=True
         ).phases["train"]
 
-    away = peak(CHECKPOINTED, "model.offload=true")
-    assert away < peak(CHECKPOINTED) < peak("train.gradient_checkpointing=selective") < peak()
-    assert peak() < peak("train.train_batch_size=8")
+    plain, away = peak(), peak(CHECKPOINTED, "model.offload=true")
+    assert away < peak(CHECKPOINTED) < peak("train.gradient_checkpointing=selective") < plain
+    assert plain < peak("train.train_batch_size=8")
     assert peak(CHECKPOINTED, "model.offload=true", "model.modulation_cache=true") < away
-    assert peak("model.quantization=nf4") < peak("model.quantization=int8") < peak()
-    assert peak("model.modulation_cache=true") < peak()
+    assert peak("model.quantization=nf4") < peak("model.quantization=int8") < plain
+    assert peak("model.modulation_cache=true") < plain
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit", "adafactor"])
+@pytest.mark.parametrize("name", by_hand_but(["adamw_8bit"], LESS_TO_REMEMBER))
 def test_an_optimiser_with_less_to_remember_is_planned_like_adamw(settings, name):
     planned, usual = (
         memory_plan.plan_memory(settings(*more), torch.float32, has_cpu_memory=False)
@@ -84,6 +87,7 @@ def test_an_optimiser_with_less_to_remember_is_planned_like_adamw(settings, name
     assert planned == usual
 
 
+@pytest.mark.slow
 def test_fp8_leaves_adaptive_norms_as_they_are(settings):
     """As diffusers' layerwise casting; int8 has as many bits, and has them too."""
 

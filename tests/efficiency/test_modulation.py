@@ -5,6 +5,7 @@ import weakref
 import pytest
 from accelerate import Accelerator
 
+from tests.shared.by_hand import by_hand_but
 from tests.shared.oracles import assert_trained_alike
 from tests.shared.processes import launch
 from tests.shared.runs import CACHED, PRIOR, assert_same, lora, losses, run_steps
@@ -38,7 +39,7 @@ def short(monkeypatch):
     monkeypatch.setattr(dreambooth, "STEPS_PRECOMPUTED", 2)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", by_hand_but(["flux"], ["sd3", "flux"]))
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_the_training_is_equal_to_the_bit(settings, other_photos, tmp_path, family, overrides):
     shared = (
@@ -63,7 +64,9 @@ def test_the_training_is_equal_to_the_bit(settings, other_photos, tmp_path, fami
         )
 
 
-@pytest.mark.parametrize(("family", "fsdp"), [("sd3", False), ("flux", True)])
+@pytest.mark.parametrize(
+    ("family", "fsdp"), [pytest.param("sd3", False, marks=pytest.mark.slow), ("flux", True)]
+)
 def test_two_processes_use_the_precomputed_outputs_of_their_own_rows(
     settings, tmp_path, family, fsdp
 ):

@@ -15,9 +15,14 @@ from trainers.families import FAMILIES
 from trainers.run import run
 
 LAYERS = {"nf4": Linear4bit, "int8": Linear8bitLt}
+EACH_WAY = (("sd15", "nf4"), ("sd3", "fp8"), ("flux", "int8"))
 FP8 = ("model.quantization=fp8", "train.gradient_checkpointing=true")
 CASES = [(family, how) for family in ("sd15", "sd3", "flux") for how in ("nf4", "int8")]
 CASES += [("sd3", "fp8"), ("flux", "fp8")]
+# each way to quantize, and each kind of denoiser; the others by hand
+RUN_CASES = [
+    pytest.param(*case, marks=() if case in EACH_WAY else pytest.mark.slow) for case in CASES
+]
 
 
 def quantised(settings, family, how, *overrides):
@@ -53,7 +58,7 @@ def test_gradients_are_near_those_on_the_whole_base(settings, family, how):
     assert torch.cosine_similarity(small, whole, dim=0) > 0.95
 
 
-@pytest.mark.parametrize(("family", "how"), CASES)
+@pytest.mark.parametrize(("family", "how"), RUN_CASES)
 def test_a_run_samples_resumes_and_its_lora_loads_on_the_whole_base(
     settings, bases, family, how, tmp_path
 ):

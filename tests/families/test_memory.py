@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.families import ALL, TEXT
 from trainers.families import FAMILIES, Family
 from trainers.run import run
@@ -35,7 +36,7 @@ ONCE = (
 
 
 @pytest.mark.parametrize("text", [(), (TEXT,)], ids=["denoiser", "and text encoders"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, ALL))
 def test_no_text_encoder_is_in_memory_with_the_denoiser_unless_it_trains(
     settings, loads, name, text
 ):

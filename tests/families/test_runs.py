@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.families import FLOWS, LENGTH, TEXT
 from tests.shared.oracles import assert_trained_alike
 from tests.shared.runs import PRIOR, VARIED_CAPTIONS, lora, losses, run_steps
@@ -15,7 +16,7 @@ from trainers.run import run
 NAMES = ("sdxl", *FLOWS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, NAMES))
 def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_photos, name):
     overrides = (
         f"data.instance_data_dir={captioned_photos}",
@@ -35,7 +36,7 @@ def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_phot
     assert all(torch.equal(lora(straight)[key], lora(parts)[key]) for key in lora(straight))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, NAMES))
 def test_accumulation_equals_one_batch(settings, tmp_path, captioned_photos, name):
     captions = (f"data.instance_data_dir={captioned_photos}", *VARIED_CAPTIONS)
     shared = (
@@ -54,7 +55,7 @@ def test_accumulation_equals_one_batch(settings, tmp_path, captioned_photos, nam
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, NAMES))
 def test_a_bfloat16_run_ends_with_weights_that_reload(settings, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     final = settings(

@@ -81,7 +81,7 @@ def test_kill_9_and_the_same_command_give_the_same_weights(kind, make, whole, tm
     assert_same(whole, killed)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_equal_one_with_their_batches_together(
     kind, make, whole, tmp_path, world
 ):

@@ -14,7 +14,7 @@ from trainers.config.loading import known_paths
 DOCUMENTS = [*code_blocks.markdown_files(), *code_blocks.config_files()]
 # of a run on the small world, so that it is done in seconds
 SHORT = (
-    "train.max_train_steps=2 train.train_batch_size=1 data.num_class_images=2 "
+    "train.max_train_steps=2 train.train_batch_size=1 "
     "checkpoint.checkpointing_steps=1 optimizer.lr_warmup_steps=0 validation.num_images=1 "
     "validation.num_inference_steps=2 validation.validation_steps=2 tracking.report_to=[]"
 )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from small_world.judge import load_judge
 from small_world.world import HELD_OUT_SEED, subject_images
+from tests.shared.by_hand import by_hand_but
 from tests.shared.feature_networks import MEAN_COLOUR
 from tests.shared.processes import call
 from trainers import evaluate
@@ -62,7 +63,7 @@ def check_memorisation(folder, rows):
     assert all((folder / row[name]).is_file() for row in rows for name in ("sample", "photo"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", by_hand_but(list(KINDS)[:1], KINDS))
 def test_every_row_is_of_the_weights_that_it_names(settings, tmp_path, monkeypatch, kind):
     family, overrides = KINDS[kind]
     wanted = ["validation.prompts=[a b c, d]", "checkpoint.checkpointing_steps=3"]

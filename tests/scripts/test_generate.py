@@ -21,7 +21,11 @@ PROMPT = "{trigger} b c d e f g h i j k l m"
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [("sd15", ["model.clip_chunks=2"]), ("flux", [])], ids=["sd15", "flux"]
+    ("family", "more"),
+    [
+        pytest.param("sd15", ["model.clip_chunks=2"], id="sd15"),
+        pytest.param("flux", [], id="flux", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_and_its_file_give_the_final_samples_again(settings, bases, tmp_path, family, more):
     options = [f"validation.prompts=['{PROMPT}']", "validation.num_images=2", "lora.alpha=5"]

@@ -37,6 +37,7 @@ def test_what_is_written_is_loaded_to_the_last_tensor(family, tmp_path):
     assert written_bytes == shards.bytes_on_disk(parts)
 
 
+@pytest.mark.slow
 def test_the_command_trains_proves_and_counts(tmp_path, capsys):
     assert call("benchmark/true_size.py", "flux", "--size", "tiny", "--folder", tmp_path) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| flux")]

@@ -14,7 +14,8 @@ from trainers.data import transfer
 from trainers.data.rng import SampleRng
 from trainers.run import run
 from trainers.training import loop
-from trainers.training.optimizers import EMA, make_optimizer
+from trainers.training.averages import EMA
+from trainers.training.optimizers import make_optimizer
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_everything_is_as_before_when_it_is_over():
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("sd15", "train.ema_decay=0.9"),
+        pytest.param("sd15", "train.ema_decay=0.9", marks=pytest.mark.slow),
         ("sd3", "model.offload=true train.gradient_checkpointing=true"),
         ("flux", "model.modulation_cache=true validation.prompts=[a] validation.num_images=1"),
     ],

@@ -10,10 +10,11 @@ from trainers.config.base import Config
 from trainers.config.base_sections import OptimizerConfig, TrainConfig
 from trainers.config.dreambooth import DreamBoothConfig
 from trainers.config.dreambooth_data import DataConfig
-from trainers.config.dreambooth_sections import ModelConfig, ObjectiveConfig, PromptsConfig
+from trainers.config.dreambooth_sections import ModelConfig, PromptsConfig
 from trainers.config.from_scratch import ImagesConfig, ScratchConfig
 from trainers.config.gan import GanConfig
 from trainers.config.lora_section import LoraConfig
+from trainers.config.objective import ObjectiveConfig
 from trainers.config.photo_sections import ConceptConfig, PhotoSet
 from trainers.config.unet import PairsConfig, UNetConfig
 

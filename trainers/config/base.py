@@ -42,6 +42,10 @@ class Config(Section):
             "adamw_8bit": "bitsandbytes",
             "paged_adamw_8bit": "bitsandbytes",
             "prodigy": "prodigyopt",
+            "lion": "lion_pytorch",
+            "came": "came_pytorch",
+            "schedule_free": "schedulefree",
+            "prodigy_schedule_free": "prodigyplus",
         },
         "tracking.report_to": {
             "tensorboard": "tensorboard",
@@ -93,6 +97,10 @@ class Config(Section):
                 )
         elif size > 2:
             yield f"train.train_batch_size={size // 2}: smaller batches"
+
+    def notes(self) -> Iterator[str]:
+        """What is allowed and yet has no effect, a sentence each."""
+        return iter(())
 
     def errors(self) -> rules.Errors:
         """Rules that one field's type cannot state, as (path, message)."""

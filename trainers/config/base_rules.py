@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from trainers.config.base_sections import (
+    FINDS_RATE,
     OPTIMIZER_KEYS,
     PRODIGY_RATE,
+    SCHEDULE_FREE,
     HubConfig,
     OptimizerConfig,
     TrainConfig,
@@ -33,6 +35,8 @@ class SpecialKeys(NamedTuple):
     keys: Sequence[str]
 
 
+# of packages that are not called like their module
+PIP_NAMES = {"prodigyplus": "prodigy-plus-schedule-free"}
 KEYS_BY_SCHEDULE = [
     SpecialKeys(["cosine_with_restarts"], "optimizer", ["lr_num_cycles"]),
     SpecialKeys(["polynomial"], "optimizer", ["lr_power"]),
@@ -52,8 +56,35 @@ def optimizer_errors(config: Config) -> Errors:
     if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
         message = "'constant' has no warm-up: use lr_scheduler: constant_with_warmup"
         yield "optimizer.lr_warmup_steps", message
-    if optimizer.name == "prodigy":
+    yield from argument_errors(optimizer)
+    if optimizer.name in SCHEDULE_FREE:
+        yield from schedule_free_errors(config)
+    if optimizer.name in FINDS_RATE:
         yield from prodigy_errors(optimizer)
+
+
+def argument_errors(optimizer: OptimizerConfig) -> Errors:
+    """Arguments that are keys of the section, and a package that is not there."""
+    own = {"lr": "learning_rate", **{key: key for key in OPTIMIZER_KEYS.get(optimizer.name, ())}}
+    for key, ours in own.items():
+        if key in optimizer.arguments:
+            yield "optimizer.arguments", f"{key} has a key of its own: set optimizer.{ours}"
+    package = optimizer.name.partition(".")[0]
+    if optimizer.name not in OPTIMIZER_KEYS and importlib.util.find_spec(package) is None:
+        yield "optimizer.name", f"there is no package {package} here: pip install {package}"
+
+
+def schedule_free_errors(config: Config) -> Errors:
+    """What an optimizer replaces that averages its weights (Defazio et al. 2024)."""
+    name, schedule = config.optimizer.name, config.optimizer.lr_scheduler
+    if not schedule.startswith("constant"):
+        message = (
+            f"{schedule} has no place with {name}, whose average takes the place of a falling "
+            "rate: use constant or constant_with_warmup"
+        )
+        yield "optimizer.lr_scheduler", message
+    if config.train.ema_decay is not None:
+        yield "train.ema_decay", f"{name} averages the weights itself: remove this"
 
 
 def prodigy_errors(optimizer: OptimizerConfig) -> Errors:
@@ -123,7 +154,7 @@ def package_errors(config: Config) -> Errors:
         for choice in value if isinstance(value, list) else [value]:
             package = packages.get(choice)
             if package and importlib.util.find_spec(package) is None:
-                command = f"pip install {package}"
+                command = f"pip install {PIP_NAMES.get(package, package)}"
                 yield path, f"{choice} requires a package that is not installed: {command}"
 
 

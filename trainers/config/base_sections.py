@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from trainers.config.bounds import Fraction, LearningRate, Name, Steps
 
@@ -47,18 +56,52 @@ OPTIMIZER_KEYS = {
     "paged_adamw_8bit": ADAM_KEYS,
     "adafactor": ("weight_decay",),
     "prodigy": ADAM_KEYS,
+    "lion": ("betas", "weight_decay"),
+    "came": ("weight_decay",),
+    "muon": ("weight_decay",),
+    "schedule_free": ADAM_KEYS,
+    "prodigy_schedule_free": ADAM_KEYS,
 }
 # Prodigy finds the rate itself and multiplies it with this.
 PRODIGY_RATE = 1.0
+FINDS_RATE = ("prodigy", "prodigy_schedule_free")
+# They keep an average of the weights, which takes the place of a schedule.
+SCHEDULE_FREE = ("schedule_free", "prodigy_schedule_free")
+# What an optimizer has where the config says nothing, if that is not the section's own default.
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "prodigy": {"learning_rate": PRODIGY_RATE},
+    "lion": {"betas": (0.9, 0.99)},
+    "prodigy_schedule_free": {"learning_rate": PRODIGY_RATE, "betas": (0.9, 0.99)},
+}
+# package.Class, of any installed package
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", max_length=200)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
+def check_argument(value: Any) -> Any:
+    """One message instead of one for each type that it could be. Raises: ValueError."""
+    if not isinstance(value, (bool, int, float, str, list, NoneType)):
+        raise ValueError("must be a number, a text, true, false, null or a list of numbers")
+    return value
+
+
+ListOfNumbers = Annotated[list[Number], Field(max_length=10)]
+Argument = Annotated[bool | Number | Name | ListOfNumbers | None, BeforeValidator(check_argument)]
+Arguments = Annotated[dict[Name, Argument], Field(max_length=50)]
 
 
 class OptimizerConfig(Section):
     """The optimizer, its learning rate, and how the rate changes over the steps."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = field(
-        "adamw", "Optimizer."
+    name: Literal[tuple(OPTIMIZER_KEYS)] | ClassName = field(
+        "adamw",
+        "Optimizer, or package.Class of an installed package. Those after prodigy have no "
+        "measurement here.",
     )
-    learning_rate: LearningRate = field(1e-4, "Peak learning rate (1.0 for prodigy).")
+    arguments: Arguments = field({}, "More arguments of the optimizer, by its own names.")
+    learning_rate: LearningRate = field(
+        1e-4, f"Peak learning rate ({PRODIGY_RATE} for {' and '.join(FINDS_RATE)})."
+    )
     text_encoder_lr: LearningRate | None = field(
         None, "Learning rate of the text encoder; null means learning_rate."
     )
@@ -82,10 +125,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def apply_prodigy_rate(cls, tree: Any) -> Any:
-        """Prodigy's own default rate, where the config names none."""
-        if isinstance(tree, dict) and tree.get("name") == "prodigy":
-            return {"learning_rate": PRODIGY_RATE} | tree
+    def apply_defaults(cls, tree: Any) -> Any:
+        """The optimizer's own defaults, where the config names none."""
+        if isinstance(tree, dict):
+            return OPTIMIZER_DEFAULTS.get(str(tree.get("name")), {}) | tree
         return tree
 
 

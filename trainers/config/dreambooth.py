@@ -19,11 +19,11 @@ from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
     ModelConfig,
-    ObjectiveConfig,
     PromptsConfig,
 )
 from trainers.config.family_facts import FamilyFacts, families_with, family_facts
 from trainers.config.lora_section import LoraConfig
+from trainers.config.objective import ObjectiveConfig, objective_errors
 from trainers.config.trigger import fill_prompts
 from trainers.config.validation_metrics import HELD_OUT_LOSSES, LIKENESS, OF_LORA
 
@@ -192,6 +192,10 @@ class DreamBoothConfig(Config):
         if trains_text_encoder:
             yield "train.train_text_encoder=false: frees the text encoders"
 
+    def notes(self) -> Iterator[str]:
+        yield from super().notes()
+        yield from photo_rules.unused_numbers(self.data)
+
     def errors(self) -> Errors:
         yield from super().errors()
         yield from rules.base_errors(self.model)
@@ -204,7 +208,8 @@ class DreamBoothConfig(Config):
         yield from rules.likeness_errors(self)
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
-        yield from rules.training_errors(self.objective, self.optimizer, self.train)
+        yield from rules.training_errors(self.optimizer, self.train)
+        yield from objective_errors(self)
         yield from lora_rules.lora_plus_errors(self.optimizer.lora_plus_ratio, self.lora)
         if self.lora:
             yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)

@@ -13,7 +13,6 @@ from trainers.config.dreambooth_data import DataConfig
 from trainers.config.dreambooth_sections import (
     DreamBoothTrainConfig,
     ModelConfig,
-    ObjectiveConfig,
 )
 from trainers.config.family_facts import families_with, family_facts, family_names
 from trainers.config.lora_section import LoraConfig
@@ -199,15 +198,7 @@ def speed_errors(
         yield "train.compile", message
 
 
-def training_errors(
-    objective: ObjectiveConfig, optimizer: OptimizerConfig, train: DreamBoothTrainConfig
-) -> Errors:
-    if objective.debiased and objective.snr_gamma:
-        message = (
-            "cannot be combined with objective.snr_gamma, which weights the loss too: remove one "
-            "of them"
-        )
-        yield "objective.debiased", message
+def training_errors(optimizer: OptimizerConfig, train: DreamBoothTrainConfig) -> Errors:
     if optimizer.text_encoder_lr is not None and not train.train_text_encoder:
         message = "the text encoder does not train: set train.train_text_encoder: true"
         yield "optimizer.text_encoder_lr", message

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from trainers.config.base_sections import (
     PRECISION_HELP,
@@ -15,17 +13,15 @@ from trainers.config.base_sections import (
     field,
 )
 from trainers.config.bounds import Guidance, Name, NameOrPath, Prompt, Seed
-from trainers.config.family_facts import default_family, families_with, family_facts, family_names
+from trainers.config.family_facts import (
+    default_family,
+    family_facts,
+    family_field,
+    family_names,
+)
 from trainers.config.sample_prompts import PromptItems, SamplePrompt, as_settings
 
 FamilyName = Literal[family_names()]
-Shift = Annotated[float, Field(gt=0, le=100)]
-
-
-def family_field(section: str, key: str, default: Any, help: str, **limits: Any) -> Any:
-    """A key that only some families understand; the help names them."""
-    titles = ", ".join(family_facts(name).title for name in families_with(section, key))
-    return field(default, f"{titles}: {help}", **limits)
 
 
 def t5_tokens() -> str:
@@ -95,60 +91,6 @@ class ModelConfig(Section):
         "allow_schnell",
         False,
         "train the schnell model although training undoes its distillation.",
-    )
-
-
-class ObjectiveConfig(Section):
-    """Which times of the noise schedule are trained, and how the loss weighs them."""
-
-    stratified: bool = field(
-        True, "Spread the times of each global batch evenly over the schedule."
-    )
-    snr_gamma: float | None = family_field(
-        "objective",
-        "snr_gamma",
-        None,
-        "min-SNR weighting (Hang et al. 2023); 5 is usual.",
-        gt=0,
-        le=10_000,
-    )
-    debiased: bool = family_field(
-        "objective", "debiased", False, "weight by 1 / sqrt(SNR) (Yu et al. 2023)."
-    )
-    noise_offset: float = family_field(
-        "objective",
-        "noise_offset",
-        0.0,
-        "adds a constant per channel to the noise: darker, lighter pictures.",
-        ge=0,
-        le=10,
-    )
-    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = family_field(
-        "objective",
-        "density",
-        "logit_normal",
-        "how often each time is trained (Esser et al. 2024).",
-    )
-    logit_mean: float = field(
-        0.0,
-        "Of logit_normal; t = 1 is noise: a value from the diffusers scripts changes sign.",
-        ge=-20,
-        le=20,
-    )
-    logit_std: float = field(1.0, "Of logit_normal.", gt=0, le=20)
-    # outside of them the density is not one: times would run backwards (Esser et al. 2024, 3.1)
-    mode_scale: float = field(1.29, "Of mode.", ge=-1, le=1.75)
-    shift: Literal["auto", "none"] | Shift = family_field(
-        "objective",
-        "shift",
-        "auto",
-        "towards noise, for large pictures; auto does as the model's own scheduler.",
-    )
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = family_field(
-        "objective", "weighting", "none", "weight of the loss at each time."
-    )
-    precondition: bool = family_field(
-        "objective", "precondition", False, "the loss of x0 instead of v."
     )
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trainers.config.base_sections import field
 from trainers.config.yaml_text import parse_yaml
 from trainers.errors import UserError
 
@@ -166,3 +168,9 @@ def family_named(name: object) -> str | None:
         if wanted in (family, *family_facts(family).names_elsewhere):
             return family
     return None
+
+
+def family_field(section: str, key: str, default: Any, help: str, **limits: Any) -> Any:
+    """A key that only some families understand; the help names them."""
+    titles = ", ".join(family_facts(name).title for name in families_with(section, key))
+    return field(default, f"{titles}: {help}", **limits)

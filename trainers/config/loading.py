@@ -57,7 +57,7 @@ def load_config(
     if mistakes:
         raise UserError("\n".join(mistakes))
     config, notes = reduce_warmup(config)
-    for note in notes:
+    for note in (*notes, *config.notes()):
         warnings.warn(note, stacklevel=2)
     return config
 

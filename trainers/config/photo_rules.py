@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from trainers.config.base_rules import Errors, folder_errors
 from trainers.config.caption_rules import trigger_errors
 from trainers.config.dreambooth_data import DataConfig
@@ -32,6 +34,17 @@ def picture_errors(data: DataConfig) -> Errors:
             "has no effect without masks: set data.mask_dir or data.use_alpha_mask, or remove it"
         )
         yield "data.mask_floor", message
+
+
+def unused_numbers(data: DataConfig) -> Iterator[str]:
+    """Numbers of class pictures that a run without any was given."""
+    for photos in data.sets:
+        if photos.num_class_images and data.prior != "class_images":
+            path = f"data.concepts[{photos.name}]" if photos.name else "data"
+            yield (
+                f"{path}.num_class_images={photos.num_class_images} has no effect: with "
+                f"data.prior={data.prior} there are no class pictures"
+            )
 
 
 def concept_errors(data: DataConfig) -> Errors:
@@ -92,13 +105,12 @@ def preservation_errors(path: str, photos: ConceptConfig) -> Errors:
             "set it, or data.prior=class_images"
         )
         yield f"{path}.class_prompt", message
-    for key in ("num_class_images", "class_data_dir"):
-        if value := getattr(photos, key):
-            message = (
-                f"{value}, but data.prior=output_preservation uses no class pictures: remove it, "
-                "or set data.prior=class_images"
-            )
-            yield f"{path}.{key}", message
+    if photos.class_data_dir is not None:
+        message = (
+            f"{photos.class_data_dir}, but data.prior=output_preservation uses no class pictures: "
+            "remove it, or set data.prior=class_images"
+        )
+        yield f"{path}.class_data_dir", message
 
 
 def class_errors(path: str, photos: ConceptConfig) -> Errors:

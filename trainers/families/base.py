@@ -18,7 +18,8 @@ from trainers.data.caption_checks import WordTokens
 from trainers.data.rng import SampleRng
 from trainers.data.transfer import send
 from trainers.families.long_prompts import join_chunks, split_chunks, tokenize_chunks
-from trainers.families.objectives import Objective, RectifiedFlow, resolution_shift
+from trainers.families.objective import Objective
+from trainers.families.objectives import RectifiedFlow, resolution_shift
 from trainers.families.vocabulary import split_word
 
 Condition = dict[str, Tensor]  # the denoiser's keyword arguments, each (B, ...)

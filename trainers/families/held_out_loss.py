@@ -12,7 +12,7 @@ from trainers.config.validation_metrics import HELD_OUT_LOSS, HELD_OUT_LOSSES
 from trainers.data.dreambooth_batches import DreamBoothBatches
 from trainers.data.pictures import Picture
 from trainers.data.rng import SampleRng
-from trainers.families.objectives import Objective
+from trainers.families.objective import Objective
 
 Losses = Callable[[dict, SampleRng], Iterator[tuple[str, Tensor]]]
 Draws = Callable[[dict, SampleRng], tuple[Tensor, Tensor, Tensor]]

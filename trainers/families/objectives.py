@@ -6,8 +6,9 @@ Shapes: x0 and eps (B, C, h, w), clean latents and unit Gaussian noise; t (B,), 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Literal
 
 import torch
 from diffusers import SchedulerMixin
@@ -17,38 +18,11 @@ from trainers.config import ObjectiveConfig
 from trainers.data.rng import SampleRng
 from trainers.data.transfer import send
 from trainers.errors import UserError
-
-
-def mean_square(
-    prediction: Tensor, target: Tensor, weight: Tensor | None, last: Tensor | None = None
-) -> Tensor:
-    """The squared error of each sample, (B, C, h, w) to (B,).
-
-    last: (b, C, h, w), the target of the last samples instead.
-
-    weight: (B, 1, h, w), by which the mean is taken: so the loss has the same scale whatever part
-    of a picture its mask shows. A sample of which nothing counts gives 0. None: a plain mean.
-    """
-    if last is not None:
-        target = torch.cat([target[: -len(last)], last.float()])
-    error = (prediction.float() - target).square()
-    if weight is None:
-        return error.mean((1, 2, 3))
-    shown = weight.mean((1, 2, 3))
-    return (weight * error).mean((1, 2, 3)) / shown.clamp(min=torch.finfo(shown.dtype).tiny)
-
-
-class Objective(Protocol):
-    def times(self, rng: SampleRng) -> Tensor: ...
-    def noise(self, x0: Tensor, rng: SampleRng) -> Tensor: ...
-    def corrupt(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
-    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
-    def weight(self, t: Tensor) -> Tensor: ...
-    def noise_share(self, t: Tensor) -> Tensor: ...
+from trainers.families.objective import Objective, pyramid_noise
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Objective):
     """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), with t an integer in
     [0, T).
 
@@ -64,7 +38,8 @@ class DDPM:
     snr_gamma: float | None = None
     debiased: bool = False
     noise_offset: float = 0.0
-    stratified: bool = True
+    multires_noise_levels: int = 0
+    multires_noise_discount: float = 0.3
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -86,7 +61,7 @@ class DDPM:
                 f"the base's scheduler is {type(scheduler).__name__}, which has no betas: a base "
                 "that was trained with other noise levels (EDM) cannot be trained here"
             )
-        options = {"snr_gamma", "debiased", "noise_offset", "stratified"}
+        options = {f.name for f in fields(cls)} - {"abar", "prediction_type"}
         return cls(
             abar=send(scheduler.alphas_cumprod, device),
             # epsilon for the releases; some fine-tuned models predict v
@@ -95,10 +70,14 @@ class DDPM:
         )
 
     def times(self, rng: SampleRng) -> Tensor:
-        return (rng.uniform(self.stratified) * len(self.abar)).long()
+        low, high = self.t_range
+        share = low + (high - low) * rng.uniform(self.stratified)
+        return (share * len(self.abar)).long()
 
     def noise(self, x0: Tensor, rng: SampleRng) -> Tensor:
         eps = rng.normal(x0.shape)
+        if levels := self.multires_noise_levels:
+            eps = pyramid_noise(eps, levels, self.multires_noise_discount, rng)
         if self.noise_offset:
             eps = eps + self.noise_offset * rng.normal((*x0.shape[:2], 1, 1))
         return eps
@@ -126,8 +105,11 @@ class DDPM:
         return snr.clamp(min=1e-3).sqrt() / scale.clamp(min=1e-3)
 
     def noise_share(self, t: Tensor) -> Tensor:
-        """(B,): where the times lie in the schedule, from 0 to 1, which is noise."""
         return t / len(self.abar)
+
+    def noise_to_signal(self, t: Tensor) -> Tensor:
+        abar = self.abar.to(t.device)[t]
+        return ((1 - abar) / abar).sqrt()
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, 1, 1) each: sqrt(abar_t) and sqrt(1 - abar_t)."""
@@ -136,7 +118,7 @@ class DDPM:
 
 
 @dataclass(frozen=True)
-class RectifiedFlow:
+class RectifiedFlow(Objective):
     """x_t = (1 - t) x0 + t eps with t in (0, 1), and v = eps - x0 to regress (Liu et al. 2023;
     Lipman et al. 2023).
 
@@ -159,10 +141,13 @@ class RectifiedFlow:
     shift: float = 1.0
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     precondition: bool = False
-    stratified: bool = True
 
     def times(self, rng: SampleRng) -> Tensor:
-        u = rng.uniform(self.stratified)
+        first, last = self.u_range
+        return self.time_of(first + (last - first) * rng.uniform(self.stratified))
+
+    def time_of(self, u: Tensor) -> Tensor:
+        """The time below which a share u (B,) of the times is drawn, or above which in mode."""
         match self.density:
             case "uniform":
                 t = u
@@ -173,6 +158,23 @@ class RectifiedFlow:
             case "cosmap":
                 t = 1 - 1 / (torch.tan(torch.pi / 2 * u) + 1)
         return (self.shift * t / (1 + (self.shift - 1) * t)).clamp(1e-4, 1 - 1e-6)
+
+    @cached_property
+    def u_range(self) -> tuple[float, float]:
+        """Between which shares the times are those of `t_range`, in the same proportions."""
+        low, high = sorted(map(self.share_of, self.t_range))
+        return low, high
+
+    def share_of(self, t: float) -> float:
+        """The u whose time is t, found by halving."""
+        if t in (0.0, 1.0):
+            return 1 - t if self.density == "mode" else t
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            is_below = self.time_of(torch.tensor(middle)).item() < t
+            low, high = (middle, high) if is_below != (self.density == "mode") else (low, middle)
+        return (low + high) / 2
 
     def noise(self, x0: Tensor, rng: SampleRng) -> Tensor:
         return rng.normal(x0.shape)
@@ -195,8 +197,10 @@ class RectifiedFlow:
         return scale
 
     def noise_share(self, t: Tensor) -> Tensor:
-        """(B,): where the times lie in the schedule, from 0 to 1, which is noise."""
         return t
+
+    def noise_to_signal(self, t: Tensor) -> Tensor:
+        return t / (1 - t)
 
 
 def resolution_shift(scheduler: dict, tokens: int) -> float:

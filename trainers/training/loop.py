@@ -19,7 +19,8 @@ from trainers.config import OptimizerConfig, TrainConfig
 from trainers.data.rng import SampleRng, derive_seed, manual_seed
 from trainers.data.sampler import BatchSlice
 from trainers.distributed import deepspeed
-from trainers.training.optimizers import EMA, clip_and_step, make_optimizer
+from trainers.training.averages import EMA, ScheduleFreeAverage, make_average
+from trainers.training.optimizers import clip_and_step, make_optimizer
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Player:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: EMA | None = None
+    ema: EMA | ScheduleFreeAverage | None = None
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every group's rate to `factor` times its peak, which a checkpoint keeps with it."""
@@ -60,8 +61,7 @@ def make_player(
     else:
         prepared = accelerator.prepare(*unprepared)
     # only now are the weights where they will be trained
-    ema = EMA(module, ema_decay) if ema_decay else None
-    return Player(*prepared, ema)
+    return Player(*prepared, make_average(module, prepared[1], ema_decay))
 
 
 StepMetrics = dict[str, Tensor]  # scalars on the device: each player's mean loss and gradient norm

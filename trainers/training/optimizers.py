@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from trainers.config import OptimizerConfig
 from trainers.config.base_sections import OPTIMIZER_KEYS
-from trainers.distributed.trained_weights import trainable_parameters
+from trainers.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class OptimizerEntry:
 
     module: str  # imported only when the optimizer is used
     class_name: str
-    options: Mapping[str, bool] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 OPTIMIZERS = {
@@ -40,15 +41,48 @@ OPTIMIZERS = {
         options={"scale_parameter": False, "relative_step": False},
     ),
     "prodigy": OptimizerEntry("prodigyopt", "Prodigy", options={"safeguard_warmup": True}),
+    "lion": OptimizerEntry("lion_pytorch", "Lion"),
+    "came": OptimizerEntry("came_pytorch", "CAME"),
+    # its rates are then those of AdamW (Liu et al. 2025)
+    "muon": OptimizerEntry("torch.optim", "Muon", options={"adjust_lr_fn": "match_rms_adamw"}),
+    "schedule_free": OptimizerEntry("schedulefree", "AdamWScheduleFree"),
+    "prodigy_schedule_free": OptimizerEntry("prodigyplus", "ProdigyPlusScheduleFree"),
 }
 
 
+def find_optimizer(name: str) -> OptimizerEntry:
+    """The row of the table, or the class that a name package.Class is of."""
+    module, _, class_name = name.rpartition(".")
+    return OPTIMIZERS.get(name) or OptimizerEntry(module, class_name)
+
+
 def make_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer `config.name` over `groups`, each {"params": [...], "lr": peak rate}."""
-    entry = OPTIMIZERS[config.name]
-    settings = {key: getattr(config, key) for key in OPTIMIZER_KEYS[config.name]}
-    optimizer_class = getattr(import_module(entry.module), entry.class_name)
-    return optimizer_class(groups, lr=config.learning_rate, **settings, **entry.options)
+    """The optimizer `config.name` over `groups`, each {"params": [...], "lr": peak rate}.
+
+    Raises: UserError for a class that is none, and for parameters or arguments that it refuses.
+    """
+    entry = find_optimizer(config.name)
+    settings = {key: getattr(config, key) for key in OPTIMIZER_KEYS.get(config.name, ())}
+    settings |= {**entry.options, **config.arguments}
+    try:
+        optimizer_class = getattr(import_module(entry.module), entry.class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"optimizer.name: {config.name} cannot be imported: {error}") from None
+    try:
+        optimizer = optimizer_class(groups, lr=config.learning_rate, **settings)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in config.arguments.items())
+        where = f" with optimizer.arguments {given}" if given else ""
+        raise UserError(f"optimizer.name: {config.name} refuses this{where}: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optimizer.name: {config.name} is no optimizer of PyTorch")
+    return optimizer
+
+
+def try_optimizer(config: OptimizerConfig) -> None:
+    """Make it once for a small matrix, before anything is loaded. Raises: UserError."""
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": config.learning_rate}]
+    make_optimizer(config, groups)
 
 
 def polynomial(progress: float, config: OptimizerConfig) -> float:
@@ -88,19 +122,25 @@ def make_lr_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], flo
     return rate
 
 
+def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, without what accelerate put around it."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
 @torch.no_grad()
 def clip_and_step(
     optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
     """Step by the gradient, clipped to `max_norm`, unless it is not finite.
 
-    Returns the norm, and 1 if the step was skipped, else 0. AdamW is given both, and clips and
-    skips in its own pass, so that nothing waits for the device; with the others the host must look.
-    With float16 overflow is the GradScaler's business, and only the loss counts as skipped.
+    Returns the norm, and 1 if the step was skipped, else 0. Fused AdamW is given both, and clips
+    and skips in its own pass, so that nothing waits for the device; with the others the host must
+    look. With float16 overflow is the GradScaler's business, and only the loss counts as skipped.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    unwrapped = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    if isinstance(unwrapped, torch.optim.AdamW) and not accelerator.scaler:
+    unwrapped = unwrap(optimizer)
+    is_fused = isinstance(unwrapped, torch.optim.AdamW) and unwrapped.defaults["fused"]
+    if is_fused and not accelerator.scaler:
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         skipped = (~norm.isfinite()).float()
         unwrapped.grad_scale, unwrapped.found_inf = (norm / max_norm).clamp(min=1), skipped
@@ -115,31 +155,3 @@ def clip_and_step(
     for parameter in trained:
         parameter.grad = None
     return norm, skipped
-
-
-class EMA:
-    """A running average of a module's trained parameters, kept beside them.
-
-    The decay grows as min(decay, (1 + step) / (10 + step)), so that short runs are not averaged
-    with their start.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.trained = trainable_parameters(module)
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            list(self.average.values()), [p.detach() for p in self.trained.values()], 1 - decay
-        )
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average and the weights; call it again to undo."""
-        for name, parameter in self.trained.items():
-            weight = parameter.detach().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(weight)

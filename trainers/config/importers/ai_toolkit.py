@@ -22,6 +22,7 @@ from trainers.config.importers.base import (
     sides,
     times,
 )
+from trainers.config.importers.objective import put_t_range
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 from trainers.errors import UserError
 
@@ -124,6 +125,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     read_network(config)
     read_prompts(config)
     read_sets(config, datasets)
+    put_t_range(config, "train.min_denoising_steps", "train.max_denoising_steps", 1000)
     read_prior(config)
     kept = config.take("datasets.keep_tokens")
     put_kept_tags(config, kept, "datasets.keep_tokens")

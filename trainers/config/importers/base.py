@@ -241,6 +241,15 @@ OPTIMIZERS = {
     "bnb_adamw8bit_paged": "paged_adamw_8bit",
     "adafactor": "adafactor",
     "prodigy": "prodigy",
+    "lion": "lion",
+    "came": "came",
+    "muon": "muon",
+    "adamwschedulefree": "schedule_free",
+    "schedule_free_adamw": "schedule_free",
+    "adamw_schedulefree": "schedule_free",
+    "prodigyplus": "prodigy_schedule_free",
+    "prodigy_plus_schedule_free": "prodigy_schedule_free",
+    "prodigyplus.prodigyplusschedulefree": "prodigy_schedule_free",
 }
 SCHEDULES = {
     "constant": "constant",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainers.config.base_sections import OPTIMIZER_KEYS
 from trainers.config.family_facts import (
     default_family,
     families_with,
@@ -33,6 +35,7 @@ from trainers.config.importers.base import (
     sides,
     times,
 )
+from trainers.config.importers.objective import put_coarse_noise, put_loss, put_t_range
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 LYCORIS = "lycoris.kohya"
@@ -87,6 +90,7 @@ RULES = [
     Rule("min_snr_gamma", "objective.snr_gamma", positive),
     Rule("debiased_estimation_loss", "objective.debiased", only_if_on),
     Rule("noise_offset", "objective.noise_offset", positive),
+    Rule("ip_noise_gamma", "objective.input_perturbation", positive),
     Rule("discrete_flow_shift", "objective.shift", number),
     Rule("timestep_sampling", "objective.density", choose(DENSITIES)),
     Rule("optimizer_type", "optimizer.name", choose(OPTIMIZERS)),
@@ -150,6 +154,10 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         config.settings.pop("optimizer.text_encoder_lr", None)
     read_network(config, module, family)
     read_length(config)
+    read_optimizer_arguments(config)
+    put_t_range(config, "min_timestep", "max_timestep", 1000)
+    put_loss(config)
+    put_coarse_noise(config)
     read_subsets(config, datasets(tree))
     note = "Theirs counts tags of the prefix too" if config.value("data.caption_prefix") else ""
     put_kept_tags(config, config.take("keep_tokens"), "keep_tokens", note)
@@ -228,6 +236,26 @@ def read_length(config: ForeignConfig) -> None:
         config.put("optimizer.lr_warmup_steps", round(warmup * steps), "lr_warmup_steps")
     elif warmup:
         config.put("optimizer.lr_warmup_steps", int(warmup), "lr_warmup_steps")
+
+
+def read_optimizer_arguments(config: ForeignConfig) -> None:
+    """`optimizer_args`, a list of name=value, of an optimizer that is known here."""
+    optimizer, given = config.value("optimizer.name"), config.values.get("optimizer_args")
+    if optimizer is None or not isinstance(given, list):
+        return
+    config.used.add("optimizer_args")
+    others = {}
+    for name, _, text in (str(argument).partition("=") for argument in given):
+        try:
+            value = literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        value = list(value) if isinstance(value, tuple) else value
+        if name in OPTIMIZER_KEYS[optimizer]:
+            config.put(f"optimizer.{name}", value, "optimizer_args")
+        else:
+            others[name] = value
+    config.put("optimizer.arguments", others or None, "optimizer_args")
 
 
 def read_subsets(config: ForeignConfig, parts: Sequence[Any]) -> None:

@@ -20,6 +20,7 @@ from trainers.config.importers.base import (
     sides,
     times,
 )
+from trainers.config.importers.objective import put_t_range
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 SCHEDULES = {
@@ -94,6 +95,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
     if str(config.values.get("training_method")) == "FINE_TUNE":
         config.leave_out("lora", "training_method")
     read_length(config)
+    put_t_range(config, "min_noising_strength", "max_noising_strength", 1)
     read_loss(config)
     read_concepts(config)
     if str(config.take("gradient_checkpointing", "ON")) != "OFF":

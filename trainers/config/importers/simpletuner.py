@@ -24,6 +24,7 @@ from trainers.config.importers.base import (
     sides,
     times,
 )
+from trainers.config.importers.objective import put_loss
 from trainers.config.importers.photo_sets import ForeignSets, convert, put_sets
 
 PRECISIONS = {"int8_quanto": "int8", "fp8_quanto": "fp8", "nf4_bnb": "nf4", "int4_quanto": "nf4"}
@@ -50,6 +51,7 @@ RULES = [
     Rule("instance_prompt", "data.instance_prompt"),
     Rule("caption_dropout_probability", "data.caption_dropout", positive),
     Rule("snr_gamma", "objective.snr_gamma", positive),
+    Rule("input_perturbation", "objective.input_perturbation", positive),
     Rule("flow_schedule_shift", "objective.shift", positive),
     Rule("flow_schedule_auto_shift", "objective.shift", lambda on: "auto" if is_on(on) else None),
     Rule("optimizer", "optimizer.name", choose(OPTIMIZERS)),
@@ -103,6 +105,7 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         if name.endswith("_guidance_value"):
             config.put("model.guidance_scale", number(config.take(name)), name)
     read_lycoris(config)
+    put_loss(config)
     read_backends(config)
     if str(config.values.get("model_type", "lora")) == "full":
         config.leave_out("lora", "model_type")
