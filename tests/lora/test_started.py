@@ -80,9 +80,11 @@ def test_the_file_is_plain_lora_of_twice_the_rank_for_the_same_base(
         assert lora.keys() == wanted.keys()
         for name, update in lora.items():
             torch.testing.assert_close(update.delta_weight(), wanted[name], rtol=1e-4, atol=1e-5)
-    assert {update.rank for update in read_lora(tmp_path / WEIGHT_NAME, task.family).values()} == {
-        4
-    }
+    updates = read_lora(tmp_path / WEIGHT_NAME, task.family).values()
+    assert {update.rank for update in updates} == {4}
+    # a reader in half precision rounds by the size of the update, not of what it started with
+    for update in updates:
+        assert update.a.norm() * update.b.norm() < 4 * update.delta_weight().norm()
     pipe = DiffusionPipeline.from_pretrained(bases[family])
     pipe.load_lora_weights(tmp_path, weight_name=WEIGHT_NAME)
     task.family.pipe.register_modules(**{task.family.denoiser_name: task.module.denoiser})
