@@ -9,7 +9,7 @@ from trainers.errors import UserError
 from trainers.lora.base_layers import adaptable_shapes
 from trainers.lora.files import read_lora
 
-STEM = "lora_unet_mid_block_attentions_0_proj_in"  # 8 x 8
+STEM = "lora_unet_mid_block_attentions_0_proj_in"  # 16 x 16
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_numbers_that_are_not_finite_are_refused(sd15, tmp_path):
     state = {"lokr_w1": torch.full((2, 2), float("nan")), "lokr_w2": torch.ones(4, 4)}
     with pytest.raises(UserError, match="NaN or infinite"):
         read_lora(written(tmp_path, state), sd15)
-    state = {"hada_w1_a": torch.ones(8, 1), "hada_w1_b": torch.ones(1, 8)}
-    state |= {"hada_w2_a": torch.ones(8, 1), "hada_w2_b": torch.ones(1, 8)}
+    state = {"hada_w1_a": torch.ones(16, 1), "hada_w1_b": torch.ones(1, 16)}
+    state |= {"hada_w2_a": torch.ones(16, 1), "hada_w2_b": torch.ones(1, 16)}
     for alpha, message in ((torch.ones(2), "alpha is one number"), (torch.tensor(1e39), "alpha")):
         with pytest.raises(UserError, match=message):
             read_lora(written(tmp_path, state | {"alpha": alpha}), sd15)
