@@ -14,6 +14,7 @@ from trainers.efficiency.apply import open_family
 from trainers.lora.base_layers import loaded_weights
 from trainers.lora.files import load_lora, read_lora
 from trainers.lora.sampler import LoraSampler
+from trainers.memory_plan import plan_memory
 from trainers.run import run
 from trainers.run_folder import CARD_NAME, WEIGHT_NAME
 from trainers.training.run_weights import find_run_weights
@@ -43,6 +44,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_and_its_file_reloads(
     run_steps(other, 3)
     run(other)
     assert_same(one, other)
+    assert plan_memory(one, torch.float32, has_cpu_memory=True).peak_bytes > 0
     card = (one.output_dir / CARD_NAME).read_text()
     assert float(re.search(r"differs by (\S+) \(relative", card)[1]) < 1e-5
     assert one.lora.title in card

@@ -1,5 +1,7 @@
 """LoKr and LoHa: what is trained is what ComfyUI, PEFT and we read of the file."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,7 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from peft.tuners.lycoris_utils import LycorisLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.shared.saved_loras import family_of
@@ -15,11 +17,9 @@ from trainers import dreambooth
 from trainers.banners import describe_weights
 from trainers.config import loading
 from trainers.distributed.trained_weights import trainable_parameters
-from trainers.errors import UserError
-from trainers.families import FAMILIES
 from trainers.families.sampling import with_lora_scale, without_lora
 from trainers.lora import diffusers_format, peft_format
-from trainers.lora.base_layers import adaptable_shapes, loaded_weights, merge_lora
+from trainers.lora.base_layers import loaded_weights, merge_lora
 from trainers.lora.files import load_run_file, read_lora
 from trainers.lora.low_rank import reduce_rank, svd
 from trainers.lora.proof import check_keys
@@ -146,6 +146,29 @@ def test_it_is_read_put_on_and_merged(trained, bases):
         close(loaded_weights(fresh)[key], weight + deltas[key])
 
 
+def test_a_layer_in_training_adds_its_update(trained):
+    task, deltas, _ = trained
+    layers = layers_of(task)
+    for key, delta in deltas.items():
+        layer = layers[key].train()
+        base = layer.get_base_layer()
+        is_linear = isinstance(base, nn.Linear)
+        x = (
+            torch.randn(2, base.in_features)
+            if is_linear
+            else torch.randn(2, base.in_channels, 6, 6)
+        )
+        found, plain = layer(x), base(x)
+        merged = copy.deepcopy(base)
+        merged.weight = nn.Parameter(base.weight + delta)
+        torch.testing.assert_close(found, merged(x), rtol=1e-4, atol=1e-4)
+        half = layer.bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16
+        layer.enable_adapters(False)
+        assert torch.equal(layer.float()(x), base(x))
+        assert not torch.equal(found, plain)
+
+
 def test_peft_loads_its_folder(trained, bases, tmp_path):
     task, deltas, path = trained
     family, part = task.family, task.family.denoiser_name
@@ -201,70 +224,6 @@ def test_a_text_encoder_has_it_too(build, tmp_path):
         layer = modules.get(own) or modules[own.removeprefix("text_model.")]
         close(update.delta_weight(), layer.get_delta_weight("default"))
     assert describe_weights(task.config, task).startswith(f"LoHa of rank 2 in {len(lora)} layers")
-
-
-STEM = "lora_unet_mid_block_attentions_0_proj_in"  # 8 x 8
-
-
-@pytest.fixture
-def sd15(bases):
-    return FAMILIES["sd15"](family_of(bases["sd15"], "sd15").model)
-
-
-def written(tmp_path, state):
-    tensors = {f"{STEM}.{name}": tensor for name, tensor in state.items()}
-    save_file(tensors, tmp_path / "file.safetensors")
-    return tmp_path / "file.safetensors"
-
-
-def test_the_alpha_of_other_programs_counts_as_in_comfyui(sd15, tmp_path):
-    shape = adaptable_shapes(sd15)["unet.mid_block.attentions.0.proj_in"]
-    rows, columns = shape[0], shape[1]
-    w1, w2_a, w2_b = torch.randn(2, 2), torch.randn(rows // 2, 3), torch.randn(3, columns // 2)
-    state = {"lokr_w1": w1, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b, "alpha": torch.tensor(6.0)}
-    (update,) = read_lora(written(tmp_path, state), sd15).values()
-    close(update.delta_weight(), 2 * torch.kron(w1, w2_a @ w2_b))
-    state = {"lokr_w1": w1, "lokr_w2": w2_a @ w2_b, "alpha": torch.tensor(6.0)}
-    (update,) = read_lora(written(tmp_path, state), sd15).values()
-    close(update.delta_weight(), torch.kron(w1, w2_a @ w2_b))
-
-
-BROKEN = {
-    "half a factor": ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 8)}, "lacks a factor of its LoHa"),
-    "another rank": (
-        {"lokr_w1": (2, 2), "lokr_w2_a": (4, 3), "lokr_w2_b": (2, 4)},
-        "does not fit together",
-    ),
-    "another weight": ({"lokr_w1": (2, 2), "lokr_w2": (4, 5)}, "for another weight than the base"),
-    "two kinds": ({"lokr_w1": (2, 2), "hada_w1_a": (8, 2)}, "not the tensors of one kind"),
-    "Tucker": ({"lokr_w1": (2, 2), "lokr_t2": (2, 2, 3, 3)}, "more than LoKr or LoHa, such as a T"),
-    "DoRA": ({"lokr_w1": (2, 2), "lokr_w2": (4, 4), "dora_scale": (8, 1)}, "more than LoKr or"),
-}
-
-
-@pytest.mark.parametrize(("shapes", "message"), BROKEN.values(), ids=BROKEN)
-def test_what_is_no_update_of_the_layer_is_refused(sd15, tmp_path, shapes, message):
-    path = written(tmp_path, {name: torch.ones(shape) for name, shape in shapes.items()})
-    with pytest.raises(UserError, match=message):
-        read_lora(path, sd15)
-
-
-def test_an_update_of_several_layers_is_refused(bases, tmp_path):
-    state = {"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2)}
-    save_file(state, tmp_path / "file.safetensors")
-    with pytest.raises(UserError, match=r"is the update of 3 layers of diffusers"):
-        read_lora(tmp_path / "file.safetensors", family_of(bases["flux"], "flux"))
-
-
-def test_numbers_that_are_not_finite_are_refused(sd15, tmp_path):
-    state = {"lokr_w1": torch.full((2, 2), float("nan")), "lokr_w2": torch.ones(4, 4)}
-    with pytest.raises(UserError, match="NaN or infinite"):
-        read_lora(written(tmp_path, state), sd15)
-    state = {"hada_w1_a": torch.ones(8, 1), "hada_w1_b": torch.ones(1, 8)}
-    state |= {"hada_w2_a": torch.ones(8, 1), "hada_w2_b": torch.ones(1, 8)}
-    for alpha, message in ((torch.ones(2), "alpha is one number"), (torch.tensor(1e39), "alpha")):
-        with pytest.raises(UserError, match=message):
-            read_lora(written(tmp_path, state | {"alpha": alpha}), sd15)
 
 
 @pytest.mark.parametrize(

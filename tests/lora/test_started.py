@@ -49,10 +49,13 @@ def test_the_start_is_that_of_peft(pipes, kind):
             theirs_layer = others[name]
             part = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             wanted = theirs_layer.get_delta_weight("default")
-            # random weights have singular values that lie close together
-            assert (part - wanted).norm() < 1e-2 * wanted.norm()
             # their base lacks the part, ours has it and the layer takes it off
             weight = theirs_layer.base_layer.weight + wanted
+            # where singular values lie close together, several parts are as good
+            left, least = (weight - part).norm(), (weight - wanted).norm()
+            assert abs(left - least) < 1e-3 * weight.norm()
+            if kind == "olora":
+                torch.testing.assert_close(part, wanted, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(layer.base_layer.weight, weight, rtol=1e-3, atol=1e-5)
             assert layer.get_delta_weight("default").abs().max() < 1e-6
             assert layer.lora_A["default"].weight.norm() > 0.01
@@ -80,9 +83,11 @@ def test_the_file_is_plain_lora_of_twice_the_rank_for_the_same_base(
         assert lora.keys() == wanted.keys()
         for name, update in lora.items():
             torch.testing.assert_close(update.delta_weight(), wanted[name], rtol=1e-4, atol=1e-5)
-    assert {update.rank for update in read_lora(tmp_path / WEIGHT_NAME, task.family).values()} == {
-        4
-    }
+    updates = read_lora(tmp_path / WEIGHT_NAME, task.family).values()
+    assert {update.rank for update in updates} == {4}
+    # a reader in half precision rounds by the size of the update, not of what it started with
+    for update in updates:
+        assert update.a.norm() * update.b.norm() < 4 * update.delta_weight().norm()
     pipe = DiffusionPipeline.from_pretrained(bases[family])
     pipe.load_lora_weights(tmp_path, weight_name=WEIGHT_NAME)
     task.family.pipe.register_modules(**{task.family.denoiser_name: task.module.denoiser})

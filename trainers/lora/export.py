@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
         layer_name, _, half = name.partition(".lora_")
         layer = layers[layer_name]
         if isinstance(layer, StartedLinear):
-            tensor = layer.factors(adapter)["AB".index(half[0])]
+            tensor = layer.small_factors(adapter)["AB".index(half[0])]
         tensor = tensor.detach().float()
         if half.startswith("B"):
             tensor = tensor * layer.scaling[adapter]
@@ -51,14 +50,14 @@ def lora_state(module: nn.Module, prefix: str = "", adapter: str = "default") ->
     return state
 
 
-def lora_metadata(module: nn.Module) -> dict:
-    """The PEFT config that fits `lora_state`."""
+def lora_metadata(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> dict:
+    """The PEFT config that fits a module's `lora_state`."""
     config = module.peft_config["default"].to_dict() | {"use_rslora": False}
     ranks = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
-            # what a layer started with is taken off by as many columns
-            ranks[name] = layer.r["default"] * (2 if isinstance(layer, StartedLinear) else 1)
+    for name, tensor in state.items():
+        layer_name, _, is_a = name.removeprefix(prefix).partition(".lora_A.")
+        if is_a:
+            ranks[layer_name] = len(tensor)
     config |= rank_settings(ranks)
     # diffusers leaves freshly loaded LoRA layers in training mode, where dropout would act
     config["lora_dropout"] = 0.0
@@ -89,9 +88,10 @@ def save_lora(
     packed, state = {}, {}
     for name in (family.denoiser_name, *text_encoders):
         module = getattr(family.pipe, name)
-        own = lora_state(module, text_prefix(module))
+        prefix = text_prefix(module)
+        own = lora_state(module, prefix)
         packed[f"{name}_lora_layers"] = own
-        packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module)
+        packed[f"{name}_lora_adapter_metadata"] = lora_metadata(module, own, prefix)
         state |= {f"{name}.{key}": value for key, value in own.items()}
     with working_folder(folder) as temporary:
         file = temporary / WEIGHT_NAME

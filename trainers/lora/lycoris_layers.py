@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer
-from torch import nn
+from torch import Tensor, nn
 
 from trainers.config import LoraConfig
 from trainers.families import Family
@@ -34,13 +36,38 @@ def make_config(config: LoraConfig, shared: Mapping[str, object]) -> LycorisConf
     )
 
 
+class PlainForward:
+    """PEFT's layer for one adapter without its module dropout.
+
+    PEFT draws a number for that in each layer, where nobody asks for it, and a plan of the memory
+    has no numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, base = self.base_layer(x), self.get_base_layer()
+        if self.disable_adapters or self.merged:
+            return output
+        weight = self.get_delta_weight(ADAPTER)
+        x_own = x.to(weight.dtype)
+        if isinstance(base, nn.Conv2d):
+            places = base.stride, base.padding, base.dilation, base.groups
+            added = F.conv2d(x_own, weight, None, *places)
+        else:
+            added = F.linear(x_own, weight)
+        return (output + added).to(x.dtype)
+
+
+@cache
+def with_plain_forward(layer_class: type[LycorisLayer]) -> type[LycorisLayer]:
+    return type(layer_class.__name__, (PlainForward, layer_class), {})
+
+
 @torch.no_grad()
 def start_layers(module: nn.Module) -> None:
     """Let the layers of a module start as LyCORIS's do."""
     for layer in module.modules():
         if isinstance(layer, LycorisLayer):
-            # PEFT leaves a layer out unless a number in [0, 1) is above this
-            layer.module_dropout[ADAPTER] = -1.0
+            layer.__class__ = with_plain_forward(type(layer))
         if isinstance(layer, LoHaLayer):
             # PEFT's own start is so small that at the usual rates it hardly learns
             layer.hada_w1_a[ADAPTER].normal_(std=0.1)

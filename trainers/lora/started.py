@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainers.errors import UserError
 from trainers.lora.lora_linear import LoraLinear
+from trainers.lora.svd import svd_of_product
 
 ADAPTER = "default"
 ITERATIONS = 16  # of the randomized SVD: PEFT calls this start pissa_niter_16
@@ -31,6 +32,18 @@ class StartedLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         a, b = self.factors(adapter)
         return self.scaling[adapter] * b @ a
+
+    @torch.no_grad()
+    def small_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B of the same update by its singular values, on the CPU.
+
+        A reader in half precision rounds factors by their size, and those that are trained are as
+        large as the part of the base, of which the update may be little.
+        """
+        a, b = (factor.cpu().double() for factor in self.factors(adapter))
+        u, s, v = svd_of_product(b, a)
+        root = s.sqrt()
+        return root[:, None] * v, u * root
 
 
 @torch.no_grad()
