@@ -13,7 +13,8 @@ from trainers.config import loading
 from trainers.data.imaging import to_float
 from trainers.data.rng import SampleRng
 from trainers.errors import UserError
-from trainers.from_scratch.codes import anomaly_score, corrupt
+from trainers.from_scratch.anomaly_scores import ReconstructionScorer
+from trainers.from_scratch.codes import corrupt
 from trainers.from_scratch.image_sets import load_images
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.run import run
