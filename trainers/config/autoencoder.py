@@ -83,7 +83,7 @@ class AutoencoderValidationConfig(ValidationConfig):
         "guessed.",
     )
     bank_size: int = field(
-        2000, "anomaly, patches: patches of good pictures that are kept.", ge=1, le=200_000
+        1000, "anomaly, patches: patches of good pictures that are kept.", ge=1, le=200_000
     )
     threshold_quantile: float = field(
         0.99,

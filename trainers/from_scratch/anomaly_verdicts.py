@@ -86,7 +86,6 @@ class Judge:
         tensors = {name: tensor.to(model.device) for name, tensor in file.load()}
         scorer: Scorer = ReconstructionScorer(model, config)
         if file.metadata["scorer"] == PatchScorer.name:
-            memory = PatchMemory(*(tensors[name] for name in ("basis", "shift", "bank")))
-            scorer = PatchScorer(model, memory)
+            scorer = PatchScorer(model, PatchMemory.from_tensors(tensors))
         quantile = float(file.metadata["quantile"])
         return cls(scorer, tensors[GOOD_SCORES], quantile, tensors[SCALE])

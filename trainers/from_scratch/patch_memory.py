@@ -6,8 +6,8 @@ the encoder that the run has trained in place of one that was trained on ImageNe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ STRIDE = 4  # pixels from one patch to the next
 PATCH_SIDE = 8  # of the raw patch that stands beside the features, pixels
 LEVEL = 2  # of the encoder: its second, which has a place for each 4 pixels
 DIMENSIONS = 64  # at most, that patches are compared in
-CHUNK = 4096  # patches that are compared with the bank at once
+CHUNK = 4096  # patches that are compared with a bank at once
 
 
 @torch.no_grad()
@@ -57,41 +57,70 @@ def raw_patches(x: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PatchMemory:
-    """basis (F, D), shift (D,): from features to the space in which patches are compared; bank
-    (M, D): the good patches there."""
+class PatchBank:
+    """Good patches in one block of features.
+
+    basis (F, D), shift (D,): from features to the directions in which good patches vary; bank
+    (M, D): good patches there; scale (): the distance between them that is usual.
+    """
 
     basis: Tensor
     shift: Tensor
     bank: Tensor
+    scale: Tensor
+
+    @classmethod
+    def build(cls, features: Tensor, size: int) -> PatchBank:
+        """From features (N, F) of good patches, of which `size` are kept, and the `DIMENSIONS`
+        directions in which they vary most."""
+        mean = features.mean(0)
+        centered = (features - mean).double()
+        basis = torch.linalg.eigh(centered.T @ centered)[1].flip(1)[:, :DIMENSIONS].float()
+        points = (features - mean) @ basis
+        bank = points[farthest_points(points, size)]
+        some = points[:: -(-len(points) // CHUNK)]
+        # the nearest one may be the patch itself
+        others = torch.cdist(some, bank).topk(min(2, len(bank)), largest=False).values[:, -1]
+        return cls(basis, mean @ basis, bank, others.mean().clamp(min=1e-6))
+
+    def distances(self, features: Tensor) -> Tensor:
+        """(...) of features (..., F): to the nearest good patch, in units of what is usual."""
+        points = features @ self.basis - self.shift
+        parts = points.flatten(0, -2).split(CHUNK)
+        nearest = torch.cat([torch.cdist(part, self.bank).amin(1) for part in parts])
+        return nearest.view(points.shape[:-1]) / self.scale
+
+
+@dataclass(frozen=True)
+class PatchMemory:
+    """A bank for each block of `patch_features`, each with patches of its own: what is far from all
+    good ones in one block is not made up for by the other."""
+
+    banks: Sequence[PatchBank]
 
     @classmethod
     def build(cls, blocks: Sequence[Tensor], size: int) -> PatchMemory:
-        """From blocks of features (N, F) of good patches, of which `size` are kept.
+        """From blocks (N, F) of the same good patches."""
+        return cls([PatchBank.build(block, size) for block in blocks])
 
-        Each block counts alike, however large its numbers are; of all of them the `DIMENSIONS`
-        directions with most variance are compared.
-        """
-        scales = [block.var(0).sum().clamp(min=1e-12).sqrt() for block in blocks]
-        features = torch.cat(
-            [block / scale for block, scale in zip(blocks, scales, strict=True)], 1
-        )
-        mean = features.mean(0)
-        centered = (features - mean).double()
-        axes = torch.linalg.eigh(centered.T @ centered)[1].flip(1)[:, :DIMENSIONS].float()
-        widths = [scale.expand(block.shape[1]) for block, scale in zip(blocks, scales, strict=True)]
-        candidates = (features - mean) @ axes
-        bank = candidates[farthest_points(candidates, size)]
-        return cls(axes / torch.cat(widths)[:, None], mean @ axes, bank)
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PatchMemory:
+        """The inverse of `tensors`; others are passed over."""
+        names = [part.name for part in fields(PatchBank)]
+        count = sum(name.endswith(".bank") for name in tensors)
+        return cls([PatchBank(*(tensors[f"{i}.{n}"] for n in names)) for i in range(count)])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"basis": self.basis, "shift": self.shift, "bank": self.bank}
+        """By names such as 0.bank."""
+        named = {}
+        for i, bank in enumerate(self.banks):
+            named |= {f"{i}.{part.name}": getattr(bank, part.name) for part in fields(bank)}
+        return named
 
     def distances(self, blocks: Sequence[Tensor]) -> Tensor:
-        """(B, n, n) of features (B, n, n, F), to the nearest good patch."""
-        points = torch.cat(tuple(blocks), -1) @ self.basis - self.shift
-        nearest = [torch.cdist(p, self.bank).amin(1) for p in points.flatten(0, -2).split(CHUNK)]
-        return torch.cat(nearest).view(points.shape[:-1])
+        """(B, n, n) of blocks (B, n, n, F): the mean over the blocks."""
+        both = zip(self.banks, blocks, strict=True)
+        return torch.stack([bank.distances(block) for bank, block in both]).mean(0)
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:
