@@ -124,9 +124,10 @@ class Autoencoder(FromScratchTask):
             yield "from random codes", to_pil(self.model.decode(rng.normal(codes.shape)))
 
     def usage_example(self) -> str:
+        scores = "; scores and heat maps: scripts/encode.py" if self.anomalies else ""
         return (
             f"codes = model.encode(x)  # x: {describe_input(self.config)}; "
-            f"model.decode(codes) gives pictures"
+            f"model.decode(codes) gives pictures{scores}"
         )
 
     @property

@@ -2,8 +2,9 @@
 
 python scripts/results/anomaly.py [--out runs/results] [--seeds 0 1 2] [--subjects brick ...]
 
-Each detector is shown the same good pictures and judged by the same rule. Those that can use more
-time get as much as ours took, in processor seconds. See docs/results.md.
+Each detector is shown the same good pictures and judged by the same rule; the sizes of those that
+can use more time are such that they take about as many processor seconds as ours, or all patches.
+See docs/results.md.
 """
 
 import argparse
@@ -34,8 +35,13 @@ from trainers.run import run
 from trainers.run_folder import FIGURES_NAME
 
 CONFIG = "configs/autoencoder_defects.yaml"
-SCORERS = ("patches", "reconstruction")
-FIRST_SIZE = 500  # patches, or trees, that a detector begins with
+# what each of our rows changes in the config
+OURS = {
+    "patches": [],
+    "reconstruction": ["validation.scorer=reconstruction"],
+    "untrained": ["train.max_train_steps=1", "optimizer.learning_rate=1e-9"],
+}
+OF_LOF, TREES = 8000, 500  # patches that LOF is fitted on; of the isolation forest
 COMPONENTS = 32  # of PCA
 
 FIGURES = ("auroc", *(f"auroc_{kind}" for kind in DEFECTS), "pixel_auroc", "pro")
@@ -86,26 +92,25 @@ def main() -> None:
 def compare_all(subject: str, seed: int, folder: Path) -> Iterator[tuple[str, Figures]]:
     """Figures by the name of the detector; finished ones are read again."""
     data = write_subject(subject, seed, folder / "pictures")
-    budget = 0.0
-    for scorer in SCORERS:
-        path = folder / f"{scorer}.json"
-        ours = read_or_compute(path, lambda scorer=scorer: run_ours(scorer, seed, data, folder))
-        budget = budget or ours["seconds"]
-        yield f"ours, {scorer}", ours
+    for name, overrides in OURS.items():
+        path = folder / f"{name}.json"
+        run_folder = folder / ("untrained" if name == "untrained" else "run")
+        options = [f"data.image_dir={data}", f"seed={seed}", f"output_dir={run_folder}"]
+        every = [*options, *overrides]
+        yield f"ours, {name}", read_or_compute(path, lambda every=every: run_ours(every))
     for name, make in DETECTORS.items():
-        path = folder / f"{name.replace(' ', '_')}.json"
-        yield name, read_or_compute(path, lambda make=make: within(budget, make, data))
+        path = folder / f"{name.split()[0].strip(',')}.json"
+        yield name, read_or_compute(path, lambda make=make: run_detector(make, data))
 
 
-def run_ours(scorer: str, seed: int, data: Path, folder: Path) -> Figures:
-    """The figures of a run from its start to its report; the second scorer measures the finished
-    run of the first, whose seconds are not counted again."""
-    overrides = [f"data.image_dir={data}", f"seed={seed}", f"validation.scorer={scorer}"]
-    run_folder = folder / "run"
+def run_ours(overrides: list[str]) -> Figures:
+    """The figures of a run, from its start to its report. A second scorer measures the finished run
+    of the first, whose seconds are not counted again."""
+    config = load_config(CONFIG, overrides)
     begin = time.process_time()
-    run(load_config(CONFIG, [f"output_dir={run_folder}", *overrides]))
+    run(config)
     seconds = time.process_time() - begin
-    found = json.loads((run_folder / FIGURES_NAME).read_text())
+    found = json.loads((config.output_dir / FIGURES_NAME).read_text())
     return {"seconds": seconds, **{name: found[name] for name in FIGURES}}
 
 
@@ -123,25 +128,14 @@ def read_pictures(data: Path) -> Pictures:
     return Pictures(patches("train/good"), patches("test/good"), bad, masks)
 
 
-def within(
-    budget: float, make: Callable[[np.ndarray, int], Scoring], pictures: Pictures
-) -> Figures:
-    """The figures of a detector of the largest size that took no more than `budget` processor
-    seconds, to fit and to score; sizes double. One that is of one size is made once."""
-    size, best = FIRST_SIZE, None
+def run_detector(make: Callable[[np.ndarray], Scoring], data: Path) -> Figures:
+    """The figures of a detector on raw patches, with the processor seconds to fit and to score."""
+    pictures = read_pictures(data)
     patches = pictures.train.reshape(-1, pictures.train.shape[-1])
     order = np.random.default_rng(0).permutation(len(patches))
-    while True:
-        begin = time.process_time()
-        found = measure(make(patches[order], size), pictures)
-        found["seconds"] = time.process_time() - begin
-        found["size"] = size
-        if best is None or found["seconds"] <= budget:
-            best = found
-        is_whole = make not in GROWING or size >= len(patches)
-        if is_whole or 2 * found["seconds"] > budget:
-            return best
-        size *= 2
+    begin = time.process_time()
+    found = measure(make(patches[order]), pictures)
+    return {"seconds": time.process_time() - begin, **found}
 
 
 def measure(score: Scoring, pictures: Pictures) -> Figures:
@@ -174,12 +168,12 @@ def measure(score: Scoring, pictures: Pictures) -> Figures:
     }
 
 
-def nearest_raw(patches: np.ndarray, size: int) -> Scoring:
-    fitted = NearestNeighbors(n_neighbors=1).fit(patches[:size])
+def nearest_raw(patches: np.ndarray) -> Scoring:
+    fitted = NearestNeighbors(n_neighbors=1).fit(patches)
     return lambda queries: fitted.kneighbors(queries)[0][:, 0]
 
 
-def pca_residual(patches: np.ndarray, size: int) -> Scoring:
+def pca_residual(patches: np.ndarray) -> Scoring:
     fitted = PCA(COMPONENTS, random_state=0).fit(patches)
 
     def residual(queries: np.ndarray) -> np.ndarray:
@@ -189,23 +183,22 @@ def pca_residual(patches: np.ndarray, size: int) -> Scoring:
     return residual
 
 
-def isolation_forest(patches: np.ndarray, size: int) -> Scoring:
-    fitted = IsolationForest(n_estimators=size, random_state=0).fit(patches)
+def isolation_forest(patches: np.ndarray) -> Scoring:
+    fitted = IsolationForest(n_estimators=TREES, random_state=0).fit(patches)
     return lambda queries: -fitted.score_samples(queries)
 
 
-def local_outlier_factor(patches: np.ndarray, size: int) -> Scoring:
-    fitted = LocalOutlierFactor(novelty=True).fit(patches[:size])
+def local_outlier_factor(patches: np.ndarray) -> Scoring:
+    fitted = LocalOutlierFactor(novelty=True).fit(patches[:OF_LOF])
     return lambda queries: -fitted.score_samples(queries)
 
 
 DETECTORS = {
-    "kNN of raw patches": nearest_raw,
-    "PCA of raw patches": pca_residual,
-    "IsolationForest of raw patches": isolation_forest,
-    "LOF of raw patches": local_outlier_factor,
+    "kNN, all raw patches": nearest_raw,
+    f"PCA of raw patches, {COMPONENTS} components": pca_residual,
+    f"IsolationForest of raw patches, {TREES} trees": isolation_forest,
+    f"LOF, {OF_LOF} raw patches": local_outlier_factor,
 }
-GROWING = (nearest_raw, isolation_forest, local_outlier_factor)
 
 
 def mean_and_spread(found: list[Figures]) -> list[str]:

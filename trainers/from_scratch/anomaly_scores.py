@@ -39,6 +39,8 @@ class Scorer(ABC):
     @torch.no_grad()
     def maps(self, x: Tensor) -> Tensor:
         """As `batch_maps`, of any number of pictures."""
+        if not len(x):
+            return x[:, 0]
         return torch.cat([self.batch_maps(part) for part in x.split(BATCH)])
 
     def scores(self, maps: Tensor) -> Tensor:

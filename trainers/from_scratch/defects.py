@@ -81,7 +81,7 @@ def list_defects(
             "into a folder of its own there"
         )
     if good and config.test_dir is None:
-        intake.note(f"not used: {len(good)} pictures in {root / GOOD}, which are no defects")
+        intake.note(f"not used: {len(good)} pictures in {root.name}/{GOOD}, which have no defect")
     mask_by_name = {}
     for path in scan_folder(masks_dir).pictures if masks_dir else []:
         name = relative_name(path.with_suffix(""), masks_dir)

@@ -74,9 +74,10 @@ class PatchBank:
         """From features (N, F) of good patches, of which `size` are kept, and the `DIMENSIONS`
         directions in which they vary most."""
         mean = features.mean(0)
-        centered = (features - mean).double()
-        basis = torch.linalg.eigh(centered.T @ centered)[1].flip(1)[:, :DIMENSIONS].float()
-        points = (features - mean) @ basis
+        centered = features - mean
+        covariance = (centered.T @ centered).cpu().double()
+        basis = torch.linalg.eigh(covariance)[1].flip(1)[:, :DIMENSIONS].to(features)
+        points = centered @ basis
         bank = points[farthest_points(points, size)]
         some = points[:: -(-len(points) // CHUNK)]
         # the nearest one may be the patch itself
