@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from trainers.from_scratch.anomaly_scores import BATCH, Scorer
+from trainers.from_scratch.anomaly_scores import Scorer, count_at_once
 from trainers.from_scratch.defects import Defects
 from trainers.metrics.anomalies import per_region_overlap, pixel_auroc
 from trainers.metrics.image_quality import auroc
@@ -33,8 +33,9 @@ class ScoredPictures:
         )
         self.defects, self.rows = defects, rows
         maps, masks = [self.good_maps[:0]], []
-        for first in range(0, len(rows), BATCH):
-            x, mask = defects.take(rows[first : first + BATCH])
+        at_once = count_at_once(good.shape[-1])
+        for first in range(0, len(rows), at_once):
+            x, mask = defects.take(rows[first : first + at_once])
             maps.append(scorer.maps(x))
             masks.append(mask)
         self.maps, self.masks = torch.cat(maps), torch.cat(masks) if masks else None

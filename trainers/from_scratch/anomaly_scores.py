@@ -17,9 +17,14 @@ from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.patch_memory import PatchMemory, patch_features
 
 NUM_MASKINGS = 8  # hidings that the reconstruction's score is the mean of
-BATCH = 100  # pictures that are scored at once
+PIXELS_AT_ONCE = 2**20  # of the pictures that are scored at once, for their patches take memory
 CANDIDATES = 10  # patches that are looked at for one that is kept
 MAX_BANK_PICTURES = 2000  # that those come from
+
+
+def count_at_once(side: int) -> int:
+    """How many pictures of side x side pixels are scored at once."""
+    return max(1, PIXELS_AT_ONCE // side**2)
 
 
 class Scorer(ABC):
@@ -41,7 +46,7 @@ class Scorer(ABC):
         """As `batch_maps`, of any number of pictures."""
         if not len(x):
             return x[:, 0]
-        return torch.cat([self.batch_maps(part) for part in x.split(BATCH)])
+        return torch.cat([self.batch_maps(part) for part in x.split(count_at_once(x.shape[-1]))])
 
     def scores(self, maps: Tensor) -> Tensor:
         """(B,) of the pictures that have these maps."""
@@ -92,8 +97,9 @@ class PatchScorer(Scorer):
         size, parts = config.validation.bank_size, []
         rows = choose_rows(derive_seed(config.seed, "bank"), len(images), MAX_BANK_PICTURES)
         per_picture = -(-CANDIDATES * size // len(rows))
-        for first in range(0, len(rows), BATCH):
-            part = rows[first : first + BATCH]
+        at_once = count_at_once(config.data.resolution)
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
             blocks = patch_features(model, to_float(images.take(part)))
             places = blocks[0][..., 0].flatten(1).shape[1]
             chosen = [
