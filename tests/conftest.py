@@ -13,7 +13,15 @@ from accelerate.state import AcceleratorState
 
 from tests.shared.families import pipes
 from tests.shared.feature_networks import nets
-from tests.shared.image_sets import bars, blobs, captioned_photos, other_photos, photos, shapes
+from tests.shared.image_sets import (
+    bars,
+    blobs,
+    captioned_photos,
+    other_photos,
+    parts,
+    photos,
+    shapes,
+)
 from tests.shared.local_hub import local_hub
 from tests.shared.runs import settings
 from tests.shared.tiny_pipelines import base, bases

@@ -4,28 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
-from trainers.data.pictures import picture_from_file
 from trainers.data.rng import SampleRng, choose_rows, derive_seed
 from trainers.data.transfer import send_numbers
-from trainers.distributed.accelerator import best_device
-from trainers.from_scratch.checks import warn_of_squashing
-from trainers.from_scratch.codes import anomaly_score, corrupt, plot_codes
-from trainers.from_scratch.image_sets import ImageSample, ImageSet, decode_sample
+from trainers.from_scratch.anomaly_measures import AnomalyMeasures
+from trainers.from_scratch.codes import corrupt, plot_codes
+from trainers.from_scratch.defects import load_defects
+from trainers.from_scratch.image_sets import ImageSet
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.from_scratch.task import GRID_COLUMNS, FromScratchTask, describe_input
-from trainers.metrics.image_quality import auroc, psnr, ssim
-from trainers.progress import track
-from trainers.run_folder import FINAL, GRID_NAME, MODEL, SAMPLES
+from trainers.metrics.image_quality import psnr, ssim
+from trainers.run_folder import FINAL, GRID_NAME, SAMPLES
+from trainers.training.facts import Facts
 
 NUM_PROBE_PICTURES = 20000  # training pictures that the linear probe is fitted on, by chance
 NUM_PLOT_PICTURES = 2000  # test pictures in the plot of the codes
@@ -39,10 +37,27 @@ class Autoencoder(FromScratchTask):
     def __init__(self, config: AutoencoderConfig, accelerator: Accelerator) -> None:
         self.measures_every_class = config.use == "anomaly"
         super().__init__(config, accelerator)
+        self.anomalies: AnomalyMeasures | None = None
+        if config.use == "anomaly":
+            defects = load_defects(config.data, self.train_images, self.device, self.intake)
+            self.tell_of_data()
+            self.anomalies = AnomalyMeasures(config, self.train_images, self.test_images, defects)
         self.add_player(
             "autoencoder",
             ConvAutoencoder(config.data.channels, config.data.resolution, **dict(config.model)),
         )
+
+    def describe_pictures(self) -> Facts:
+        described = super().describe_pictures()
+        if self.config.train.early_stop and self.anomalies and self.anomalies.defects:
+            described["defects"] = self.anomalies.defects.images.describe()
+        return described
+
+    def describe_measured(self) -> Facts:
+        measured = super().describe_measured()
+        if self.anomalies and self.anomalies.defects:
+            measured["defects"] = self.anomalies.defects.images.describe()["digest"]
+        return measured
 
     def losses(self, batch: dict[str, Tensor], rng: SampleRng) -> Iterator[tuple[str, Tensor]]:
         """The mean squared error of what comes out and, when variational, the divergence from the
@@ -57,9 +72,11 @@ class Autoencoder(FromScratchTask):
             loss = loss + self.config.objective.kl_weight * divergence
         yield "autoencoder", loss
 
-    def choose_rows(self, images: ImageSet, count: int) -> Sequence[int]:
-        """Always the same ones."""
-        return choose_rows(derive_seed(self.config.seed, "shown"), len(images), count)
+    def choose(self, rows: Sequence[int], count: int) -> Sequence[int]:
+        """Some of these rows, always the same ones."""
+        return [
+            rows[i] for i in choose_rows(derive_seed(self.config.seed, "shown"), len(rows), count)
+        ]
 
     @torch.no_grad()
     def reconstruct(
@@ -78,33 +95,39 @@ class Autoencoder(FromScratchTask):
 
     def sample(self, folder: Path) -> None:
         images = self.test_images or self.train_images
+        pictures = range(len(images))
+        if self.anomalies:
+            good = self.anomalies.good_rows()
+            images, pictures = (images, good) if good else (self.train_images, pictures)
         true, corrupted, output, codes = self.reconstruct(
-            images, self.choose_rows(images, GRID_COLUMNS)
+            images, self.choose(pictures, GRID_COLUMNS)
         )
         rows = [
-            ("true", true),
-            *([("shown", corrupted)] if self.config.use != "reconstruct" else []),
-            ("made", output),
+            ("true", to_pil(true)),
+            *([("shown", to_pil(corrupted))] if self.config.use != "reconstruct" else []),
+            ("made", to_pil(output)),
         ]
+        if self.anomalies:
+            rows += self.anomalies.grid_rows(self.model, true)
+        else:
+            rows += self.decoded_codes(codes)
+        write_grid(rows, folder / GRID_NAME, tile=64)
+
+    @torch.no_grad()
+    def decoded_codes(self, codes: Tensor) -> Iterator[tuple[str, list[Image.Image]]]:
+        """Rows of pictures between codes and, when variational, of codes drawn by chance."""
         weights = torch.linspace(0, 1, GRID_COLUMNS, device=self.device)[:, None]
-        with torch.no_grad():
-            interpolations = [
-                self.model.decode(a + weights * (b - a))
-                for a, b in zip(codes[:-1:3], codes[1::3], strict=False)
-            ]
-            random_samples = self.model.decode(
-                SampleRng(self.config.seed, -1, range(GRID_COLUMNS), self.device).normal(
-                    codes.shape
-                )
-            )
-        rows += [("from one code to another", interpolation) for interpolation in interpolations]
-        rows += [("from random codes", random_samples)] if self.config.model.variational else []
-        write_grid([(title, to_pil(x)) for title, x in rows], folder / GRID_NAME, tile=64)
+        for a, b in zip(codes[:-1:3], codes[1::3], strict=False):
+            yield "from one code to another", to_pil(self.model.decode(a + weights * (b - a)))
+        if self.config.model.variational:
+            rng = SampleRng(self.config.seed, -1, range(GRID_COLUMNS), self.device)
+            yield "from random codes", to_pil(self.model.decode(rng.normal(codes.shape)))
 
     def usage_example(self) -> str:
+        scores = "; scores and heat maps: scripts/encode.py" if self.anomalies else ""
         return (
             f"codes = model.encode(x)  # x: {describe_input(self.config)}; "
-            f"model.decode(codes) gives pictures"
+            f"model.decode(codes) gives pictures{scores}"
         )
 
     @property
@@ -113,34 +136,43 @@ class Autoencoder(FromScratchTask):
 
     def measure(self, rows: Sequence[int]) -> dict[str, float | str]:
         x, _, output, _ = self.reconstruct(self.test_images, rows)
-        return self.compare(x, output, self.test_images.take_labels(rows))
+        return self.compare(x, output, rows, is_final=False)
 
-    def compare(self, x: Tensor, output: Tensor, labels: Tensor) -> dict[str, float | str]:
-        """psnr (dB) and ssim of what comes out; for anomalies auroc too: of their score, the learnt
-        class against all others, and the other two of the learnt class alone."""
-        if self.config.use != "anomaly" or not self.has_labels:
+    def compare(
+        self, x: Tensor, output: Tensor, rows: Sequence[int], is_final: bool
+    ) -> dict[str, float | str]:
+        """psnr (dB) and ssim of what comes out; for anomalies of good pictures alone, and how well
+        those are told from others."""
+        if self.anomalies is None:
             return {"psnr": psnr(output, x), "ssim": ssim(output, x)}
-        is_normal = labels == self.train_images.labels[0]
-        score = torch.cat([anomaly_score(self.model, part, self.config) for part in x.split(1000)])
-        return {
-            "auroc": auroc(~is_normal, score),
-            "psnr": psnr(output[is_normal], x[is_normal]),
-            "ssim": ssim(output[is_normal], x[is_normal]),
-        }
+        is_good, figures = self.anomalies.is_good(rows), {}
+        if is_final:
+            figures = self.anomalies.final_figures(self.model, x, is_good)
+        elif self.anomalies.can_tell:
+            scored = self.anomalies.compare(self.model, x, is_good, self.num_validated)
+            figures = scored.figures()
+        good = output[is_good], x[is_good]
+        return figures | {"psnr": psnr(*good), "ssim": ssim(*good)}
 
     def evaluate(self) -> dict[str, float | str]:
         """As `compare`; linear_probe: accuracy of a linear reader of the codes."""
         images = self.test_images
         x, _, output, codes = self.reconstruct(images, range(len(images)))
-        metrics = self.compare(x, output, images.labels)
+        metrics = self.compare(x, output, range(len(images)), is_final=True)
         if not self.has_labels:
             return metrics
-        rows = send_numbers(self.choose_rows(images, NUM_PLOT_PICTURES), self.device)
+        shown = self.choose(range(len(images)), NUM_PLOT_PICTURES)
+        rows = send_numbers(shown, self.device)
         path = self.config.output_dir / SAMPLES / FINAL / "codes.png"
         plot_codes(codes[rows], images.labels[rows], images.class_names, path)
         if self.config.use != "anomaly":
             metrics["linear_probe"] = self.linear_probe(codes, images.labels)
         return metrics
+
+    def save_into(self, folder: Path) -> None:
+        super().save_into(folder)
+        if self.anomalies:
+            self.anomalies.judge_of(self.model).save(folder)
 
     def linear_probe(self, codes: Tensor, truth: Tensor) -> float:
         """Accuracy of logistic regression on standardised codes, fitted on training pictures that
@@ -149,7 +181,7 @@ class Autoencoder(FromScratchTask):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        rows = self.choose_rows(self.train_images, NUM_PROBE_PICTURES)
+        rows = self.choose(range(len(self.train_images)), NUM_PROBE_PICTURES)
         labels = self.train_images.take_labels(rows)
         if len(labels.unique()) < 2:
             return float("nan")
@@ -157,26 +189,3 @@ class Autoencoder(FromScratchTask):
         reader = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
         reader.fit(train_codes.cpu().numpy(), labels.cpu().numpy())
         return float(reader.score(codes.cpu().numpy(), truth.cpu().numpy()))
-
-
-@torch.no_grad()
-def encode_pictures(
-    config: AutoencoderConfig, run: Path, paths: Sequence[Path]
-) -> dict[str, list | np.ndarray]:
-    """By the model of a finished run: name (N,), code (N, D), score (N,) of anomaly or the mean
-    squared error."""
-    model = ConvAutoencoder.from_pretrained(run / MODEL).to(best_device())
-    depth = config.data.bit_depth
-    samples = [ImageSample(picture_from_file(path, bit_depth=depth)) for path in paths]
-    warn_of_squashing([sample.picture for sample in samples], config)
-    decoder = partial(decode_sample, config=config.data, read_target=None)
-    images, codes, scores = ImageSet(samples, decoder, False, model.device), [], []
-    for first in track(range(0, len(images), 256), "encoding"):
-        x = to_float(images.take(range(first, min(first + 256, len(images)))))
-        codes.append(model.encode(x))
-        if config.use == "anomaly":
-            scores.append(anomaly_score(model, x, config))
-        else:
-            scores.append(((model.decode(codes[-1]).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)))
-    columns = {"code": torch.cat(codes).cpu().numpy(), "score": torch.cat(scores).cpu().numpy()}
-    return {"name": [str(path) for path in paths], **columns}

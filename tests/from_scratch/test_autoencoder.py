@@ -13,7 +13,8 @@ from trainers.config import loading
 from trainers.data.imaging import to_float
 from trainers.data.rng import SampleRng
 from trainers.errors import UserError
-from trainers.from_scratch.codes import anomaly_score, corrupt
+from trainers.from_scratch.anomaly_scores import ReconstructionScorer
+from trainers.from_scratch.codes import corrupt
 from trainers.from_scratch.image_sets import load_images
 from trainers.from_scratch.networks import ConvAutoencoder
 from trainers.run import run
@@ -54,11 +55,13 @@ def test_it_comes_nearer_to_the_picture_than_what_it_is_shown_or_their_mean(sett
 
 
 def test_the_written_auroc_is_that_of_the_saved_model(settings):
-    final = settings("use=anomaly", "data.only_label=0", "train.max_train_steps=300")
+    scorer = "validation.scorer=reconstruction"
+    final = settings("use=anomaly", "data.only_label=0", "train.max_train_steps=300", scorer)
     run(final)
     model = ConvAutoencoder.from_pretrained(final.output_dir / "model")
     test = load_images(final.data, "cpu", held_out=True)
-    score = anomaly_score(model, to_float(test.pixels), final)
+    judge = ReconstructionScorer(model, final)
+    score = judge.scores(judge.maps(to_float(test.pixels)))
     assert figures(final)["auroc"] == pytest.approx(roc_auc_score(test.labels == 1, score))
     assert figures(final)["auroc"] > 0.8
 

@@ -60,6 +60,32 @@ def write_blobs(folder):
     return folder
 
 
+def write_parts(folder):
+    """MVTec's folders: stripes of any phase, 16 x 16; spots and lines are defects, with masks."""
+    rng = np.random.default_rng(0)
+
+    def stripes():
+        x = np.arange(16)[None] + rng.integers(0, 4)
+        return 90 + 60 * (x % 4 < 2) + rng.integers(0, 12, (16, 16))
+
+    def save(array, *place):
+        path = folder.joinpath(*place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array.astype(np.uint8)).save(path)
+
+    for part, count in (("train", 12), ("test", 6)):
+        for i in range(count):
+            save(stripes(), part, "good", f"{i:03d}.png")
+    for kind, height, width in (("spot", 5, 5), ("line", 2, 10)):
+        for i in range(4):
+            mask = np.zeros((16, 16), bool)
+            top, left = rng.integers(0, 16 - height), rng.integers(0, 16 - width)
+            mask[top : top + height, left : left + width] = True
+            save(np.where(mask, 230, stripes()), "test", kind, f"{i:03d}.png")
+            save(255 * mask, "ground_truth", kind, f"{i:03d}_mask.png")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos"))
@@ -93,3 +119,8 @@ def bars(tmp_path_factory):
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory):
     return write_blobs(tmp_path_factory.mktemp("blobs"))
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    return write_parts(tmp_path_factory.mktemp("parts"))

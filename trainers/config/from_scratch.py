@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -63,8 +64,20 @@ class ImagesConfig(Section):
         return self.resolution
 
     @property
+    def train_dir(self) -> Path | None:
+        """The folder in image_dir that pictures are learnt from, image_dir itself as a rule."""
+        return self.image_dir
+
+    @property
+    def test_dir(self) -> Path | None:
+        """A folder in image_dir whose pictures are all held out, where there is one."""
+        return None
+
+    @property
     def holds_out(self) -> bool:
         """Whether some pictures are measured on and never learnt from."""
+        if self.test_dir is not None:
+            return True
         return (self.folds if self.image_dir else self.test_split) is not None
 
 

@@ -27,6 +27,8 @@ DRAWING_KEYS = (
     "num_inference_steps",
     "guidance_scale",
 )
+HELD_OUT_AUROC = "held_out_auroc"
+SCORING_KEYS = ("scorer", "bank_size")  # of the validation section: how that one is scored
 HELD_OUT_LOSSES = (HELD_OUT_LOSS, *(f"{HELD_OUT_LOSS}_{band}" for band in TIME_BANDS))
 
 # by name in metrics.jsonl: which values are better
@@ -38,7 +40,7 @@ DIRECTIONS: Mapping[str, Literal["lower", "higher"]] = {
     "class_bleed": LOWER,
     "held_out_psnr": HIGHER,
     "held_out_ssim": HIGHER,
-    "held_out_auroc": HIGHER,
+    HELD_OUT_AUROC: HIGHER,
     "held_out_kid": LOWER,
     "held_out_precision": HIGHER,
     "held_out_recall": HIGHER,
@@ -65,7 +67,10 @@ def chosen_metric(config: Config) -> str | None:
 
 def drawing_keys(config: Config) -> tuple[str, ...]:
     """Keys of the validation section on which that metric depends, beside held-out pictures."""
-    return DRAWING_KEYS if chosen_metric(config) in LIKENESS else ()
+    metric = chosen_metric(config)
+    if metric == HELD_OUT_AUROC:
+        return SCORING_KEYS
+    return DRAWING_KEYS if metric in LIKENESS else ()
 
 
 def keeps_best(config: Config) -> bool:

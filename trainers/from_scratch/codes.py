@@ -1,4 +1,4 @@
-"""What an autoencoder is shown, how badly it guesses what is hidden, and its codes as a plot."""
+"""What an autoencoder is shown, and its codes as a plot."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from trainers.atomic import replacing_file
 from trainers.config import AutoencoderConfig
 from trainers.data.rng import SampleRng
-from trainers.from_scratch.networks import ConvAutoencoder
 
 PATCH_SIZE = 4  # side of what is hidden, pixels
 MIN_TSNE_PICTURES = 4  # a third of the others are neighbours, at least one
-NUM_MASKINGS = 8  # hidings that an anomaly's score is the mean of
 
 
 def corrupt(x: Tensor, config: AutoencoderConfig, rng: SampleRng) -> Tensor:
@@ -34,18 +32,6 @@ def corrupt(x: Tensor, config: AutoencoderConfig, rng: SampleRng) -> Tensor:
         ]
         return torch.where(visible > 0, x, -1)
     return x
-
-
-@torch.no_grad()
-def anomaly_score(model: ConvAutoencoder, x: Tensor, config: AutoencoderConfig) -> Tensor:
-    """(B,) how badly hidden patches are guessed (Zavrtanik et al. 2021, RIAD): the squared error of
-    the mean guess.
-
-    Errors are averaged over 3 x 3 pixels first: by how much a stroke's edge is off is no anomaly.
-    """
-    rngs = [SampleRng(config.seed, -2 - k, [0] * len(x), x.device) for k in range(NUM_MASKINGS)]
-    error = sum(model(corrupt(x, config, rng))[0].clamp(-1, 1) for rng in rngs) / NUM_MASKINGS - x
-    return (F.avg_pool2d(error, 3, 1, 1) / 2).square().mean((1, 2, 3))
 
 
 def plot_codes(codes: Tensor, labels: Tensor, class_names: Sequence[str], path: Path) -> None:

@@ -43,26 +43,26 @@ def list_samples(
     if config.image_dir is None:
         split = config.test_split if held_out else config.train_split
         return None if split is None else samples_from_dataset(config, split, pairs, classes)
-    if held_out and config.folds is None:
+    if held_out and not config.holds_out:
         return None
-    samples = samples_from_folder(config, pairs)
+    if config.test_dir is not None:
+        return samples_from_folder(config, config.test_dir if held_out else config.train_dir)
+    samples = samples_from_pairs(config) if pairs else samples_from_folder(config, config.train_dir)
     if config.folds is None:
         return samples
     return [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
 
 
-def samples_from_folder(config: ImagesConfig, pairs: bool) -> list[ImageSample]:
-    """Raises: as `samples_from_pairs`."""
-    if pairs:
-        return samples_from_pairs(config)
+def samples_from_folder(config: ImagesConfig, folder: Path) -> list[ImageSample]:
     picture = partial(picture_from_file, bit_depth=config.bit_depth)
-    return [ImageSample(picture(path)) for path in list_image_files(config.image_dir)]
+    return [ImageSample(picture(path)) for path in list_image_files(folder)]
 
 
 def describe_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> None:
     """Note the pictures of a folder, and what in it is not used."""
-    contents = scan_folder(config.image_dir)
-    used = {part.name for s in samples_from_folder(config, pairs) for part in s.parts}
+    contents = scan_folder(config.train_dir)
+    samples = samples_from_pairs(config) if pairs else samples_from_folder(config, config.train_dir)
+    used = {part.name for s in samples for part in s.parts}
     # text files and metadata are captions, and nothing here reads captions
     files = [*contents.pictures, *contents.sidecars, *contents.metadata, *contents.unused]
     contents.unused = [path for path in files if str(path) not in used]

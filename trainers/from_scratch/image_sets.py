@@ -102,7 +102,8 @@ def load_images(
     samples = list_samples(config, held_out, read_target is not None, classes)
     if samples is None:
         return None
-    source = f"data: {config.image_dir or config.dataset_name}"
+    folder = config.test_dir if held_out and config.test_dir is not None else config.train_dir
+    source = f"data: {folder or config.dataset_name}"
     if config.image_dir is None:
         source += f", split {config.test_split if held_out else config.train_split!r}"
     elif config.folds is not None:

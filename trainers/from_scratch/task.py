@@ -57,11 +57,9 @@ class FromScratchTask(ABC):
             )
             for held_out in (False, True)
         )
-        intake = Intake(config.data.strict)
-        warn_of_data(config, self.train_images, self.test_images, intake)
-        if accelerator.is_main_process:
-            intake.save(config.output_dir)
-        intake.report(accelerator.print)
+        self.intake = Intake(config.data.strict)
+        warn_of_data(config, self.train_images, self.test_images, self.intake)
+        self.tell_of_data()
         batch_slice = BatchSlice.from_config(config.seed, config.train, accelerator)
         self.num_validated = held_out_count(config, batch_slice.global_batch_size)
         torch.manual_seed(derive_seed(config.seed, "init"))
@@ -82,6 +80,12 @@ class FromScratchTask(ABC):
             ImageBatches(task.train_images, config.data, batch_slice, task.num_mask_channels),
             {"pictures": task.describe_pictures(), HELD_OUT: task.describe_measured()},
         )
+
+    def tell_of_data(self) -> None:
+        """Write and report what was found. Raises: UserError for warnings when `data.strict`."""
+        if self.accelerator.is_main_process:
+            self.intake.save(self.config.output_dir)
+        self.intake.report(self.accelerator.print)
 
     def describe_pictures(self) -> Facts:
         """Those that decide the result; held-out ones do where they decide when a run ends."""
@@ -152,7 +156,11 @@ class FromScratchTask(ABC):
 
     def save(self, folder: Path) -> None:
         with replacing_folder(folder / MODEL) as temporary:
-            self.model.save_pretrained(temporary)
+            self.save_into(temporary)
+
+    def save_into(self, folder: Path) -> None:
+        """Write the model's own folder."""
+        self.model.save_pretrained(folder)
 
     def finish(self, steps: int) -> None:
         """Save, show, measure, write the card."""

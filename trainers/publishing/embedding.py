@@ -163,7 +163,7 @@ def training_pictures(data: ImagesConfig) -> Markup:
 
     There are none where their folder or local data set is gone, or where they are on the Hub.
     """
-    folder, name, column = data.image_dir, data.dataset_name, data.image_column
+    folder, name, column = data.train_dir, data.dataset_name, data.image_column
     if not folder and not (name and Path(name).exists()):
         return Markup()
     try:

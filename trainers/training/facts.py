@@ -59,6 +59,7 @@ CHANGEABLE_KEYS = {
     "model.variant",
     "data.instance_data_dir",
     "data.image_dir",
+    "data.bad_dir",
     "data.dataset_name",
     "data.class_data_dir",
     "data.held_out_dir",
