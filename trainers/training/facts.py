@@ -179,9 +179,8 @@ def check_facts(folder: Path, saved: Facts, current: Facts, config: Config) -> N
     # an earlier version had the keys beside the other facts
     saved_config = saved.get("config", saved)
     changes = explain_config(saved_config, current["config"], config)
-    schedule = {}
-    if is_longer(saved_config, current["config"]):
-        schedule = {key: changes.pop(key) for key in SCHEDULE_KEYS if key in changes}
+    movable = SCHEDULE_KEYS if is_longer(saved_config, current["config"]) else ()
+    schedule = {key: changes.pop(key) for key in movable if key in changes}
     if schedule and not config.checkpoint.extend:
         changes = schedule | changes
     if lines := [*differences, *changes.values()]:
