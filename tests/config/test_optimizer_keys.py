@@ -139,6 +139,8 @@ MISTAKES = {
     "name=torch.optim.SGD,betas=[0.8,0.9]": "optimizer.betas: has no effect with torch.optim.SGD",
     "name=no_such_package.Lion": "optimizer.name: there is no package no_such_package here",
     "name=lions": "optimizer.name: 'lions' is not one of adamw, .*did you mean lion",
+    "betas=[0.9]": r"optimizer.betas: must have more items, not \[0.9\]",
+    "betas=0.9": "optimizer.betas: must be a list, not 0.9",
     "arguments={lr: 1.0}": "optimizer.arguments: lr has a key of its own: set .*learning_rate",
     "arguments={betas: [0.5]}": "optimizer.arguments: betas has a key of its own",
     "arguments={a: {b: 1}}": "optimizer.arguments: must be a number, a text",

@@ -119,6 +119,7 @@ REFUSED = {
     "torch.optim.Nothing": ({}, "torch.optim.Nothing cannot be imported"),
     "torch.nothing.Adam": ({}, "torch.nothing.Adam cannot be imported"),
     "torch.nn.Identity": ({}, "is no optimizer"),
+    "pytest.exit": ({}, "is no optimizer"),
     "torch.optim.SGD": ({"nonsense": 3}, "refuses this with optimizer.arguments nonsense=3"),
     "adamw": ({"foreach": True}, "refuses this with optimizer.arguments foreach=True"),
 }

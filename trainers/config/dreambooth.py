@@ -209,8 +209,8 @@ class DreamBoothConfig(Config):
         yield from rules.memory_errors(self.model, self.lora, self.train)
         yield from rules.speed_errors(self.model, self.lora, self.train)
         yield from rules.training_errors(self.optimizer, self.train)
-        yield from objective_errors(self)
         yield from lora_rules.lora_plus_errors(self.optimizer.lora_plus_ratio, self.lora)
+        yield from objective_errors(self)
         if self.lora:
             yield from lora_rules.lora_errors(self.lora, self.train, self.model.family)
             yield from lora_rules.kind_errors(

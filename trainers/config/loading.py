@@ -34,6 +34,8 @@ LISTED_SECTIONS: dict[str, type[Section]] = {
     "data.concepts": ConceptConfig,
     "validation.prompts": SamplePrompt,
 }
+# for pairs of numbers, of which pydantic speaks as Python does
+OTHER_WORDS = {"tuple_type": "must be a list", "missing": "must have more items"}
 MAX_SHOWN = 120  # characters of a value in a message
 LISTED_SECTION = re.compile(r"(\w+)\[(.+)\]")  # data.concepts[rex].repeats, as messages write it
 
@@ -217,7 +219,7 @@ def describe_error(problem: Any, location: list[str], model: type[Config]) -> st
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"{path}: {invalid_choice(value, choices)}"
     message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = OTHER_WORDS.get(problem["type"], message[0].lower() + message[1:])
     hint = ""
     if problem["type"] == "string_type" and isinstance(value, (bool, int, float)):
         hint = "; if it is text, put it in quotes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -176,7 +177,8 @@ def join_patterns(values: Mapping[str, float]) -> dict[str, float]:
 def predict_base(module: nn.Module, inputs: Sequence[Tensor | dict[str, Tensor]]) -> Tensor:
     """What a module with LoRA computes while all its LoRA is off, without a graph for gradients."""
     adapted = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    parameters = chain.from_iterable(layer.parameters() for layer in adapted)
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for layer in adapted:
         layer.enable_adapters(False)
     try:

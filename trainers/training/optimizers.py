@@ -68,15 +68,20 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict]) -> torch.optim.O
         optimizer_class = getattr(import_module(entry.module), entry.class_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"optimizer.name: {config.name} cannot be imported: {error}") from None
+    is_known = config.name in OPTIMIZERS
+    # before it is called, for it may be anything
+    if not is_known and not is_optimizer(optimizer_class):
+        raise UserError(f"optimizer.name: {config.name} is no optimizer of PyTorch")
     try:
-        optimizer = optimizer_class(groups, lr=config.learning_rate, **settings)
+        return optimizer_class(groups, lr=config.learning_rate, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{key}={value}" for key, value in config.arguments.items())
         where = f" with optimizer.arguments {given}" if given else ""
         raise UserError(f"optimizer.name: {config.name} refuses this{where}: {error}") from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"optimizer.name: {config.name} is no optimizer of PyTorch")
-    return optimizer
+
+
+def is_optimizer(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
 
 
 def try_optimizer(config: OptimizerConfig) -> None:

@@ -104,8 +104,8 @@ def read(tree: Mapping[str, Any]) -> ForeignConfig:
         # with the family's name before it
         if name.endswith("_guidance_value"):
             config.put("model.guidance_scale", number(config.take(name)), name)
-    read_lycoris(config)
     put_loss(config)
+    read_lycoris(config)
     read_backends(config)
     if str(config.values.get("model_type", "lora")) == "full":
         config.leave_out("lora", "model_type")
