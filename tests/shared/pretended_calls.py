@@ -91,6 +91,7 @@ class PretendedCalls:
             replace(Tensor, name, self.factory(getattr(Tensor, name)))
         replace(torch, "Generator", generator_class(self.memory))
         replace(torch.nn.functional, "one_hot", self.one_hot(torch.nn.functional.one_hot))
+        replace(torch._C._nn, "pad_sequence", self.padding(torch._C._nn.pad_sequence))
         self.install_places(replace)
         self.install_copies(replace)
 
@@ -191,6 +192,19 @@ class PretendedCalls:
             return self.move(function(self.move(ids, CPU), num_classes), CUDA)
 
         return encode
+
+    def padding(self, function: Callable) -> Callable:
+        """It makes its result where the sequences are, and asks for that out of Python's sight."""
+
+        def pad(sequences: list[Tensor], *args, **options) -> Tensor:
+            previous = self.check.factory_device
+            self.check.factory_device = CUDA if self.memory.holds(sequences[0]) else CPU
+            try:
+                return function(sequences, *args, **options)
+            finally:
+                self.check.factory_device = previous
+
+        return pad
 
     def convert(
         self, x: Tensor, *args, non_blocking: bool = False, copy: bool = False, **options
