@@ -120,7 +120,7 @@ def make_settings(cell: Cell, size: Size, base: Path, *options: str) -> DreamBoo
         f"model.family={cell.family}",
         f"model.pretrained_model_name_or_path={base}",
         "data.class_prompt=null",
-        "data.num_class_images=0",
+        "data.prior=none",
         f"data.resolution={size.resolution}",
         f"train.train_batch_size={cell.rows}",
         f"lora.rank={RANK}",

@@ -13,7 +13,7 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT / "scripts"))
     for pattern in ("*.py", "results/*.py", "small_world/build.py", "benchmark/true_size.py")
     for path in (ROOT / "scripts").glob(pattern)
-    if path.name not in ("common.py", "plain_loops.py", "quality_recipes.py")
+    if path.name not in ("common.py", "plain_loops.py", "quality_recipes.py", "textures.py")
 )
 
 

@@ -25,8 +25,9 @@ COOL_SHARE = 0.999
 class Judge:
     """A scorer, and what it makes of good pictures that were not learnt.
 
-    good_scores: (N,) of these, ascending; empty where none are held out. quantile: of them, which
-    is the threshold. scale: values (2,) of a map from which on it is shown as warm, and as hottest.
+    good_scores: (N,) of these, on the CPU, ascending; empty where none are held out. quantile: of
+    them, which is the threshold. scale: values (2,) of a map from which on it is shown as warm,
+    and as hottest.
     """
 
     scorer: Scorer
@@ -39,7 +40,7 @@ class Judge:
         """good: pictures that are held out (N, C, S, S), maybe none; learnt: some that are not, by
         which heat maps are scaled then."""
         maps = scorer.maps(good if len(good) else learnt)
-        scores = scorer.scores(maps).sort().values[: len(good)]
+        scores = scorer.scores(maps).sort().values[: len(good)].cpu()
         places = maps.flatten().sort().values
         low = places[len(places) // 2]
         cool = places[int(COOL_SHARE * (len(places) - 1))]
