@@ -66,6 +66,7 @@ def test_a_bad_file_exits_2_in_seconds_without_a_traceback(written, text, lines)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_no_package_is_hidden_from_the_libraries():
     """transformers 5.17 to 5.20 import scikit-learn, and so scipy, with the first model."""
     script = """

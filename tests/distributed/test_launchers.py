@@ -40,7 +40,6 @@ ALL_CASES = [
 ]
 FEW_CASES = [
     ("python", "while importing", signal.SIGINT, "group"),
-    ("accelerate, 1 process", "while training", signal.SIGTERM, "launcher"),
     ("accelerate, 2 processes", "while training", signal.SIGUSR1, "launcher"),
 ]
 

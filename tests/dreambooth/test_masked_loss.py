@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from tests.shared.by_hand import by_hand_but
 from tests.shared.families import FLOWS
 from tests.shared.runs import (
     PRIOR,
@@ -140,7 +141,7 @@ def test_white_masks_give_the_gradients_of_no_masks_to_the_bit(settings, masks, 
 VARIED = ("data.random_flip=true", "data.center_crop=false", "optimizer.lr_scheduler=constant")
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", by_hand_but(["flux"], ["sd15", "flux"]))
 def test_three_steps_and_three_more_equal_six(settings, masks, tmp_path, family):
     shared = (*VARIED, f"data.mask_dir={masks()}")
     whole = settings(*shared, f"output_dir={tmp_path}/whole", family=family)

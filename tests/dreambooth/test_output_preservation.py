@@ -112,11 +112,11 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("more", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("more", by_hand_but(list(RUNS)[1:2], RUNS))
 @pytest.mark.parametrize("family", by_hand_but(EACH_TIME, ALL))
 def test_three_steps_and_three_more_equal_six(settings, tmp_path, family, more):
     one, parts = (
-        settings(*KEPT, *more, f"output_dir={tmp_path}/{name}", family=family)
+        settings(*KEPT, *RUNS[more], f"output_dir={tmp_path}/{name}", family=family)
         for name in ("one", "parts")
     )
     run(one)
@@ -150,7 +150,10 @@ def test_memory_options_change_no_bit(settings, monkeypatch, tmp_path, family, m
     assert_same(plain, saving)
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, id="DDP"), pytest.param(FSDP, id="FSDP2", marks=pytest.mark.slow)],
+)
 def test_two_processes_train_as_one(settings, tmp_path, environment):
     one, two = (
         settings(*KEPT, OTHERS, f"train.train_batch_size={size}", f"output_dir={tmp_path}/{size}")

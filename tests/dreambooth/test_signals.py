@@ -55,6 +55,7 @@ def test_kill_9_at_any_moment_and_the_same_command_give_the_same_weights(
     )
 
 
+@pytest.mark.slow
 def test_a_signal_checkpoints_and_exits_with_its_status(undisturbed, tmp_path):
     (tmp_path / "stopped.yaml").write_text(
         loading.dump_config(undisturbed.model_copy(update={"output_dir": tmp_path / "stopped"}))

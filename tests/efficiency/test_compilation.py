@@ -55,7 +55,7 @@ def compare(settings, family, more):
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        ("sd3", ("train.gradient_accumulation_steps=2",)),
+        pytest.param("sd3", ("train.gradient_accumulation_steps=2",), marks=pytest.mark.slow),
         ("sd3", (DROPOUT, CHECKPOINTED)),
         ("flux", ("model.modulation_cache=true", "train.gradient_accumulation_steps=2", DROPOUT)),
     ],
@@ -101,6 +101,7 @@ def test_inductor_drops_alike_too(settings, more):
     dropped_alike(settings, *more)
 
 
+@pytest.mark.slow
 def test_four_graphs_are_enough_for_any_depth(monkeypatch):
     """Flux.1: the first block, whose input has no gradient, then the others; of the single blocks
     the first, which sees other strides. SD3.5: the first, those with two attentions, the others,

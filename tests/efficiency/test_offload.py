@@ -15,7 +15,11 @@ OFFLOADED = ("train.gradient_checkpointing=true", "model.offload=true")
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [("sd3", ()), ("flux", (CACHED, "lora.target_modules=attention+mlp"))]
+    ("family", "more"),
+    [
+        pytest.param("sd3", (), marks=pytest.mark.slow),
+        ("flux", (CACHED, "lora.target_modules=attention+mlp")),
+    ],
 )
 def test_the_training_is_equal_to_the_bit(settings, other_photos, tmp_path, family, more):
     held = f"data.held_out_dir={other_photos}"

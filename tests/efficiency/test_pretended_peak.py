@@ -19,7 +19,7 @@ CASES = {
     "flux-fp16": "model.quantization=nf4",
     "flux-no": "model.modulation_cache=true",
 }
-CASES_EACH_TIME = ("sd15-no", "sd3-fp16", "flux-bf16")
+CASES_EACH_TIME = ("sd15-no", "flux-bf16")
 BATCH_TENSORS = 8  # as large as the latents: noise, target, what the objective computes
 
 

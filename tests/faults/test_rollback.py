@@ -32,8 +32,10 @@ LONG = ("train.max_train_steps=12", "train.max_skipped_steps=3")
 @pytest.mark.parametrize(
     ("stop", "times"),
     [
-        *((None, 1), (9, 1), (None, 2)),
-        (6, 1),
+        (None, 1),
+        pytest.param(9, 1, marks=pytest.mark.slow),
+        (None, 2),
+        pytest.param(6, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_diverges_goes_back_and_on_at_half_the_rate(

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.saved_loras import ALL, check, family_of, products
 from trainers.families import FAMILIES
 from trainers.lora.files import read_lora
@@ -19,7 +20,7 @@ def call(monkeypatch, *arguments):
     script.main()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, ALL))
 def test_merged_weights_need_no_lora_and_are_the_same_model(
     made, bases, tmp_path, monkeypatch, capsys, name
 ):

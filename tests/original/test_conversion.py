@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from tests.shared.by_hand import EACH_TIME, by_hand_but
 from tests.shared.runs import assert_same
 from tests.shared.single_files import base_of, single_file
 from trainers import memory_plan
@@ -38,7 +39,7 @@ def assert_same_weights(folder, pipe):
             assert all(torch.equal(state[key], wanted[key]) for key in wanted), part
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", by_hand_but(EACH_TIME, ALL))
 def test_a_file_trains_as_its_folder_to_the_bit(settings, files, tmp_path, name):
     path, folder, _ = files[name]
     short = ("train.max_train_steps=2", "train.train_text_encoder=true")

@@ -37,6 +37,7 @@ def test_a_run_and_its_file_give_the_final_samples_again(settings, bases, tmp_pa
     assert Image.open(tmp_path / "folder/00-1.png").tobytes() == final
 
 
+@pytest.mark.slow
 def test_a_bare_file_takes_its_base(settings, bases, tmp_path):
     config = settings()
     run(config)

@@ -117,6 +117,7 @@ def test_a_classifier_unscales_gradients_that_were_scaled_for_float16(monkeypatc
     assert norms["scaled"] == pytest.approx(norms["plain"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_steps_in_one_process_are_measured_for_every_family_and_option():
     """With a renamed attribute each cell of ours failed, and the script told of success."""
     script = [sys.executable, "scripts/benchmark", "--inside", "--device=cpu", "--steps=1"]

@@ -41,7 +41,7 @@ def test_it_ends_after_so_many_validations_without_an_improvement(held_out, scri
     assert manifest["best"] == {"step": 2, "value": 3, "mark": 3, "waited": 2}
 
 
-@pytest.mark.parametrize("killed", [2, 4])
+@pytest.mark.parametrize("killed", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_that_was_killed_ends_after_the_same_step(held_out, script, tmp_path, killed):
     """Checkpoints are of steps 2 and 4: a kill in step 2 comes after a first best without one."""
     whole = held_out(STOP, f"output_dir={tmp_path}/whole")

@@ -47,12 +47,10 @@ SLOW = {
 }
 
 
-# each way of its own once: text encoders, several sizes, blocks away, a cache, a scaler, few bits
+# text encoders and several sizes; blocks away and a cache; pictures encoded at each step
 OPTIONS_EACH_TIME = (
     "sdxl-bf16-text-encoders-buckets",
-    "sd3-fp16-offload",
     "flux-bf16-all-saved",
-    "flux-bf16-nf4",
     "sd15-bf16-without-cache",
 )
 SMALL_EACH_TIME = (

@@ -128,7 +128,11 @@ def test_everything_is_as_before_when_it_is_over():
     ("family", "options"),
     [
         pytest.param("sd15", "train.ema_decay=0.9", marks=pytest.mark.slow),
-        ("sd3", "model.offload=true train.gradient_checkpointing=true"),
+        pytest.param(
+            "sd3",
+            "model.offload=true train.gradient_checkpointing=true",
+            marks=pytest.mark.slow,
+        ),
         ("flux", "model.modulation_cache=true validation.prompts=[a] validation.num_images=1"),
     ],
 )
