@@ -1,7 +1,5 @@
 """Several processes end early after the same step as one does, by what the main one measures."""
 
-import pytest
-
 from tests.shared.processes import launch
 from tests.shared.runs import assert_close
 from tests.shared.scripted_validations import CURVE, best_step, disagree, last_step
@@ -9,7 +7,6 @@ from trainers.config import loading
 from trainers.run import run
 
 
-@pytest.mark.slow
 def test_processes_that_measure_otherwise_end_after_the_same_step(held_out, script, tmp_path):
     stop = "train.early_stop.patience=2"
     one = held_out(stop, "train.train_batch_size=2", f"output_dir={tmp_path}/one")
