@@ -40,6 +40,10 @@ ALL_CASES = [
 ]
 FEW_CASES = [
     ("python", "while importing", signal.SIGINT, "group"),
+    pytest.param(
+        ("accelerate, 1 process", "while training", signal.SIGTERM, "launcher"),
+        marks=pytest.mark.slow,
+    ),
     ("accelerate, 2 processes", "while training", signal.SIGUSR1, "launcher"),
 ]
 

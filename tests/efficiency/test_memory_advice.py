@@ -33,7 +33,9 @@ def typed(level, **more):
     return [f"{key}={json.dumps(value)}" for key, value in {**level, **more}.items()]
 
 
-@pytest.mark.parametrize("level", [LEVELS[3]], ids=str)
+@pytest.mark.parametrize(
+    "level", [pytest.param(LEVELS[0], marks=pytest.mark.slow), LEVELS[3]], ids=str
+)
 def test_a_plan_from_the_cache_is_the_plan(planner, settings, level, monkeypatch):
     config = settings(*OPTIONS, *typed(level), family="flux")
     right = memory_plan.plan_memory(config, torch.float32, has_cpu_memory=True)

@@ -3,30 +3,17 @@ stays."""
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from tests.shared.by_hand import by_hand_but
 from tests.shared.processes import call
-from trainers import cpu_memory, dreambooth, memory_plan
+from tests.shared.tasks import real_peak
+from trainers import cpu_memory, memory_plan
 from trainers.config import loading
 from trainers.efficiency.apply import open_family
-from trainers.memory_plan import MemoryMeter
-from trainers.training.loop import train
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 CHECKPOINTED = "train.gradient_checkpointing=true"
 LESS_TO_REMEMBER = ("adamw_8bit", "paged_adamw_8bit", "adafactor")
-
-
-def real_peak(settings):
-    """Bytes at the peak of two real steps, counted by the same meter on real tensors."""
-    with MemoryMeter() as meter:
-        task, batches, _ = dreambooth.build(settings, Accelerator(cpu=True))
-        start = sum(p.untyped_storage().nbytes() for p in task.module.parameters())
-        batch = list(batches(0))
-        meter.peak_bytes = before = meter.live_bytes
-        train(task, lambda step: batch, settings.train, 0, task.accelerator, lambda step: 0.0)
-        return start + meter.peak_bytes - before
 
 
 @pytest.mark.parametrize("family", by_hand_but(["sd15", "flux"], FAMILIES))
@@ -78,7 +65,8 @@ def test_checkpointing_fewer_bits_and_the_cache_need_less_and_larger_batches_mor
     assert peak("model.modulation_cache=true") < plain
 
 
-@pytest.mark.parametrize("name", by_hand_but([], LESS_TO_REMEMBER))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LESS_TO_REMEMBER)
 def test_an_optimiser_with_less_to_remember_is_planned_like_adamw(settings, name):
     planned, usual = (
         memory_plan.plan_memory(settings(*more), torch.float32, has_cpu_memory=False)

@@ -6,24 +6,29 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
 from torch import nn
 
 from tests.shared import blocks
 from tests.shared.language_models import LENGTH, READ_BY_LANGUAGE_MODELS, velocity
-from tests.shared.oracles import assert_trained_alike
 from tests.shared.processes import call
-from tests.shared.runs import PRIOR, VARIED_CAPTIONS, first_gradients, lora, losses, run_steps
-from trainers import dreambooth, memory_plan
+from tests.shared.runs import (
+    PRIOR,
+    VARIED_CAPTIONS,
+    assert_close,
+    assert_same,
+    first_gradients,
+    lora,
+    run_steps,
+)
+from tests.shared.tasks import real_peak
+from trainers import memory_plan
 from trainers.config.family_facts import family_facts
 from trainers.data.rng import SampleRng
 from trainers.distributed.trained_weights import trainable_parameters
 from trainers.efficiency.apply import open_family
-from trainers.memory_plan import MemoryMeter
 from trainers.run import run
-from trainers.training.loop import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", READ_BY_LANGUAGE_MODELS)]
 
@@ -78,8 +83,7 @@ def test_three_steps_and_three_more_equal_six(settings, tmp_path, captioned_phot
     run(straight)
     run_steps(parts, 3)
     run(parts)
-    assert losses(straight) == losses(parts)
-    assert all(torch.equal(lora(straight)[key], lora(parts)[key]) for key in lora(straight))
+    assert_same(straight, parts)
 
 
 def test_accumulation_equals_one_batch(settings, tmp_path, captioned_photos, name):
@@ -91,9 +95,7 @@ def test_accumulation_equals_one_batch(settings, tmp_path, captioned_photos, nam
     two = settings(*parts, *shared, f"output_dir={tmp_path}/two", family=name)
     run(one)
     run(two)
-    assert_trained_alike(
-        (losses(one), losses(two)), (lora(one), lora(two)), one.optimizer.learning_rate
-    )
+    assert_close(one, two)
 
 
 RUNS = {
@@ -158,14 +160,7 @@ def test_the_planned_step_is_the_real_one(settings, name, overrides):
     sizes = ("data.resolution=32", "train.train_batch_size=4")
     config = settings(LENGTH, SHORT, *sizes, *overrides, family=name)
     planned = memory_plan.plan_memory(config, torch.float32, has_cpu_memory=True)
-    with MemoryMeter() as meter:
-        task, batches, _ = dreambooth.build(config, Accelerator(cpu=True))
-        start = sum(p.untyped_storage().nbytes() for p in task.module.parameters())
-        batch = list(batches(0))
-        meter.peak_bytes = before = meter.live_bytes
-        train(task, lambda step: batch, config.train, 0, task.accelerator, lambda step: 0.0)
-        real = start + meter.peak_bytes - before
-    assert planned.phases["train"] == pytest.approx(real, rel=0.05)
+    assert planned.phases["train"] == pytest.approx(real_peak(config), rel=0.05)
 
 
 def test_the_cards_own_code_makes_the_final_samples(settings, name):

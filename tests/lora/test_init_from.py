@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi
 
 from tests.shared.local_hub import serving
@@ -21,17 +19,6 @@ from trainers.run_folder import WEIGHT_NAME
 from trainers.training.checkpoint import read_checkpoint
 
 START = ("lora.target_modules=[to_q, to_k, to_v, to_out.0]",)
-
-
-@pytest.fixture
-def build(settings):
-    """A function: overrides, family -> the task of such a config, before its first step."""
-
-    def make(*overrides, family="sd15"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return dreambooth.build(settings(*overrides, family=family), Accelerator(cpu=True))[0]
-
-    return make
 
 
 @pytest.fixture

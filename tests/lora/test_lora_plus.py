@@ -2,27 +2,13 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft.optimizers import create_loraplus_optimizer
 
-from trainers import dreambooth
 from trainers.config import loading
 from trainers.distributed.trained_weights import trainable_parameters
 
 PLUS = "optimizer.lora_plus_ratio=16"
 TEXT = ("train.train_text_encoder=true", "optimizer.text_encoder_lr=1e-3")
-
-
-@pytest.fixture
-def build(settings):
-    """A function: overrides, family -> the task of such a config, before its first step."""
-
-    def make(*overrides, family="sd15"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return dreambooth.build(settings(*overrides, family=family), Accelerator(cpu=True))[0]
-
-    return make
 
 
 def rates(module, optimizer):

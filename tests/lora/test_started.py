@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from peft import LoraConfig as PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.shared.families import whole
-from trainers import dreambooth
 from trainers.config import LoraConfig, loading
 from trainers.distributed.trained_weights import trainable_parameters, trainable_state
 from trainers.errors import UserError
@@ -21,17 +18,6 @@ from trainers.lora.layers import add_adapter, add_lora, predict_base
 from trainers.run_folder import KOHYA_NAME, WEIGHT_NAME
 
 KINDS = ("pissa", "olora")
-
-
-@pytest.fixture
-def build(settings):
-    """A function: overrides, family -> the task of such a config, before its first step."""
-
-    def make(*overrides, family="sd15"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return dreambooth.build(settings(*overrides, family=family), Accelerator(cpu=True))[0]
-
-    return make
 
 
 @pytest.mark.parametrize("kind", KINDS)
