@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil, write_grid
-from trainers.data.rng import SampleRng, choose_rows, derive_seed
+from trainers.data.rng import SampleRng, choose_among, derive_seed
 from trainers.data.transfer import send_numbers
 from trainers.from_scratch.anomaly_measures import AnomalyMeasures
 from trainers.from_scratch.codes import corrupt, plot_codes
@@ -74,9 +74,7 @@ class Autoencoder(FromScratchTask):
 
     def choose(self, rows: Sequence[int], count: int) -> Sequence[int]:
         """Some of these rows, always the same ones."""
-        return [
-            rows[i] for i in choose_rows(derive_seed(self.config.seed, "shown"), len(rows), count)
-        ]
+        return choose_among(derive_seed(self.config.seed, "shown"), rows, count)
 
     @torch.no_grad()
     def reconstruct(

@@ -18,7 +18,7 @@ from tests.shared.runs import (
 )
 from trainers import dreambooth
 from trainers.errors import UserError
-from trainers.families.objective import sample_means
+from trainers.families.losses import sample_means
 from trainers.run import run
 
 

@@ -97,12 +97,10 @@ def prodigy_errors(optimizer: OptimizerConfig) -> Errors:
                 f"with this number. Remove the key, or set it near {PRODIGY_RATE}"
             )
             yield f"optimizer.{key}", message
-    if optimizer.text_encoder_lr is not None:
-        message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
-        yield "optimizer.text_encoder_lr", message
-    if optimizer.lora_plus_ratio is not None:
-        message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
-        yield "optimizer.lora_plus_ratio", message
+    for key in ("text_encoder_lr", "lora_plus_ratio"):
+        if getattr(optimizer, key) is not None:
+            message = "Prodigy finds one rate for all that it trains: remove it, or use adamw"
+            yield f"optimizer.{key}", message
 
 
 def output_errors(folder: Path) -> Errors:

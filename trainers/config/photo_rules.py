@@ -20,7 +20,7 @@ def picture_errors(data: DataConfig) -> Errors:
         yield from concept_errors(data)
     for photos in data.sets:
         # not for the keys beside data.concepts, which are refused as such
-        path = f"data.concepts[{photos.name}]" if photos.name else "data"
+        path = set_path(photos)
         yield from set_errors(path, photos)
         if data.preserves_outputs:
             yield from preservation_errors(path, photos)
@@ -36,11 +36,16 @@ def picture_errors(data: DataConfig) -> Errors:
         yield "data.mask_floor", message
 
 
+def set_path(photos: ConceptConfig) -> str:
+    """Of a set's keys in messages: the only one has those of the section itself."""
+    return f"data.concepts[{photos.name}]" if photos.name else "data"
+
+
 def unused_numbers(data: DataConfig) -> Iterator[str]:
     """Numbers of class pictures that a run without any was given."""
     for photos in data.sets:
         if photos.num_class_images and data.prior != "class_images":
-            path = f"data.concepts[{photos.name}]" if photos.name else "data"
+            path = set_path(photos)
             yield (
                 f"{path}.num_class_images={photos.num_class_images} has no effect: with "
                 f"data.prior={data.prior} there are no class pictures"
@@ -55,7 +60,7 @@ def concept_errors(data: DataConfig) -> Errors:
             yield f"data.{key}", message
     names, class_folders = set(), {}
     for photos in data.sets:
-        path = f"data.concepts[{photos.name}]"
+        path = set_path(photos)
         # they name folders, and some disks know no case
         if photos.name.casefold() in names:
             yield f"{path}.name", "two concepts have this name: give each its own"

@@ -84,6 +84,11 @@ def permutation(seed: int, count: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
+def choose_among(seed: int, rows: Sequence[int], count: int) -> list[int]:
+    """`count` of these rows by chance, in their order; all of them where there are no more."""
+    return [rows[i] for i in choose_rows(seed, len(rows), count)]
+
+
 def choose_rows(seed: int, num_rows: int, count: int) -> Sequence[int]:
     """`count` rows by chance, in ascending order; all of them where there are no more.
 

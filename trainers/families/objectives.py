@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+from torch.nn import functional as F
 
 from trainers.config import ObjectiveConfig
 from trainers.data.rng import SampleRng
 from trainers.data.transfer import send
 from trainers.errors import UserError
-from trainers.families.objective import Objective, pyramid_noise
+from trainers.families.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,24 @@ class RectifiedFlow(Objective):
 
     def noise_to_signal(self, t: Tensor) -> Tensor:
         return t / (1 - t)
+
+
+def pyramid_noise(eps: Tensor, levels: int, discount: float, rng: SampleRng) -> Tensor:
+    """Noise (B, C, h, w) of unit variance in each sample that is alike over larger areas too.
+
+    Of `levels`, each has half the height and width of the last and `discount` times its weight
+    (multi-resolution noise, Whitaker 2023, with fixed instead of random sizes).
+    """
+    height, width = eps.shape[-2:]
+    for level in range(1, levels + 1):
+        size = (max(height >> level, 1), max(width >> level, 1))
+        coarse = F.interpolate(
+            rng.normal((*eps.shape[:2], *size)), (height, width), mode="bilinear"
+        )
+        eps = eps + discount**level * coarse
+        if 1 in size:
+            break
+    return eps / eps.std((1, 2, 3), correction=0, keepdim=True)
 
 
 def resolution_shift(scheduler: dict, tokens: int) -> float:

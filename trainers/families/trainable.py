@@ -41,13 +41,10 @@ class TrainableDenoiser(nn.Module):
 
         By LoRA+ (Hayou et al. 2024) it is two, of which one has the part's lora_B.
         """
-        text_encoder_lr = config.text_encoder_lr
-        if text_encoder_lr is None:
-            text_encoder_lr = config.learning_rate
-        rates = [(self.denoiser, config.learning_rate), (self.text_encoders, text_encoder_lr)]
-        ratio = config.lora_plus_ratio
+        shared, own, ratio = config.learning_rate, config.text_encoder_lr, config.lora_plus_ratio
+        rates = {self.denoiser: shared, self.text_encoders: shared if own is None else own}
         groups = []
-        for part, rate in rates:
+        for part, rate in rates.items():
             slow, fast = [], []
             for name, parameter in trainable_parameters(part).items():
                 is_fast = ratio is not None and ".lora_B." in name

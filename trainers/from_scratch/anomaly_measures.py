@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainers.config import AutoencoderConfig
 from trainers.data.imaging import to_float, to_pil
-from trainers.data.rng import choose_rows, derive_seed
+from trainers.data.rng import choose_among, choose_rows, derive_seed
 from trainers.from_scratch.anomaly_figures import Figures, ScoredPictures
 from trainers.from_scratch.anomaly_scores import PatchScorer, ReconstructionScorer, Scorer
 from trainers.from_scratch.anomaly_verdicts import Judge
@@ -120,7 +120,7 @@ class AnomalyMeasures:
         seed = derive_seed(self.config.seed, "shown")
         if self.config.data.label_column is not None and self.test is not None:
             others = (~self.is_good(range(len(self.test)))).nonzero()[:, 0].tolist()
-            rows = [others[i] for i in choose_rows(seed, len(others), count)]
+            rows = choose_among(seed, others, count)
             if rows:
                 x = to_float(self.test.take(rows))
                 yield "other classes", x, torch.zeros_like(x[:, 0], dtype=torch.bool)
@@ -129,8 +129,7 @@ class AnomalyMeasures:
         labels = self.defects.images.labels
         for number, kind in enumerate(self.defects.kinds[:MAX_SHOWN_KINDS]):
             rows = (labels == number).nonzero()[:, 0].tolist()
-            chosen = [rows[i] for i in choose_rows(seed, len(rows), count)]
-            yield kind, *self.defects.take(chosen)
+            yield kind, *self.defects.take(choose_among(seed, rows, count))
 
 
 def weights_digest(model: nn.Module) -> str:

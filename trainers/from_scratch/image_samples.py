@@ -47,10 +47,15 @@ def list_samples(
         return None
     if config.test_dir is not None:
         return samples_from_folder(config, config.test_dir if held_out else config.train_dir)
-    samples = samples_from_pairs(config) if pairs else samples_from_folder(config, config.train_dir)
+    samples = learnt_samples(config, pairs)
     if config.folds is None:
         return samples
     return [s for i, s in enumerate(samples) if (i % config.folds == config.fold) == held_out]
+
+
+def learnt_samples(config: ImagesConfig, pairs: bool) -> list[ImageSample]:
+    """Those of the folder that pictures are learnt from. Raises: as `samples_from_pairs`."""
+    return samples_from_pairs(config) if pairs else samples_from_folder(config, config.train_dir)
 
 
 def samples_from_folder(config: ImagesConfig, folder: Path) -> list[ImageSample]:
@@ -61,8 +66,7 @@ def samples_from_folder(config: ImagesConfig, folder: Path) -> list[ImageSample]
 def describe_folder(config: ImagesConfig, pairs: bool, intake: Intake) -> None:
     """Note the pictures of a folder, and what in it is not used."""
     contents = scan_folder(config.train_dir)
-    samples = samples_from_pairs(config) if pairs else samples_from_folder(config, config.train_dir)
-    used = {part.name for s in samples for part in s.parts}
+    used = {part.name for s in learnt_samples(config, pairs) for part in s.parts}
     # text files and metadata are captions, and nothing here reads captions
     files = [*contents.pictures, *contents.sidecars, *contents.metadata, *contents.unused]
     contents.unused = [path for path in files if str(path) not in used]

@@ -6,7 +6,7 @@ itself be a product of low rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from trainers.lora.svd import svd_of_product
 
 LOKR, LOHA = "lokr", "loha"
-TITLES = {LOKR: "LoKr", LOHA: "LoHa"}
 # LyCORIS's names of the two factors, which are whole or the two halves of a product
 FACTORS = {LOKR: ("lokr_w1", "lokr_w2"), LOHA: ("hada_w1", "hada_w2")}
 HALVES = ("_a", "_b")
@@ -32,6 +31,11 @@ def has_lycoris(names: Iterable[str]) -> bool:
     return any(name.rpartition(".")[2].startswith(beginnings) for name in names)
 
 
+def kind_of(tensors: Mapping[str, Tensor]) -> str:
+    """Of a layer's whole tensors."""
+    return LOHA if "hada_w1_a" in tensors else LOKR
+
+
 @dataclass(frozen=True)
 class LycorisUpdate:
     """What LoKr or LoHa adds to a layer's weight; the scale is folded into the first factor.
@@ -44,9 +48,18 @@ class LycorisUpdate:
     shape: tuple[int, ...]
     magnitude: None = None  # there is no DoRA of it here
 
+    @classmethod
+    def scaled(
+        cls, tensors: Mapping[str, Tensor], scale: float, shape: Sequence[int]
+    ) -> LycorisUpdate:
+        """Of tensors that have a scale beside them."""
+        first = FACTORS[kind_of(tensors)][0]
+        name = first if first in tensors else f"{first}_a"
+        return cls({**tensors, name: tensors[name] * scale}, tuple(shape))
+
     @property
     def kind(self) -> str:
-        return LOHA if "hada_w1_a" in self.tensors else LOKR
+        return kind_of(self.tensors)
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.lycoris_utils import LycorisConfig
 from torch import Tensor
 
+from trainers.config.lora_section import TITLES
 from trainers.errors import UserError
 from trainers.lora.layer_tensors import (
     FLOATS,
@@ -22,7 +23,7 @@ from trainers.lora.layer_tensors import (
     check_size,
     check_unknown,
 )
-from trainers.lora.lycoris import FACTORS, HALVES, LOHA, LOKR, TITLES, LycorisUpdate, tensor_names
+from trainers.lora.lycoris import FACTORS, HALVES, LOHA, LOKR, LycorisUpdate, kind_of, tensor_names
 from trainers.lora.peft_config import PeftScale, check_number, parse_pattern, rank_settings
 from trainers.lora.update import Lora, Rows
 from trainers.tensor_file import TensorFile
@@ -79,17 +80,13 @@ def read_tensors(
         alpha = tensors.pop(ALPHA, None)
         tensors = {kind: tensor.float() for kind, tensor in tensors.items()}
         check_layer(file, layer.stem, tensors, shapes[name])
-        kind = LOHA if "hada_w1_a" in tensors else LOKR
         if scale is not None:
             factor = scale.scale(name.partition(".")[2])
         else:
-            factor = lycoris_scale(tensors, kind, alpha)
+            factor = lycoris_scale(tensors, kind_of(tensors), alpha)
         if not math.isfinite(factor):
             raise UserError(f"{file.path}: {layer.keys[ALPHA]} is {factor}, no strength of a layer")
-        first = FACTORS[kind][0]
-        scaled = first if first in tensors else f"{first}_a"
-        tensors[scaled] = tensors[scaled] * factor
-        lora[name] = LycorisUpdate(tensors, tuple(shapes[name]))
+        lora[name] = LycorisUpdate.scaled(tensors, factor, shapes[name])
     return lora
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainers.config import LoraConfig
 from trainers.families import Family
 from trainers.lora.base_layers import name_prefix
-from trainers.lora.lycoris import FACTORS, LOHA, LOKR, LycorisUpdate, tensor_names
+from trainers.lora.lycoris import LOHA, LOKR, LycorisUpdate, tensor_names
 from trainers.lora.update import Lora
 
 ADAPTER = "default"
@@ -97,10 +97,8 @@ def read_layer(layer: LycorisLayer) -> LycorisUpdate:
         table = dict(layer.named_children()).get(name)
         if table is not None and ADAPTER in table:
             tensors[name] = table[ADAPTER].detach().float().cpu()
-    first = FACTORS[kind][0]
-    scaled = first if first in tensors else f"{first}_a"
-    tensors[scaled] = tensors[scaled] * layer.scaling[ADAPTER]
-    return LycorisUpdate(tensors, weight_shape(layer.get_base_layer()))
+    shape = weight_shape(layer.get_base_layer())
+    return LycorisUpdate.scaled(tensors, layer.scaling[ADAPTER], shape)
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
